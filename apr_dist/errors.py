@@ -1,0 +1,212 @@
+"""Every error a user can meet: one exception tree, no logic beyond its own text.
+
+An error says what is wrong, where, what was expected and what to do; it knows the falsifier that
+pins it and the exit code the process ends with. Front doors print ``str(error)`` as one paragraph
+and exit with ``error.exit_code``; nothing else decides exit codes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from pathlib import Path
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """What the process ends with; documented in ``docs/exit-codes.md``."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    MODEL_FILE = 3
+    GATE = 4
+    DATA = 5
+    OUTPUT = 6
+    DIVERGENCE = 7
+    NUMERICAL_INSTABILITY = 8
+    DISTRIBUTED = 9
+    VERDICT = 10
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class AprDistError(Exception):
+    """Base of every error of this project.
+
+    Args:
+        what: what is wrong, with the value found; a clause without a final full stop.
+        where: the file, key or rank it was found in.
+        expected: what would have been right.
+        remedy: what to do about it, as a command where there is one.
+        falsifier: id of the falsifier (see ``contracts/``) that pins this refusal.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | Path | None = None,
+        expected: str | None = None,
+        remedy: str | None = None,
+        falsifier: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.expected = expected
+        self.remedy = remedy
+        self.falsifier = falsifier
+        self.told_by_rank_0 = False
+
+    def __str__(self) -> str:
+        head = f"[{self.falsifier}] " if self.falsifier else ""
+        place = f"{self.where}: " if self.where else ""
+        parts = [f"{head}{place}{self.what}."]
+        if self.expected:
+            parts.append(f"Expected {self.expected}.")
+        if self.remedy:
+            parts.append(f"To mend it: {self.remedy}.")
+        return " ".join(parts)
+
+    def to_fields(self) -> dict[str, str | None]:
+        """The error as plain fields, so that one rank can tell the others (no pickle)."""
+        return {
+            "kind": type(self).__name__,
+            "what": self.what,
+            "where": self.where,
+            "expected": self.expected,
+            "remedy": self.remedy,
+            "falsifier": self.falsifier,
+        }
+
+    @staticmethod
+    def from_fields(fields: dict[str, str | None]) -> AprDistError:
+        """Rebuild the error that ``to_fields`` described on rank 0, which prints it for all."""
+        kind = _kinds()[fields["kind"] or ""]
+        error = kind(
+            fields["what"] or "",
+            where=fields["where"],
+            expected=fields["expected"],
+            remedy=fields["remedy"],
+            falsifier=fields["falsifier"],
+        )
+        error.told_by_rank_0 = True
+        return error
+
+
+class UsageError(AprDistError):
+    """A wrong flag, key or combination of them."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ModelFileError(AprDistError):
+    """A model file that cannot be used as it is."""
+
+    exit_code = ExitCode.MODEL_FILE
+
+
+class ModelFileMissing(ModelFileError):
+    """No regular, readable file at that path."""
+
+
+class NotAModelFile(ModelFileError):
+    """The file is empty or its magic is another format's."""
+
+
+class UnsupportedModelFile(ModelFileError):
+    """A real model file that uses something this reader does not support, named in the text."""
+
+
+class DamagedModelFile(ModelFileError):
+    """Truncated, altered, or inconsistent with itself."""
+
+
+class GateRefused(AprDistError):
+    """A gate between the files and the first step said no."""
+
+    exit_code = ExitCode.GATE
+
+
+class ArchitectureRefused(GateRefused):
+    """The file's architecture is missing, not a decoder, or contradicts its tensors."""
+
+
+class WeightsRefused(GateRefused):
+    """A tensor is missing, left over, of another shape, or not finite."""
+
+
+class VocabularyRefused(GateRefused):
+    """Tokenizer, shards and model do not share a vocabulary."""
+
+
+class LossRefused(GateRefused):
+    """A measured loss is impossible for the model it is said to come from."""
+
+
+class DataError(AprDistError):
+    """Shards, manifest, tokenizer or corpus that cannot be used as they are."""
+
+    exit_code = ExitCode.DATA
+
+
+class ManifestError(DataError):
+    """manifest.json is missing, malformed, or contradicts the folder."""
+
+
+class ShardError(DataError):
+    """A shard is missing, truncated, replaced, or holds other tokens than recorded."""
+
+
+class TokenizerError(DataError):
+    """A tokenizer that is missing, malformed or of a kind that is not supported."""
+
+
+class CorpusError(DataError):
+    """A source document or corpus folder that cannot be read."""
+
+
+class StreamExhausted(DataError):
+    """The run asked for more epochs of data than it allowed itself."""
+
+
+class OutputError(AprDistError):
+    """The output cannot be written: it exists, is read-only, or the disk is full."""
+
+    exit_code = ExitCode.OUTPUT
+
+
+class Divergence(AprDistError):
+    """The validation loss left the allowed band (GATE-TRAIN-005)."""
+
+    exit_code = ExitCode.DIVERGENCE
+
+
+class NumericalInstability(AprDistError):
+    """A loss or gradient norm is NaN or infinite (GATE-TRAIN-007)."""
+
+    exit_code = ExitCode.NUMERICAL_INSTABILITY
+
+
+class DistributedError(AprDistError):
+    """The processes that run are not the ones that were asked for."""
+
+    exit_code = ExitCode.DISTRIBUTED
+
+
+class VerdictFailed(AprDistError):
+    """The run finished and a ship-blocking gate of its verdict failed."""
+
+    exit_code = ExitCode.VERDICT
+
+
+def _kinds() -> dict[str, type[AprDistError]]:
+    kinds: dict[str, type[AprDistError]] = {}
+    pending: list[type[AprDistError]] = [AprDistError]
+    while pending:
+        kind = pending.pop()
+        kinds[kind.__name__] = kind
+        pending.extend(kind.__subclasses__())
+    return kinds

@@ -1,0 +1,137 @@
+"""Gate: the file is a decoder this project can train, and its two witnesses agree on which.
+
+The metadata claim a family, the tensor names show one (INV-INIT-ARCH-MATCH-001). Dimensions come
+from the file alone; a missing one is refused, never filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apr_dist.errors import ArchitectureRefused
+from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.families import (
+    UNKNOWN,
+    decoder_family,
+    family_from_tensor_names,
+    is_encoder,
+    normalize_metadata_family,
+)
+
+MATCH = "FALSIFY-INIT-ARCH-MATCH-001"
+ENCODER = "FALSIFY-APR-PRETRAIN-ARCH-007"
+METADATA = "FALSIFY-APR-PRETRAIN-INIT-005"
+TIED = "FALSIFY-APR-DIST-TRAINER-003"
+
+CLAIM_KEYS = ("hf_architecture", "architecture", "hf_model_type")
+"""Metadata keys that say which family a file is."""
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """What the file holds of the output head.
+
+    Attributes:
+        present: whether ``lm_head.weight`` is in the file.
+        equals_embedding: whether its values are the embedding's (None when absent).
+    """
+
+    present: bool
+    equals_embedding: bool | None
+
+
+def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Path) -> Family:
+    """Which decoder family the file is, agreed by every metadata claim and the tensor names.
+
+    A claim that cannot be mapped, and names that belong to no family, are no witness; the other one
+    is trusted.
+
+    Raises:
+        ArchitectureRefused: an encoder, two witnesses that contradict each other, no witness at
+            all, or a family that is not one of the decoders.
+    """
+    names = list(names)
+    texts = [str(metadata[key]).strip() for key in CLAIM_KEYS if metadata.get(key)]
+    if is_encoder(names=names, claims=texts):
+        raise ArchitectureRefused(
+            f"this is an encoder ({texts[0] if texts else family_from_tensor_names(names)}); it has no"
+            " next-token head to train",
+            where=where,
+            expected=f"a decoder: {', '.join(Family)}",
+            remedy="start from a causal language model",
+            falsifier=ENCODER,
+        )
+    shown = family_from_tensor_names(names)
+    claims = {text: family for text in texts if (family := normalize_metadata_family(text)) is not None}
+    witnesses = list(claims.values()) + ([shown] if shown != UNKNOWN else [])
+    if len(set(witnesses)) > 1:
+        raise _contradiction(claims, shown, where)
+    if not witnesses:
+        raise ArchitectureRefused(
+            "neither metadata nor tensor names say which architecture this is",
+            where=where,
+            expected="metadata key architecture, or Hugging Face tensor names",
+            remedy=f"apr-dist stamp {where} --architecture FAMILY --hf-architecture CLASS -o stamped.apr",
+            falsifier=METADATA,
+        )
+    model_type = (
+        metadata.get("hf_model_type") or metadata.get("hf_architecture") or metadata.get("architecture")
+    )
+    return decoder_family(witnesses[0], str(model_type or ""), where=where)
+
+
+def check_dimensions(
+    metadata: Mapping[str, Any], head: HeadFacts, *, family: Family, where: Path
+) -> TransformerConfig:
+    """All dimensions from the file, and whether head and embedding are one parameter.
+
+    Raises:
+        ArchitectureRefused: a dimension is missing or impossible, or the tie contradicts the tensors.
+    """
+    tied = _tied(metadata.get("tie_word_embeddings"), head, where)
+    return TransformerConfig.from_metadata(metadata, family=family, where=where, tie_word_embeddings=tied)
+
+
+def _contradiction(claims: Mapping[str, str], shown: str, where: Path) -> ArchitectureRefused:
+    said = " and ".join(f"{text!r} (family {family})" for text, family in claims.items())
+    if shown == UNKNOWN:
+        return ArchitectureRefused(
+            f"metadata claim {said}", where=where, expected="claims of one family", falsifier=MATCH
+        )
+    name = shown.capitalize() + "ForCausalLM"
+    return ArchitectureRefused(
+        f"metadata claim {said}, and the tensor names are those of {shown}",
+        where=where,
+        expected="metadata and tensors of one family",
+        remedy=f"apr-dist stamp {where} --architecture {shown} --hf-architecture {name} -o stamped.apr",
+        falsifier=MATCH,
+    )
+
+
+def _tied(claim: object, head: HeadFacts, where: Path) -> bool:
+    if claim is not None and not isinstance(claim, bool):
+        raise _tie_refused(f"tie_word_embeddings is {claim!r}", "true or false", where)
+    if not head.present:
+        if claim is False:
+            raise _tie_refused(
+                "metadata say tie_word_embeddings false and there is no lm_head.weight", HEAD, where
+            )
+        return True
+    if claim is True and not head.equals_embedding:
+        raise _tie_refused(
+            "metadata say tie_word_embeddings true and lm_head.weight differs from the embedding",
+            "one matrix, or tie_word_embeddings false",
+            where,
+        )
+    return bool(head.equals_embedding) if claim is None else claim
+
+
+def _tie_refused(what: str, expected: str, where: Path) -> ArchitectureRefused:
+    return ArchitectureRefused(
+        what, where=where, expected=expected, remedy="import the model again from its source", falsifier=TIED
+    )

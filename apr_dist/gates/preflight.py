@@ -1,0 +1,254 @@
+"""Every gate that can be asked before a process group or a large allocation exists, in order.
+
+Rank 0 runs this alone, on headers, manifests and mapped bytes. The order is fixed: the file, its
+family, its dimensions, every shape, every value, the vocabulary, the data, the output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apr_dist.apr.reader import AprReader
+from apr_dist.config import TrainConfig
+from apr_dist.data.manifest import Manifest
+from apr_dist.data.tokenizer import load_tokenizer
+from apr_dist.errors import UsageError, VocabularyRefused
+from apr_dist.gates import architecture, vocabulary, weights
+from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
+from apr_dist.gates.output import check_run_dir
+from apr_dist.gates.result import GateResult
+from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
+
+BYTES_PER_WEIGHT = 4
+"""Checkpoints are written in f32, so that what is read back is what was trained."""
+
+
+@dataclass
+class Preflight:
+    """What rank 0 proved, and the open file it proved it on.
+
+    Attributes:
+        model_config: architecture of the decoder to build.
+        reader: the open init file; None from scratch. Closed by ``close``.
+        results: the gates that passed, in order.
+        provenance: digests for the checkpoint and the verdict.
+        warnings: what could not be checked, one sentence each.
+    """
+
+    model_config: TransformerConfig
+    reader: AprReader | None
+    results: list[GateResult] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Unmap the init file."""
+        if self.reader is not None:
+            self.reader.close()
+
+
+def run_preflight(config: TrainConfig, *, world_size: int, say: Callable[[str], None]) -> Preflight:
+    """Run every gate in order and stop at the first that says no.
+
+    Args:
+        config: the resolved configuration.
+        world_size: processes that will share the global batch.
+        say: told each gate's line as it passes.
+
+    Raises:
+        AprDistError: the first gate's refusal; the file is closed again.
+    """
+    check_batch(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, world_size=world_size)
+    with ExitStack() as stack:
+        found = _init_file(config, stack, say) if config.init else _from_scratch(config)
+        _note(found, say, _positions(found, config))
+        if not config.synthetic:
+            _check_data(found, config, say)
+        size = found.model_config.parameter_count() * BYTES_PER_WEIGHT
+        check_run_dir(config.run_dir, overwrite=config.overwrite, needed_bytes=size)
+        stack.pop_all()
+    return found
+
+
+def model_from_name(name: str) -> TransformerConfig:
+    """The architecture ``--model`` names: a preset, or a JSON file of APR architecture keys.
+
+    Raises:
+        UsageError: neither, or a file that is not a JSON object.
+        ArchitectureRefused: a file whose dimensions are missing or impossible.
+    """
+    path = Path(name)
+    if path.suffix != ".json":
+        return preset(name)
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the architecture file cannot be read ({error})",
+            where=path,
+            expected=f"a JSON object of architecture keys, or one of {', '.join(PRESETS)}",
+        ) from error
+    if not isinstance(keys, dict):
+        raise UsageError(
+            f"the architecture file holds a {type(keys).__name__}", where=path, expected="a JSON object"
+        )
+    family = architecture.check_family(keys, (), where=path)
+    tied = bool(keys.get("tie_word_embeddings", True))
+    return TransformerConfig.from_metadata(keys, family=family, where=name, tie_word_embeddings=tied)
+
+
+def _init_file(config: TrainConfig, stack: ExitStack, say: Callable[[str], None]) -> Preflight:
+    assert config.init is not None
+    path = config.init
+    reader = stack.enter_context(AprReader(path))
+    metadata, shapes = reader.metadata.to_mapping(), {n: t.shape for n, t in reader.tensors.items()}
+    intact = GateResult(
+        id="FALSIFY-APR-DIST-CHECKPOINT-001",
+        gate="init file is intact",
+        measured=f"{reader.size_bytes / 1e6:,.1f} MB, {len(shapes)} tensors, checksums match",
+        required="APR v2, every checksum right",
+    )
+    say(_line(intact))
+    family = architecture.check_family(metadata, shapes, where=path)
+    head = architecture.HeadFacts(
+        present=architecture.HEAD in shapes, equals_embedding=_same_head(reader, shapes)
+    )
+    model_config = architecture.check_dimensions(metadata, head, family=family, where=path)
+    found = Preflight(model_config=model_config, reader=reader, results=[intact])
+    found.provenance["init_digest"] = reader.digest()
+    _note(found, say, _family_result(metadata, model_config))
+    expected = parameter_shapes(model_config)
+    present = {name: shape for name, shape in shapes.items() if name != architecture.HEAD or name in expected}
+    weights.check_names_and_shapes(expected, present, where=path)
+    count = weights.check_values(reader, list(expected))
+    _note(found, say, _weights_result(expected, count))
+    return found
+
+
+def _same_head(reader: AprReader, shapes: dict[str, tuple[int, ...]]) -> bool | None:
+    if architecture.HEAD not in shapes or architecture.EMBEDDING not in shapes:
+        return None
+    return reader.tensor_digest(architecture.HEAD) == reader.tensor_digest(architecture.EMBEDDING)
+
+
+def _family_result(metadata: dict[str, Any], model_config: TransformerConfig) -> GateResult:
+    claim = metadata.get("hf_architecture") or metadata.get("architecture") or "no claim"
+    return GateResult(
+        id=architecture.MATCH,
+        gate="family agrees with tensor names",
+        measured=f"{model_config.family} ({claim})",
+        required="a decoder; metadata and names of one family",
+    )
+
+
+def _weights_result(expected: dict[str, tuple[int, ...]], values: int) -> GateResult:
+    return GateResult(
+        id=weights.MISSING,
+        gate="every weight is there",
+        measured=f"{len(expected)} of {len(expected)} tensors, {values:,} finite values",
+        required="none missing, left over, misshapen or not finite",
+    )
+
+
+def _from_scratch(config: TrainConfig) -> Preflight:
+    return Preflight(model_config=model_from_name(config.model), reader=None)
+
+
+def _positions(found: Preflight, config: TrainConfig) -> GateResult:
+    limit = found.model_config.max_position_embeddings
+    if config.seq_length > limit:
+        raise UsageError(
+            f"seq_length {config.seq_length:,} is more than the model's {limit:,} positions",
+            where="--seq-length",
+            expected=f"at most {limit:,}",
+            remedy="lower --seq-length",
+        )
+    return GateResult(
+        id="FALSIFY-APR-PRETRAIN-ARCH-003",
+        gate="dimensions come from the model",
+        measured=f"{found.model_config.parameter_count():,} parameters, {limit:,} positions",
+        required=f"at least {config.seq_length:,} positions",
+    )
+
+
+def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None]) -> None:
+    if config.dataset is None or config.val_dataset is None:
+        missing = "--dataset" if config.dataset is None else "--val-dataset"
+        raise UsageError(
+            f"{missing} is not given",
+            where="command line",
+            expected="training shards and held-out shards",
+            remedy="apr-dist tokenize encode-corpus --val-fraction 0.05 makes both",
+            falsifier="INV-TRAIN-010",
+        )
+    training, held_out = Manifest.load(config.dataset), Manifest.load(config.val_dataset)
+    found.warnings += [f"{m.folder}: {text}" for m in (training, held_out) for text in m.warnings]
+    sequences = check_sequences(training, seq_length=config.seq_length)
+    held = check_sequences(held_out, seq_length=config.seq_length)
+    check_disjoint(training, held_out)
+    rows = found.model_config.vocab_size
+    _note(found, say, _check_tokenizer(found, config, training, rows))
+    for manifest in (training, held_out):
+        vocabulary.check_shards(max_id=manifest.max_token_id, model_vocab=rows, where=manifest.folder)
+    result = GateResult(
+        id=vocabulary.SHARD_ID,
+        gate="shards fit the model",
+        measured=f"largest id {max(training.max_token_id or 0, held_out.max_token_id or 0):,}, "
+        f"{sequences:,} + {held:,} sequences",
+        required=f"ids below {rows:,}; nothing held out is trained on",
+    )
+    _note(found, say, result)
+    found.provenance["data_fingerprint"] = training.fingerprint
+    found.provenance["val_data_fingerprint"] = held_out.fingerprint
+
+
+def _check_tokenizer(found: Preflight, config: TrainConfig, training: Manifest, rows: int) -> GateResult:
+    recorded = training.tokenizer
+    folder = config.tokenizer or _beside(config.init)
+    own = load_tokenizer(folder).identity if folder else None
+    where = folder or training.folder
+    identity = own or recorded
+    # Ids may have gaps: what the model needs rows for is the bound of the ids, not their number.
+    tokens = max(identity.effective_vocab_count, identity.id_bound) if identity else training.vocab_size
+    if tokens is None:
+        raise VocabularyRefused(
+            "no tokenizer is known: none was given, and the manifest records none",
+            where=where,
+            expected="a tokenizer to compare with the model's vocabulary",
+            remedy="pass --tokenizer FOLDER",
+            falsifier=vocabulary.NOT_EQUAL,
+        )
+    from_init = found.reader is not None
+    vocabulary.check_tokenizer(effective=tokens, model_vocab=rows, from_init=from_init, where=where)
+    vocabulary.check_same_tokenizer(
+        shards_sha256=recorded.sha256 if recorded else None,
+        tokenizer_sha256=own.sha256 if own else None,
+        where=training.folder,
+    )
+    found.provenance["tokenizer_sha256"] = identity.sha256 if identity else None
+    return GateResult(
+        id=vocabulary.ABOVE_MODEL if from_init else vocabulary.NOT_EQUAL,
+        gate="tokenizer fits the model",
+        measured=f"{tokens:,} tokens, {rows:,} rows",
+        required=f"{'at most' if from_init else 'exactly'} {rows:,} tokens",
+    )
+
+
+def _beside(init: Path | None) -> Path | None:
+    """The tokenizer folder that an import writes beside ``model.apr``: ``model.tokenizer``."""
+    folder = init.with_suffix(".tokenizer") if init else None
+    return folder if folder and folder.is_dir() else None
+
+
+def _note(found: Preflight, say: Callable[[str], None], result: GateResult) -> None:
+    found.results.append(result)
+    say(_line(result))
+
+
+def _line(result: GateResult) -> str:
+    return f"gate passed: {result.gate}: {result.measured}  [{result.id}]"

@@ -1,0 +1,226 @@
+"""The processes of one run: who they are, that they are the ones asked for, and how they agree.
+
+Everything a rank tells another travels as JSON or as tensors; no object is pickled. Here are the
+Accelerator, rank helpers and failing together; how weights travel is in ``weights``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
+
+from apr_dist.errors import AprDistError, DistributedError, UsageError
+
+
+class Strategy(StrEnum):
+    """The strategy that is really active."""
+
+    SINGLE = "single"
+    DDP = "ddp"
+
+
+_DISTRIBUTED_TYPES = {
+    Strategy.SINGLE: (DistributedType.NO,),
+    Strategy.DDP: (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
+}
+
+
+def launched_world_size() -> int:
+    """How many processes the launcher started (``WORLD_SIZE``; 1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher set it (``RANK``; 0 without a launcher)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank's view of the run."""
+
+    accelerator: Accelerator
+    strategy: Strategy
+    rank: int
+    world_size: int
+    device: torch.device
+    cpu_threads: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that reads models and writes files."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum of a tensor over all ranks, in place; returns it."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        return values
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's JSON value, on every rank."""
+        if self.world_size == 1:
+            return value
+        payload = json.dumps(value).encode() if self.is_main else b""
+        length = torch.tensor([len(payload)], dtype=torch.int64, device=self.device)
+        dist.broadcast(length, src=0)
+        buffer = torch.zeros(int(length.item()), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0)
+        return json.loads(bytes(buffer.cpu().numpy()))
+
+    def agree(self, error: AprDistError | None) -> None:
+        """Let every rank know of rank 0's error, so that all of them raise it together."""
+        fields = self.broadcast_json(None if error is None else error.to_fields())
+        if fields is not None:
+            raise error if error is not None else AprDistError.from_fields(fields)
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run ``work`` on rank 0 and hand its JSON result, or its error, to every rank.
+
+        Raises:
+            AprDistError: what ``work`` raised, on all ranks alike.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except AprDistError as raised:
+                error = raised
+        self.agree(error)
+        return self.broadcast_json(result)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start(
+    *, device: str, strategy: str, precision: str, cpu_threads: int | None, timeout_s: float
+) -> Runtime:
+    """Join the launched processes and prove that they are the ones that were asked for.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        strategy: ``auto``, ``single`` or ``ddp``.
+        precision: ``f32`` or ``bf16``.
+        cpu_threads: threads per process on CPU; None divides the cores among local processes.
+        timeout_s: longest a collective may wait, in seconds.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+        DistributedError: the world size or strategy that is active is not the wanted one.
+    """
+    use_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "device is cuda and PyTorch finds no CUDA device",
+            where="--device",
+            expected="a visible CUDA device",
+            remedy="use --device cpu, or check the driver with nvidia-smi",
+        )
+    backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
+    limits = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s))
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[limits] if launched_world_size() > 1 else [],
+        step_scheduler_with_optimizer=False,
+    )
+    threads = _set_threads(cpu_threads)
+    active = _assert_as_asked(accelerator, strategy)
+    return Runtime(
+        accelerator=accelerator,
+        strategy=active,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        cpu_threads=threads,
+    )
+
+
+def assert_wrapped(model: nn.Module, strategy: Strategy) -> None:
+    """Prove that the prepared model carries the strategy, not only the Accelerator's word for it.
+
+    Raises:
+        DistributedError: naming the wrapper found and the one expected.
+    """
+    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    if is_ddp != (strategy is Strategy.DDP):
+        raise DistributedError(
+            f"the model is wrapped as {type(model).__name__} under strategy {strategy}",
+            expected="DistributedDataParallel" if strategy is Strategy.DDP else "the bare decoder",
+            remedy="launch with accelerate launch or torchrun, and check parallel.strategy",
+            falsifier="FALSIFY-APR-DIST-DISTRIBUTED-001",
+        )
+
+
+def shut_down(code: int) -> None:
+    """End this process with ``code``, leaving no collective half done.
+
+    A multi-process run leaves through ``os._exit`` once everything is flushed: gloo's threads can
+    otherwise abort a finished interpreter, and the launcher would call a good run failed.
+    """
+    several = dist.is_available() and dist.is_initialized()
+    gc.collect()
+    if several:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if several:
+        os._exit(code)
+    sys.exit(code)
+
+
+def reset_state() -> None:
+    """Forget Accelerate's process-wide state, so that one process can start a second run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def _set_threads(cpu_threads: int | None) -> int:
+    # Launchers export OMP_NUM_THREADS=1 even for a single process, which halves a 2-core machine.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(psutil.Process().cpu_affinity() or []) or os.cpu_count() or 1
+    threads = cpu_threads if cpu_threads is not None else max(1, cores // local)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _assert_as_asked(accelerator: Accelerator, wanted: str) -> Strategy:
+    world = launched_world_size()
+    if accelerator.num_processes != world:
+        raise DistributedError(
+            f"the launcher started {world} processes and {accelerator.num_processes} joined",
+            expected=f"{world} processes in one group",
+            remedy="launch with torchrun or accelerate launch --multi_gpu; on CPU, ACCELERATE_USE_CPU=true",
+            falsifier="FALSIFY-APR-DIST-DISTRIBUTED-001",
+        )
+    active = Strategy.SINGLE if world == 1 else Strategy.DDP
+    asked = active if wanted == "auto" else Strategy(wanted)
+    if asked is not active or accelerator.distributed_type not in _DISTRIBUTED_TYPES[active]:
+        raise DistributedError(
+            f"{accelerator.distributed_type.value} over {world} process(es) is active",
+            expected=f"strategy {asked}",
+            remedy="start as many processes as the strategy needs, or set parallel.strategy to auto",
+            falsifier="FALSIFY-APR-DIST-DISTRIBUTED-001",
+        )
+    return active

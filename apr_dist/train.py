@@ -1,0 +1,121 @@
+"""The front door of training: ``accelerate launch apr_dist/train.py --init model.apr ...``.
+
+Parses, asks the gates, runs, prints the verdict, and ends with the documented exit code. PyTorch is
+imported only after rank 0's gates have spoken, so that a refusal takes a second.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+# Run as a script, Python puts this folder first on the path, where our `data`, `model` or `config`
+# would answer for any library of that name. The folder above holds only the package itself.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from apr_dist.config import Invocation, parse_command_line
+from apr_dist.errors import AprDistError, ExitCode
+from apr_dist.gates.preflight import Preflight, run_preflight
+
+
+class _Say:
+    """Prints lines on rank 0; a synthetic run says so on each."""
+
+    def __init__(self, *, rank: int, synthetic: bool) -> None:
+        self._silent = rank != 0
+        self._prefix = "[SYNTHETIC] " if synthetic else ""
+
+    def __call__(self, line: str) -> None:
+        if not self._silent:
+            print(self._prefix + line, flush=True)
+
+
+def run(invocation: Invocation) -> ExitCode:
+    """Train once as configured.
+
+    Returns:
+        The exit code of the verdict.
+
+    Raises:
+        AprDistError: whatever stopped the run.
+    """
+    config = invocation.config.resolved()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    say = _Say(rank=rank, synthetic=config.synthetic)
+    if config.init is not None and config.mode == "from-scratch":
+        say("warning: --mode from-scratch with --init: the file's weights, the from-scratch defaults")
+    preflight, refusal = _ask_gates(invocation, rank, world_size, say)
+    try:
+        if refusal is not None and world_size == 1:
+            raise refusal
+        from apr_dist.report import verdict_lines  # noqa: PLC0415  (imports PyTorch)
+        from apr_dist.training.run import execute  # noqa: PLC0415
+
+        verdict = execute(config, preflight, refusal, say)
+    finally:
+        if preflight is not None:
+            preflight.close()
+    for line in verdict_lines(verdict):
+        say(line)
+    return verdict.exit_code
+
+
+def _ask_gates(
+    invocation: Invocation, rank: int, world_size: int, say: _Say
+) -> tuple[Preflight | None, AprDistError | None]:
+    if rank != 0:
+        return None, None
+    try:
+        found = run_preflight(invocation.config.resolved(), world_size=world_size, say=say)
+    except AprDistError as refusal:
+        return None, refusal
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    return found, None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, and turn whatever happened into one paragraph on stderr and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return int(run(parse_command_line(arguments)))
+    except (Exception, KeyboardInterrupt) as error:  # the front door: no bare traceback leaves it
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return int(_explain(error, rank))
+
+
+def _explain(error: BaseException, rank: int) -> ExitCode:
+    place = "" if rank == 0 else f" on rank {rank}"
+    if isinstance(error, AprDistError):
+        if not error.told_by_rank_0:
+            print(f"error{place}: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print(f"error{place}: interrupted; the last checkpoint that was written is whole", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    text = " ".join(str(error).split())[:2000]
+    print(
+        f"internal error{place}: {type(error).__name__}: {text}\n"
+        "Run again with --debug for the traceback, and report it.",
+        file=sys.stderr,
+    )
+    return ExitCode.INTERNAL
+
+
+def _leave(code: int) -> None:
+    # Without PyTorch loaded there is no process group to leave.
+    if "torch.distributed" in sys.modules:
+        from apr_dist.parallel.runtime import shut_down  # noqa: PLC0415
+
+        shut_down(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _leave(main())

@@ -1,0 +1,85 @@
+"""What a run leaves behind: ``checkpoint.apr`` with its identity, and the facts beside it.
+
+The file is a complete APR v2 model: dimensions, family, tie and provenance travel in its metadata,
+and nothing in it depends on the clock or on where it was written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.data.storage import write_atomically
+from apr_dist.model.config import TransformerConfig
+from apr_dist.parallel.weights import save_weights
+
+CHECKPOINT_NAME = "checkpoint.apr"
+FACTS_NAME = "checkpoint.metadata.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """What INV-TRAIN-002 wants beside every checkpoint; losses in nats per token."""
+
+    epoch: int
+    step: int
+    train_loss: float | None
+    val_loss: float | None
+    train_ppl: float | None
+    val_ppl: float | None
+    optimizer_state_sha: str
+    wall_seconds: float
+    tokens_seen: int
+    grad_norm_max: float
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss), or None where there is no loss or it overflows."""
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def checkpoint_metadata(
+    config: TransformerConfig, source: AprMetadata | None, provenance: Mapping[str, Any]
+) -> AprMetadata:
+    """Metadata of a checkpoint: the init file's own, the model's dimensions, and where it came from.
+
+    Args:
+        config: the model that was trained.
+        source: metadata of the init file, kept except for when that file was made; None from scratch.
+        provenance: values of the ``apr_dist.*`` keys, without that prefix.
+    """
+    kept = {} if source is None else source.replace(created_at=None, quantization=None).to_mapping()
+    stamped = {
+        key: value for key, value in config.to_metadata().items() if key not in kept or key in _DERIVED
+    }
+    ours = {f"apr_dist.{key}": value for key, value in provenance.items() if value is not None}
+    values = {**kept, **stamped, **ours, "model_type": kept.get("model_type") or config.family.value}
+    return AprMetadata.from_mapping(values)
+
+
+_DERIVED = {"tie_word_embeddings", "head_dim", "rope_type"}
+"""Keys where what was really trained wins over what the init file said or left out."""
+
+
+def write_checkpoint(model: nn.Module, folder: Path, metadata: AprMetadata, facts: CheckpointFacts) -> Path:
+    """Write model and facts into the run folder, each atomically; rank 0 alone.
+
+    Raises:
+        OutputError: the folder is read-only or the disk full; the previous checkpoint is untouched.
+    """
+    target = folder / CHECKPOINT_NAME
+    save_weights(model, target, metadata, overwrite=True)
+    write_atomically(folder / FACTS_NAME, json_bytes(asdict(facts)))
+    return target
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as indented JSON with a final newline."""
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,94 @@
+"""The held-out loss: the same sequences every time, through the live weights, changing nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from apr_dist.errors import DataError
+from apr_dist.parallel.runtime import Runtime
+
+
+class EvaluationData(Protocol):
+    """This rank's share of the held-out sequences, in a fixed order."""
+
+    def __iter__(self) -> Iterable[torch.Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured loss.
+
+    Attributes:
+        loss: mean negative log-likelihood in nats per token, over every token of the sample.
+        tokens: how many target tokens that was, over all ranks.
+        wall_s: seconds it took.
+    """
+
+    loss: float
+    tokens: int
+    wall_s: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite when that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def split_sequences(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """[batch, seq + 1] token ids to (inputs, targets), each [batch, seq], on the device.
+
+    Ids travel as 32-bit; targets widen to int64 only where they are used.
+    """
+    moved = tokens.to(device, non_blocking=True)
+    return moved[:, :-1], moved[:, 1:].long()
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor],
+    runtime: Runtime,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Mean loss of the bare decoder over this rank's batches, summed over all ranks.
+
+    Reads the parameters themselves, in evaluation mode, without gradients; the mode the model was in
+    is restored. Sums are f64, so the order of ranks does not show in f32 losses.
+
+    Args:
+        model: the decoder, not its distributed wrapper.
+        batches: token ids, each [batch, seq + 1].
+        runtime: this rank's view of the run.
+        progress: called about every five seconds with (batches done, batches in all).
+
+    Raises:
+        DataError: there was no token to evaluate on any rank.
+    """
+    started, told = time.perf_counter(), time.perf_counter()
+    total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), runtime.accelerator.autocast():
+            for done, tokens in enumerate(batches, start=1):
+                loss_sum, count = model(*split_sequences(tokens, runtime.device))
+                total[0] += loss_sum.double()
+                total[1] += count
+                if progress is not None and time.perf_counter() - told > 5:
+                    told = time.perf_counter()
+                    progress(done, len(batches) if isinstance(batches, Sized) else 0)
+    finally:
+        model.train(was_training)
+    loss_sum, count = runtime.sum(total).tolist()
+    if not count:
+        raise DataError("there is no held-out sequence to evaluate", expected="at least one whole sequence")
+    return Evaluation(loss=loss_sum / count, tokens=int(count), wall_s=time.perf_counter() - started)

@@ -1,0 +1,81 @@
+"""The guards of a running training: pure checks that stop it before it does harm.
+
+INV-TRAIN-005 (divergence), INV-TRAIN-007 (non-finite), INV-TRAIN-008 (throughput) and the early stop
+of INV-TRAIN-004. None has a warning mode.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from apr_dist.errors import Divergence, NumericalInstability
+
+FINETUNE_FIRST_LOSS_CAP = 10.0
+"""Largest first validation loss of a fine-tuning run, in nats per token."""
+
+MAX_GROWTH = 2.0
+"""Largest ratio of a validation loss to the one before it."""
+
+
+def check_finite(*, step: int, train_loss: float, grad_norm: float) -> None:
+    """Stop before the weights are touched when a loss or gradient norm is not a number.
+
+    Raises:
+        NumericalInstability: naming the step and both values.
+    """
+    if math.isfinite(train_loss) and math.isfinite(grad_norm):
+        return
+    raise NumericalInstability(
+        f"train_loss is {train_loss} and grad_norm is {grad_norm}",
+        where=f"step {step}",
+        expected="finite numbers; the weights of the step before are untouched",
+        remedy="lower --lr, check the data of that step, or use --parallel.precision f32",
+        falsifier="INV-TRAIN-007",
+    )
+
+
+def check_validation(
+    *, val_loss: float, previous: float | None, vocab_size: int, from_scratch: bool, epoch: int
+) -> None:
+    """The non-divergence rule: a cap on the first validation loss, a bound on its growth after.
+
+    Raises:
+        Divergence: naming the loss, the one before and the bound.
+    """
+    cap = 2.0 * math.log(vocab_size) if from_scratch else FINETUNE_FIRST_LOSS_CAP
+    bound = cap if previous is None else MAX_GROWTH * previous
+    if math.isfinite(val_loss) and val_loss <= bound:
+        return
+    before = "the first one" if previous is None else f"{previous:.4f} before"
+    raise Divergence(
+        f"validation loss is {val_loss:.4f} ({before})",
+        where=f"evaluation {epoch}",
+        expected=f"a finite value of at most {bound:.4f}",
+        remedy="lower --lr or lengthen --warmup-steps, and start from the last good checkpoint",
+        falsifier="INV-TRAIN-005",
+    )
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Patience over evaluations: how many in a row brought no improvement."""
+
+    patience: int
+    min_epochs: int
+    best: float = math.inf
+    without_improvement: int = 0
+
+    def after(self, val_loss: float) -> EarlyStop:
+        """The state after one more evaluation."""
+        improved = val_loss < self.best
+        return EarlyStop(
+            patience=self.patience,
+            min_epochs=self.min_epochs,
+            best=min(self.best, val_loss),
+            without_improvement=0 if improved else self.without_improvement + 1,
+        )
+
+    def stops(self, epochs_done: int) -> bool:
+        """Whether to end now: patience used up, and never before ``min_epochs``."""
+        return self.without_improvement > self.patience and epochs_done >= self.min_epochs

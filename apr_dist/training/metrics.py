@@ -1,0 +1,108 @@
+"""metrics.jsonl: one JSON line a step and one an evaluation, complete or refused (INV-TRAIN-001)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import torch
+
+from apr_dist.errors import NumericalInstability, OutputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What one optimizer step really did.
+
+    Attributes:
+        step: 1-based number of the step.
+        train_loss: mean loss over all tokens of the global batch, before the update, in nats.
+        grad_norm: global norm of the gradient before clipping.
+        lr: the rate the optimizer used.
+        tokens_per_sec: target tokens of the global batch over the step's wall time.
+        gpu_util_pct: utilisation of this rank's GPU in percent; 0 on CPU.
+        wall_ms: wall time of the step in milliseconds.
+        data_wait_ms: part of it spent waiting for the batch.
+        tokens_seen: target tokens trained on so far, this step included.
+        data_epoch: passes over the training data begun so far, less one.
+    """
+
+    step: int
+    train_loss: float
+    grad_norm: float
+    lr: float
+    tokens_per_sec: float
+    gpu_util_pct: float
+    wall_ms: float
+    data_wait_ms: float
+    tokens_seen: int
+    data_epoch: int
+
+
+class MetricsFile:
+    """Appends lines to metrics.jsonl on rank 0; elsewhere it does nothing.
+
+    Args:
+        path: the file, replaced when it exists; None writes nothing.
+        common: keys put on every line (``synthetic`` marks a run on made-up data).
+    """
+
+    def __init__(self, path: Path | None, *, common: Mapping[str, Any]) -> None:
+        self._common = dict(common)
+        self._path = path
+        self._file: IO[bytes] | None = None
+        if path is not None:
+            try:
+                self._file = path.open("wb", buffering=0)  # a line is on its way or an error
+            except OSError as error:
+                raise OutputError(f"cannot be written ({error.strerror})", where=path) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Append one step.
+
+        Raises:
+            NumericalInstability: a value is not a finite number (INV-TRAIN-008).
+            OutputError: the line cannot be written.
+        """
+        values = asdict(metrics)
+        for key, value in values.items():
+            if not math.isfinite(value) or (key == "tokens_per_sec" and value <= 0):
+                raise NumericalInstability(
+                    f"{key} is {value}",
+                    where=f"step {metrics.step}",
+                    expected="a finite figure, and a positive throughput",
+                    falsifier="INV-TRAIN-008",
+                )
+        self._line({"kind": "step", **values})
+
+    def event(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append a line of another kind, such as ``evaluation``."""
+        self._line({"kind": kind, **values})
+
+    def _line(self, values: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write((json.dumps({**values, **self._common}, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            raise OutputError(
+                f"a line cannot be written ({error.strerror})",
+                where=self._path,
+                remedy="free space on that disk, then start again from the last checkpoint",
+            ) from error
+
+
+def gpu_utilisation(device: torch.device) -> float:
+    """Utilisation in percent of a CUDA device over the driver's last sample period; 0 on CPU."""
+    return float(torch.cuda.utilization(device)) if device.type == "cuda" else 0.0

@@ -1,0 +1,213 @@
+"""The verdict of a run: every gate, what was measured, what was required, pass or fail."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from apr_dist.errors import ExitCode, LossRefused
+from apr_dist.gates.result import GateResult
+
+INIT_LOSS_CAP = 6.0
+"""FALSIFY-APR-PRETRAIN-INIT-006: largest step-0 validation loss of a pretrained init, nats."""
+
+INIT_LOSS_SHARE = 0.7
+"""FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003: the same, as a share of ln V."""
+
+SCRATCH_SLACK = 1.5
+"""FALSIFY-APR-PRETRAIN-INIT-006: how far below ln V random weights may be, nats."""
+
+FINAL_LOSS_CAP = 9.38
+"""FALSIFY-APR-PRETRAIN-INIT-FINETUNE-005: largest final validation loss, nats."""
+
+AGREEMENT = 1e-4
+"""FALSIFY-APR-PRETRAIN-INIT-FINETUNE-007: training and evaluation path on the same sequences."""
+
+PLAUSIBLE_SHARE = 0.5
+"""FINETUNE-007: a validation loss below this share of the training loss is an artefact."""
+
+
+class Status(StrEnum):
+    """How a run ended."""
+
+    OK = "OK"
+    COMPLETED = "COMPLETED"
+    EARLY_STOP = "EARLY_STOP"
+    ABORTED = "ABORTED"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """The loss of the same sequences at the same weights, through training and evaluation."""
+
+    step: int
+    train_loss: float
+    eval_loss: float
+
+    @property
+    def difference(self) -> float:
+        """Absolute difference in nats per token."""
+        return abs(self.train_loss - self.eval_loss)
+
+
+def step_zero_gates(val_loss: float, *, vocab_size: int, from_init: bool) -> list[GateResult]:
+    """What the first validation loss must be, for a pretrained init or for random weights."""
+    log_v = math.log(vocab_size)
+    shown = f"{val_loss:.4f}"
+    if not from_init:
+        low = log_v - SCRATCH_SLACK
+        return [
+            GateResult(
+                id="FALSIFY-APR-PRETRAIN-INIT-006",
+                gate="step-0 loss of random weights",
+                measured=shown,
+                required=f"at least ln V - {SCRATCH_SLACK} = {low:.2f}",
+                passed=math.isfinite(val_loss) and val_loss >= low,
+            )
+        ]
+    return [
+        GateResult(
+            id="FALSIFY-APR-PRETRAIN-INIT-006",
+            gate="step-0 loss of the init",
+            measured=shown,
+            required=f"at most {INIT_LOSS_CAP}",
+            passed=math.isfinite(val_loss) and val_loss <= INIT_LOSS_CAP,
+        ),
+        GateResult(
+            id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003",
+            gate="step-0 loss against chance",
+            measured=shown,
+            required=f"at most {INIT_LOSS_SHARE} ln V = {INIT_LOSS_SHARE * log_v:.2f}",
+            passed=math.isfinite(val_loss) and val_loss <= INIT_LOSS_SHARE * log_v,
+        ),
+    ]
+
+
+def refuse_failed(results: Sequence[GateResult], *, where: str) -> None:
+    """Stop at the first ship-blocking gate that failed.
+
+    Raises:
+        LossRefused: naming what was measured and required.
+    """
+    for result in results:
+        if result.ship_blocking and not result.passed:
+            raise LossRefused(
+                f"{result.gate} is {result.measured}",
+                where=where,
+                expected=result.required,
+                remedy="check that the tokenizer and data are this model's, and import the model again",
+                falsifier=result.id,
+            )
+
+
+def evaluation_gates(
+    agreements: Sequence[Agreement], *, val_loss: float, train_loss: float | None
+) -> list[GateResult]:
+    """FINETUNE-007: evaluation reads the live weights, and its figure is one a model can reach."""
+    results = []
+    if agreements:
+        worst = max(agreements, key=lambda pair: pair.difference)
+        steps = " and ".join(str(pair.step) for pair in agreements)
+        results.append(
+            GateResult(
+                id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-007",
+                gate=f"evaluation agrees with training (steps {steps})",
+                measured=f"{worst.difference:.1e} apart",
+                required=f"at most {AGREEMENT:.0e}",
+                passed=worst.difference <= AGREEMENT,
+            )
+        )
+    if train_loss is not None:
+        results.append(
+            GateResult(
+                id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-007",
+                gate="validation loss is plausible",
+                measured=f"{val_loss:.4f}",
+                required=f"at least {PLAUSIBLE_SHARE} x training loss {train_loss:.4f}",
+                passed=val_loss >= PLAUSIBLE_SHARE * train_loss,
+            )
+        )
+    return results
+
+
+def final_gates(
+    *, first_val_loss: float, val_loss: float, target: float, finetune: bool, steps: int
+) -> list[GateResult]:
+    """What the last validation loss must be, and what it should be."""
+    results = []
+    if finetune:
+        results.append(
+            GateResult(
+                id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-005",
+                gate="final validation loss",
+                measured=f"{val_loss:.4f}",
+                required=f"finite and below {FINAL_LOSS_CAP}",
+                passed=math.isfinite(val_loss) and val_loss < FINAL_LOSS_CAP,
+            )
+        )
+    if steps:
+        results.append(
+            GateResult(
+                id="FALSIFY-APR-DIST-TRAINER-010",
+                gate="validation loss fell",
+                measured=f"{val_loss - first_val_loss:+.4f}",
+                required=f"below step 0 ({first_val_loss:.4f})",
+                passed=val_loss < first_val_loss,
+                ship_blocking=False,
+            )
+        )
+    results.append(
+        GateResult(
+            id="INV-TRAIN-004",
+            gate="target validation loss",
+            measured=f"{val_loss:.4f}",
+            required=f"at most {target}",
+            passed=val_loss <= target,
+            ship_blocking=False,
+        )
+    )
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Everything ``verdict.json`` says.
+
+    Attributes:
+        status: how the run ended.
+        detail: one sentence on why.
+        gates: every gate that was evaluated, in order.
+        facts: digests and figures that identify the run.
+        synthetic: whether it trained on made-up tokens.
+    """
+
+    status: Status
+    detail: str
+    gates: tuple[GateResult, ...]
+    facts: dict[str, Any]
+    synthetic: bool = False
+
+    @property
+    def failed(self) -> tuple[GateResult, ...]:
+        """The ship-blocking gates that failed."""
+        return tuple(gate for gate in self.gates if gate.ship_blocking and not gate.passed)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """OK only when the run ended by itself and every ship-blocking gate passed."""
+        good = self.status is not Status.ABORTED and not self.failed
+        return ExitCode.OK if good else ExitCode.VERDICT
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as plain JSON values."""
+        return {
+            "status": self.status.value,
+            "detail": self.detail,
+            "exit_code": int(self.exit_code),
+            "synthetic": self.synthetic,
+            "gates": [gate.to_json() for gate in self.gates],
+            "facts": self.facts,
+        }
