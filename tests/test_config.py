@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from apr_dist.config import (
     MODE_DEFAULTS,
@@ -105,7 +107,7 @@ def test_a_bad_value_names_the_key_the_value_and_what_it_may_be(key: str, value:
 def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(content)
-    with pytest.raises(UsageError, match="run.yaml"):
+    with pytest.raises(UsageError, match=r"is not YAML|is a list"):
         read_yaml(path)
 
 
@@ -143,9 +145,6 @@ def test_where_a_run_is_written_does_not_change_its_digest_and_what_is_trained_d
 
 def test_every_flag_reaches_the_script_through_either_launcher() -> None:
     """Launchers accept any unambiguous prefix of their own options and refuse ambiguous ones."""
-    from accelerate.commands.launch import launch_command_parser
-    from torch.distributed.run import get_args_parser
-
     for launcher in (launch_command_parser(), get_args_parser()):
         assert isinstance(launcher, argparse.ArgumentParser)
         for key, _ in [*leaves(TrainConfig), ("config", None), ("debug", None)]:

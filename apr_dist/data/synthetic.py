@@ -47,7 +47,7 @@ class SyntheticTokens:
             self._vocab_size, (self._batch_size, self._row), generator=generator, dtype=torch.int32
         )
         share = rows.shape[0] // self._world_size
-        return list(rows[self._rank * share : (self._rank + 1) * share].split(self._micro))
+        return list(torch.split(rows[self._rank * share : (self._rank + 1) * share], self._micro))
 
 
 class SyntheticEvaluation:

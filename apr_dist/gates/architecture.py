@@ -17,6 +17,7 @@ from apr_dist.model.families import (
     UNKNOWN,
     decoder_family,
     family_from_tensor_names,
+    hf_architecture,
     is_encoder,
     normalize_metadata_family,
 )
@@ -55,34 +56,21 @@ def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Pa
         ArchitectureRefused: an encoder, two witnesses that contradict each other, no witness at
             all, or a family that is not one of the decoders.
     """
-    names = list(names)
+    shown = family_from_tensor_names(names)
     texts = [str(metadata[key]).strip() for key in CLAIM_KEYS if metadata.get(key)]
-    if is_encoder(names=names, claims=texts):
+    if any(is_encoder(text) for text in (*texts, shown)):
         raise ArchitectureRefused(
-            f"this is an encoder ({texts[0] if texts else family_from_tensor_names(names)}); it has no"
-            " next-token head to train",
+            f"this is an encoder ({texts[0] if texts else shown}); it has no next-token head to train",
             where=where,
             expected=f"a decoder: {', '.join(Family)}",
             remedy="start from a causal language model",
             falsifier=ENCODER,
         )
-    shown = family_from_tensor_names(names)
     claims = {text: family for text in texts if (family := normalize_metadata_family(text)) is not None}
     witnesses = list(claims.values()) + ([shown] if shown != UNKNOWN else [])
     if len(set(witnesses)) > 1:
         raise _contradiction(claims, shown, where)
-    if not witnesses:
-        raise ArchitectureRefused(
-            "neither metadata nor tensor names say which architecture this is",
-            where=where,
-            expected="metadata key architecture, or Hugging Face tensor names",
-            remedy=f"apr-dist stamp {where} --architecture FAMILY --hf-architecture CLASS -o stamped.apr",
-            falsifier=METADATA,
-        )
-    model_type = (
-        metadata.get("hf_model_type") or metadata.get("hf_architecture") or metadata.get("architecture")
-    )
-    return decoder_family(witnesses[0], str(model_type or ""), where=where)
+    return _decoder(witnesses, texts, where)
 
 
 def check_dimensions(
@@ -103,7 +91,7 @@ def _contradiction(claims: Mapping[str, str], shown: str, where: Path) -> Archit
         return ArchitectureRefused(
             f"metadata claim {said}", where=where, expected="claims of one family", falsifier=MATCH
         )
-    name = shown.capitalize() + "ForCausalLM"
+    name = hf_architecture(shown)
     return ArchitectureRefused(
         f"metadata claim {said}, and the tensor names are those of {shown}",
         where=where,
@@ -111,6 +99,28 @@ def _contradiction(claims: Mapping[str, str], shown: str, where: Path) -> Archit
         remedy=f"apr-dist stamp {where} --architecture {shown} --hf-architecture {name} -o stamped.apr",
         falsifier=MATCH,
     )
+
+
+def _decoder(witnesses: list[str], texts: list[str], where: Path) -> Family:
+    if not witnesses:
+        raise ArchitectureRefused(
+            "neither metadata nor tensor names say which architecture this is",
+            where=where,
+            expected="metadata key architecture, or Hugging Face tensor names",
+            remedy=f"apr-dist stamp {where} --architecture FAMILY --hf-architecture CLASS -o stamped.apr",
+            falsifier=METADATA,
+        )
+    # Several families share Llama's tensor names; each claim must be of one whose arithmetic is ours.
+    found = {decoder_family(witnesses[0], text) for text in texts or [""]}
+    if None in found:
+        raise ArchitectureRefused(
+            f"the architecture {texts[0] if texts else witnesses[0]!r} is not one this decoder can be",
+            where=where,
+            expected=f"one of {', '.join(Family)}",
+            remedy="start from a model of one of these families",
+            falsifier=METADATA,
+        )
+    return Family.MISTRAL if Family.MISTRAL in found else Family(witnesses[0])
 
 
 def _tied(claim: object, head: HeadFacts, where: Path) -> bool:

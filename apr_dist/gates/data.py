@@ -59,9 +59,10 @@ def check_disjoint(training: Manifest, held_out: Manifest) -> None:
     """
     trained = {shard.sha256: shard.file for shard in training.shards if shard.sha256}
     for shard in held_out.shards:
-        if shard.sha256 in trained or training.path_of(shard).resolve() == held_out.path_of(shard).resolve():
+        copied = shard.sha256 is not None and shard.sha256 in trained
+        if copied or training.path_of(shard).resolve() == held_out.path_of(shard).resolve():
             raise DataError(
-                f"{shard.file} is also training shard {trained.get(shard.sha256, shard.file)}",
+                f"{shard.file} is also training shard {trained[str(shard.sha256)] if copied else shard.file}",
                 where=held_out.folder,
                 expected="held-out shards that are not trained on",
                 remedy="encode with --val-fraction, and pass its train and validation folders",

@@ -38,6 +38,7 @@ class Preflight:
         results: the gates that passed, in order.
         provenance: digests for the checkpoint and the verdict.
         warnings: what could not be checked, one sentence each.
+        recorded_val_loss: what the init file says this same evaluation gave when it was saved.
     """
 
     model_config: TransformerConfig
@@ -45,6 +46,7 @@ class Preflight:
     results: list[GateResult] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    recorded_val_loss: float | None = None
 
     def close(self) -> None:
         """Unmap the init file."""
@@ -205,6 +207,22 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     _note(found, say, result)
     found.provenance["data_fingerprint"] = training.fingerprint
     found.provenance["val_data_fingerprint"] = held_out.fingerprint
+    found.provenance["evaluation"] = _evaluation_identity(held_out, config)
+    found.recorded_val_loss = _recorded_loss(found)
+
+
+def _evaluation_identity(held_out: Manifest, config: TrainConfig) -> str:
+    """What a validation loss was measured on; equal texts mean comparable losses."""
+    sample = config.evaluation.max_sequences or "all"
+    precision = config.parallel.precision.value
+    return f"{sample} sequences of {config.seq_length} from {held_out.fingerprint} in {precision}"
+
+
+def _recorded_loss(found: Preflight) -> float | None:
+    said = found.reader.metadata.custom if found.reader else {}
+    loss = said.get("apr_dist.val_loss")
+    same = said.get("apr_dist.evaluation") == found.provenance["evaluation"]
+    return float(loss) if same and isinstance(loss, float) else None
 
 
 def _check_tokenizer(found: Preflight, config: TrainConfig, training: Manifest, rows: int) -> GateResult:

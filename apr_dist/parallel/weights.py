@@ -60,7 +60,7 @@ def load_weights(
             if reader is not None:
                 values = reader.float32(name)
                 expected[name] = _digest_array(values)
-                parameter.copy_(torch.from_dlpack(values))
+                parameter.copy_(torch.utils.dlpack.from_dlpack(values))
             if runtime.world_size > 1:
                 dist.broadcast(parameter.data, src=0)
             if progress is not None and runtime.is_main:

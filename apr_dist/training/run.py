@@ -79,6 +79,7 @@ def execute(
         from_init=config.init is not None,
         metadata=preflight.reader.metadata if preflight and preflight.reader else None,
         provenance={**facts["provenance"], "tool_version": __version__, "seed": config.seed},
+        recorded_val_loss=facts["recorded_val_loss"],
     )
     return _train(config, runtime, model, start, results, say)
 
@@ -91,6 +92,7 @@ def _shared(preflight: Preflight) -> dict[str, Any]:
         "tied": config.tie_word_embeddings,
         "gates": [result.to_json() for result in preflight.results],
         "provenance": preflight.provenance,
+        "recorded_val_loss": preflight.recorded_val_loss,
     }
 
 

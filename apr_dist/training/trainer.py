@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from apr_dist.apr.metadata import AprMetadata
@@ -66,12 +67,14 @@ class Start:
         from_init: whether its weights came from a file.
         metadata: metadata of that file (None from scratch and on other ranks).
         provenance: facts for the checkpoint's metadata.
+        recorded_val_loss: what the file says the same evaluation gave when it was saved, if it does.
     """
 
     model_config: TransformerConfig
     from_init: bool
     metadata: AprMetadata | None
     provenance: dict[str, Any]
+    recorded_val_loss: float | None = None
 
 
 @dataclass
@@ -131,7 +134,7 @@ class Trainer:
         self.progress = Progress()
         self.began = time.perf_counter()
         options = config.optimizer
-        self.optimizer = build_optimizer(
+        optimizer = build_optimizer(
             model,
             lr=config.peak_lr,
             weight_decay=options.weight_decay,
@@ -144,7 +147,7 @@ class Trainer:
             total_steps=config.num_steps,
             lr_min=max(config.peak_lr * options.lr_min_ratio, LR_FLOOR),
         )
-        self.wrapped = self._prepare(model)
+        self.wrapped, self.optimizer = self._prepare(model, optimizer)
 
     def fit(self, run_dir: Path) -> Outcome:
         """Train to the end of the steps, the target, or the patience, saving at every evaluation.
@@ -169,19 +172,22 @@ class Trainer:
                 break
         return self._outcome(status, detail, gates)
 
-    def _prepare(self, model: nn.Module) -> nn.Module:
-        wrapped, optimizer = self.runtime.accelerator.prepare(model, self.optimizer)
+    def _prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, AcceleratedOptimizer]:
+        wrapped, prepared = self.runtime.accelerator.prepare(model, optimizer)
         assert_wrapped(wrapped, self.runtime.strategy)
-        self.optimizer = optimizer
-        trained: nn.Module = wrapped
-        return trained
+        return wrapped, prepared
 
     def _step_zero(self) -> list[GateResult]:
         first = self._evaluate()
         if self.config.synthetic:
             return []
         gates = step_zero_gates(
-            first.loss, vocab_size=self.start.model_config.vocab_size, from_init=self.start.from_init
+            first.loss,
+            vocab_size=self.start.model_config.vocab_size,
+            from_init=self.start.from_init,
+            recorded=self.start.recorded_val_loss,
         )
         refuse_failed(gates, where=str(self.config.init or self.config.model))
         return gates

@@ -53,8 +53,17 @@ class Agreement:
         return abs(self.train_loss - self.eval_loss)
 
 
-def step_zero_gates(val_loss: float, *, vocab_size: int, from_init: bool) -> list[GateResult]:
-    """What the first validation loss must be, for a pretrained init or for random weights."""
+def step_zero_gates(
+    val_loss: float, *, vocab_size: int, from_init: bool, recorded: float | None = None
+) -> list[GateResult]:
+    """What the first validation loss must be, for a pretrained init or for random weights.
+
+    Args:
+        val_loss: the measured one, in nats per token.
+        vocab_size: rows of the embedding; chance is ln V.
+        from_init: whether the weights came from a file.
+        recorded: what that file says the same evaluation gave when it was saved.
+    """
     log_v = math.log(vocab_size)
     shown = f"{val_loss:.4f}"
     if not from_init:
@@ -83,6 +92,21 @@ def step_zero_gates(val_loss: float, *, vocab_size: int, from_init: bool) -> lis
             required=f"at most {INIT_LOSS_SHARE} ln V = {INIT_LOSS_SHARE * log_v:.2f}",
             passed=math.isfinite(val_loss) and val_loss <= INIT_LOSS_SHARE * log_v,
         ),
+        *_reopened_gate(val_loss, recorded),
+    ]
+
+
+def _reopened_gate(val_loss: float, recorded: float | None) -> list[GateResult]:
+    if recorded is None:
+        return []
+    return [
+        GateResult(
+            id="FALSIFY-APR-DIST-CHECKPOINT-005",
+            gate="checkpoint has the loss it was saved with",
+            measured=f"{val_loss:.6f}",
+            required=f"{recorded:.6f} within {AGREEMENT:.0e}",
+            passed=abs(val_loss - recorded) <= AGREEMENT,
+        )
     ]
 
 

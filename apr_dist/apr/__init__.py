@@ -1,0 +1,1 @@
+"""The APR file: its bytes, its metadata, reading it and writing it. No torch here."""

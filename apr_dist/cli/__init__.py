@@ -1,0 +1,88 @@
+"""The front door of everything but training: ``apr-dist VERB ...``.
+
+Parses, calls one function, prints. Verbs are imported when they are called, so that ``--help`` and
+a refusal take no longer than they must.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from apr_dist import __version__
+from apr_dist.errors import AprDistError, ExitCode
+
+VERBS: Mapping[str, str] = {
+    "import": "files:import_model",
+    "tokenize import-hf": "tokens:import_hf",
+    "tokenize encode-corpus": "tokens:encode",
+}
+"""Verb to ``room:function`` under this package."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; its error is one paragraph on stderr and a documented exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        return _dispatch(given)
+    except AprDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+        if debug:
+            traceback.print_exc()
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
+        code = ExitCode.INTERRUPTED
+    return int(code)
+
+
+def _dispatch(given: list[str]) -> int:
+    if given in (["--version"], ["version"]):
+        print(f"apr-dist {__version__}")
+        return 0
+    words = 2 if given and any(verb.startswith(given[0] + " ") for verb in VERBS) else 1
+    verb, rest = " ".join(given[:words]), given[words:]
+    if verb in VERBS:
+        result = tyro.cli(
+            _load(verb),
+            prog=f"apr-dist {verb}",
+            args=rest,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.EnumChoicesFromValues),
+        )
+        return int(result or 0)
+    _list_verbs(verb)
+    return 0 if verb in ("", "-h", "--help") or "--help" in given else int(ExitCode.USAGE)
+
+
+def _load(verb: str) -> Callable[..., Any]:
+    room, function = VERBS[verb].split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"apr_dist.cli.{room}"), function)
+    return found
+
+
+def _list_verbs(asked: str) -> None:
+    group = asked.split(" ", 1)[0]
+    chosen = [verb for verb in VERBS if verb.startswith(group + " ")] or list(VERBS)
+    unknown = asked not in ("", "-h", "--help") and not any(verb.startswith(group) for verb in VERBS)
+    stream = sys.stderr if unknown else sys.stdout
+    if unknown:
+        print(f"error: there is no verb {asked!r}{_did_you_mean(group)}.", file=stream)
+    print("usage: apr-dist VERB [--help] ...\n\nverbs:", file=stream)
+    for verb in chosen:
+        summary = (_load(verb).__doc__ or "").split("\n", 1)[0]
+        print(f"  {verb:<28}{summary}", file=stream)
+    print("\nExample: apr-dist import model.gguf -o model.apr", file=stream)
+
+
+def _did_you_mean(word: str) -> str:
+    from apr_dist.config import nearest  # noqa: PLC0415  (only an error needs it)
+
+    close = nearest(word, list(VERBS))
+    return f"; did you mean {close!r}?" if close else ""

@@ -1,0 +1,121 @@
+"""Verbs over tokenizers, corpora and shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from apr_dist.cli.progress import encode_progress
+from apr_dist.data.corpus import standard_library_sources
+from apr_dist.data.encode import EncodeSummary, EosPolicy, Normalization, encode_corpus
+from apr_dist.errors import UsageError
+from apr_dist.interop.tokenizers import import_any_tokenizer
+
+Source = Annotated[Path, tyro.conf.Positional]
+Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+
+
+def import_hf(
+    source: Source, /, *, output: Output, include_added_tokens: bool = False, force: bool = False
+) -> None:
+    """Import a tokenizer into a tokenizer folder.
+
+    Example: apr-dist tokenize import-hf tokenizer.json -o tokenizer/
+
+    Args:
+        source: a tokenizer.json, a folder with one, a GGUF, an APR that embeds one, or a Qwen .tiktoken.
+        output: tokenizer folder to write.
+        include_added_tokens: also list the added tokens in vocab.json.
+        force: replace a tokenizer that lies there.
+    """
+    identity = import_any_tokenizer(
+        source, output, include_added_tokens=include_added_tokens, overwrite=force
+    )
+    print(
+        f"{output}: {identity.bpe_vocab_count:,} base + {identity.added_tokens_count:,} added ="
+        f" {identity.effective_vocab_count:,} tokens, {identity.merges_count:,} merges"
+    )
+
+
+def encode(
+    *,
+    tokenizer: Path,
+    output: Output,
+    corpus: tuple[Path, ...] = (),
+    standard_library: bool = False,
+    glob: tuple[str, ...] = (),
+    shard_tokens: int = 1_000_000,
+    text_key: str = "content",
+    eos_policy: EosPolicy = EosPolicy.BETWEEN,
+    normalization: Normalization = Normalization.NONE,
+    val_fraction: float = 0.0,
+    workers: int | None = None,
+    limit_tokens: int | None = None,
+    strict: bool = False,
+    force: bool = False,
+) -> None:
+    """Encode documents into u32 token shards with a manifest.
+
+    A run that was killed goes on where it was when the same command is given again.
+
+    Example: apr-dist tokenize encode-corpus --corpus docs.jsonl --tokenizer tok -o shards --val-fraction 0.05
+
+    Args:
+        tokenizer: tokenizer folder.
+        output: shard folder to write; with --val-fraction it gets train/ and validation/.
+        corpus: files or folders of JSONL, plain text or Parquet (also .gz, .zst), or - for JSONL on stdin.
+        standard_library: add the running Python's own standard-library sources.
+        glob: which files of a folder are taken, such as '*.py'; by default the corpus formats.
+        shard_tokens: a shard closes after the document that reaches this many tokens.
+        text_key: JSON key or Parquet column of the text.
+        eos_policy: where the tokenizer's document-end id is written.
+        normalization: of the text before the tokenizer sees it.
+        val_fraction: share of documents, by hash of their text, that is held out.
+        workers: tokenizing threads; by default one a CPU.
+        limit_tokens: stop after the document that reaches this many tokens.
+        strict: stop at the first bad record, naming file and line.
+        force: replace a finished data set.
+    """
+    sources = [*corpus, *(standard_library_sources() if standard_library else [])]
+    if not sources:
+        raise UsageError(
+            "no source was named", where="command line", expected="--corpus PATH or --standard-library"
+        )
+    with encode_progress() as progress:
+        summary = encode_corpus(
+            sources=sources,
+            tokenizer=tokenizer,
+            output=output,
+            shard_tokens=shard_tokens,
+            eos_policy=eos_policy,
+            normalization=normalization,
+            val_fraction=val_fraction,
+            text_key=text_key,
+            globs=glob or None,
+            workers=workers,
+            overwrite=force,
+            strict=strict,
+            limit_tokens=limit_tokens,
+            progress=progress,
+        )
+    _print_summary(summary)
+
+
+def _print_summary(summary: EncodeSummary) -> None:
+    for split, manifest in summary.manifests.items():
+        print(
+            f"{manifest.folder}: {split}, {len(manifest.shards)} shard(s), {manifest.total_tokens:,} tokens"
+            f" of {manifest.total_documents:,} documents, fingerprint {manifest.fingerprint[:16]}"
+        )
+    for problem, count in summary.problems.items():
+        print(f"warning: {count:,} record(s) left out: {problem.value}")
+    for example in summary.examples:
+        print(f"  {example}")
+    if summary.lossy_documents:
+        print(
+            f"warning: {summary.lossy_documents:,} document(s) hold {summary.lost_bytes:,} byte(s)"
+            " that the tokenizer has no token for"
+        )
+    print(f"{summary.tokens:,} tokens in {summary.elapsed_s:.1f} s ({summary.tokens_per_s:,.0f} tokens/s)")

@@ -1,0 +1,1 @@
+"""The promises in ``contracts/*.yaml``: read, checked, bound to tests, and shown with what backs them."""

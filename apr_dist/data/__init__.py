@@ -1,0 +1,5 @@
+"""Tokens: corpus, tokenizer, shards, manifest and the loader."""
+
+from apr_dist.data.manifest import Manifest, Shard, TokenizerIdentity
+
+__all__ = ["Manifest", "Shard", "TokenizerIdentity"]

@@ -1,0 +1,133 @@
+"""The choices, progress and result of an encoding, as plain facts.
+
+Lives here: what goes into ``encode_corpus`` and what comes out. The work itself lives in ``encode`` and the
+rooms it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from apr_dist.data.corpus_formats import Problem
+from apr_dist.data.manifest import Manifest
+from apr_dist.errors import UsageError
+
+
+class EosPolicy(Enum):
+    """Where the document-end id is written."""
+
+    NONE = "none"
+    BETWEEN = "between"
+    AFTER = "after"
+
+
+class Normalization(Enum):
+    """What is done to a text before the tokenizer sees it."""
+
+    NONE = "none"
+    NFC = "nfc"
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """The choices of one encoding; see ``encode_corpus`` for each.
+
+    Raises:
+        UsageError: a number is out of its range.
+    """
+
+    output: Path
+    shard_tokens: int
+    eos_policy: EosPolicy
+    normalization: Normalization
+    val_fraction: float
+    text_key: str
+    limit_tokens: int | None
+    strict: bool
+    commit_every_s: float
+
+    def __post_init__(self) -> None:
+        if self.shard_tokens < 1:
+            raise UsageError(f"--shard-tokens is {self.shard_tokens}", expected="at least 1")
+        if not 0.0 <= self.val_fraction < 1.0:
+            raise UsageError(
+                f"--val-fraction is {self.val_fraction}", expected="from 0 up to, not including, 1"
+            )
+        if self.limit_tokens is not None and self.limit_tokens < 1:
+            raise UsageError(f"--limit-tokens is {self.limit_tokens}", expected="at least 1")
+
+    @property
+    def splits(self) -> dict[str, Path]:
+        """The parts of the data set and where each one's shards go."""
+        if self.val_fraction:
+            return {"train": self.output / "train", "validation": self.output / "validation"}
+        return {"all": self.output}
+
+    def to_json(self) -> dict[str, object]:
+        """The choices that the result depends on."""
+        return {
+            "shard_tokens": self.shard_tokens,
+            "eos_policy": self.eos_policy.value,
+            "normalization": self.normalization.value,
+            "val_fraction": self.val_fraction,
+            "text_key": self.text_key,
+            "limit_tokens": self.limit_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class EncodeProgress:
+    """How far encoding is; handed to the ``progress`` callback about twice a second.
+
+    Attributes:
+        documents: encoded so far, in all splits.
+        tokens: written so far, in all splits.
+        bytes_done: of the sources, as they lie on disk.
+        bytes_total: of all sources; 0 for standard input.
+        elapsed_s: of this process.
+        tokens_per_s: of this process (a resumed run does not count what it found done).
+        eta_s: seconds left at this rate, None while it cannot be known.
+    """
+
+    documents: int
+    tokens: int
+    bytes_done: int
+    bytes_total: int
+    elapsed_s: float
+    tokens_per_s: float
+    eta_s: float | None
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    """What an encoding made and what it met.
+
+    Attributes:
+        manifests: by split: ``train`` and ``validation``, or ``all``.
+        documents: in all splits.
+        tokens: in all splits.
+        problems: records that are no documents, counted by kind; kinds that did not occur are left out.
+        examples: the first few of them that this process met, with file and line.
+        lossy_documents: documents with bytes that the vocabulary has no token for.
+        lost_bytes: how many such bytes.
+        resumed_tokens: tokens found done from an interrupted run.
+        elapsed_s: of this process.
+    """
+
+    manifests: Mapping[str, Manifest]
+    documents: int
+    tokens: int
+    problems: Mapping[Problem, int]
+    examples: tuple[str, ...]
+    lossy_documents: int
+    lost_bytes: int
+    resumed_tokens: int
+    elapsed_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that this process encoded, a second."""
+        return (self.tokens - self.resumed_tokens) / max(self.elapsed_s, 1e-9)

@@ -1,0 +1,236 @@
+"""One encoding under way: records read in order, ids written in order, work committed now and then.
+
+Lives here: which split a document goes to, what stands between documents, counting what is met, and the
+bounds on work in flight. The public call is ``encode.encode_corpus``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from apr_dist.data.corpus import BadRecord, CorpusReader, Document, Problem, Record, Source
+from apr_dist.data.encode_facts import EncodeProgress, EncodeSettings, EosPolicy
+from apr_dist.data.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingPool
+from apr_dist.data.journal import Journal, Progress, SplitProgress
+from apr_dist.data.split_writer import SplitWriter
+from apr_dist.errors import CorpusError
+
+LOSSY_DOCUMENTS = "lossy documents"
+LOST_BYTES = "lost bytes"
+_BATCH_RECORDS = 512
+_CHARACTERS_IN_FLIGHT = 48 * 2**20
+_PROGRESS_EVERY_S = 0.5
+_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Consecutive records and the position behind them."""
+
+    records: list[Record]
+    source: int
+    record: int
+
+    @property
+    def texts(self) -> list[str]:
+        return [record.text for record in self.records if isinstance(record, Document)]
+
+    @property
+    def characters(self) -> int:
+        return sum(len(text) for text in self.texts)
+
+
+class EncodingRun:
+    """Feeds a pool from the corpus and writers from the pool; takes up where ``journal`` says.
+
+    Attributes:
+        writers: by split.
+        counts: problems and losses so far, by name.
+        examples: the first problems met, as text.
+        resumed_tokens: tokens that were there already.
+    """
+
+    def __init__(
+        self, settings: EncodeSettings, sources: Sequence[Source], journal: Journal, *, eos_id: int | None
+    ) -> None:
+        self._settings = settings
+        self._journal = journal
+        self._started = self._committed = time.monotonic()
+        state = journal.progress
+        self._position = (state.source, state.record)
+        self._reader = CorpusReader(
+            sources, text_key=settings.text_key, start_source=state.source, start_record=state.record
+        )
+        self._end = np.array([] if settings.eos_policy is EosPolicy.NONE else [eos_id], dtype=np.uint32)
+        self.counts: Counter[str] = Counter(state.counts)
+        self.examples: list[str] = []
+        self.writers = {name: self._writer(name, state) for name in settings.splits}
+        self.resumed_tokens = self.tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all splits so far."""
+        return sum(writer.tokens for writer in self.writers.values())
+
+    @property
+    def documents(self) -> int:
+        """Documents in all splits so far."""
+        return sum(writer.documents for writer in self.writers.values())
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since this process began."""
+        return time.monotonic() - self._started
+
+    def encode(self, pool: EncodingPool, progress: Callable[[EncodeProgress], None] | None) -> None:
+        """Encode everything from the position on; afterwards all shards are closed and committed.
+
+        Raises:
+            CorpusError: a source cannot be read, or (strict) a record is bad.
+            OutputError: a shard cannot be written.
+        """
+        flying: deque[tuple[_Batch, Future[list[EncodedText]]]] = deque()
+        reported = 0.0
+        try:
+            for batch in self._batches():
+                flying.append((batch, pool.submit(batch.texts)))
+                while self._too_many(flying, pool.workers) and not self._is_full():
+                    self._take(*flying.popleft())
+                if self._is_full():
+                    break
+                if progress is not None and self.elapsed_s - reported >= _PROGRESS_EVERY_S:
+                    reported = self.elapsed_s
+                    progress(self._progress())
+            while flying and not self._is_full():
+                self._take(*flying.popleft())
+            for writer in self.writers.values():
+                writer.close_shard()
+            self._commit()
+        finally:
+            for writer in self.writers.values():
+                writer.abandon()
+        if progress is not None:
+            progress(self._progress())
+
+    def _batches(self) -> Iterator[_Batch]:
+        """Consecutive records in batches that one call of the tokenizer is worth."""
+        found: list[Record] = []
+        characters = 0
+        source, record = self._position
+        for number, one in self._reader:
+            record = record + 1 if number == source else 1
+            source = number
+            found.append(one)
+            characters += len(one.text) if isinstance(one, Document) else 0
+            if characters >= CALL_CHARACTERS or len(found) >= _BATCH_RECORDS:
+                yield _Batch(found, source, record)
+                found, characters = [], 0
+        if found:
+            yield _Batch(found, source, record)
+
+    def _take(self, batch: _Batch, encoding: Future[list[EncodedText]]) -> None:
+        """Write one batch's documents and remember the position behind it."""
+        closed = self._closed_shards()
+        encoded = iter(encoding.result())
+        for record in batch.records:
+            if self._is_full():
+                return
+            if isinstance(record, BadRecord):
+                self._count_problem(record)
+            else:
+                self._write(record, next(encoded))
+        self._position = (batch.source, batch.record)
+        if (
+            self._closed_shards() > closed
+            or time.monotonic() - self._committed >= self._settings.commit_every_s
+        ):
+            self._commit()
+
+    def _write(self, document: Document, encoded: EncodedText) -> None:
+        if encoded.lost_bytes:
+            self._count_loss(document, encoded.lost_bytes)
+        if not encoded.ids.size:
+            self._count_problem(BadRecord(Problem.EMPTY, "no tokens", document.source, document.line))
+            return
+        if not self._settings.val_fraction:
+            writer = self.writers["all"]
+        else:
+            is_validation = encoded.position < self._settings.val_fraction
+            writer = self.writers["validation" if is_validation else "train"]
+        if self._settings.eos_policy is EosPolicy.BETWEEN and writer.documents:
+            writer.append_end(self._end)
+        writer.append(encoded.ids)
+        if self._settings.eos_policy is EosPolicy.AFTER:
+            writer.append_end(self._end)
+
+    def _count_loss(self, document: Document, lost_bytes: int) -> None:
+        what = f"{lost_bytes} bytes that the vocabulary has no token for"
+        where = f"{document.source}:{document.line}"
+        if self._settings.strict:
+            raise CorpusError(
+                f"the document holds {what}", where=where, remedy="mend it, or leave out --strict"
+            )
+        self.counts[LOSSY_DOCUMENTS] += 1
+        self.counts[LOST_BYTES] += lost_bytes
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(f"{where}: {what}")
+
+    def _count_problem(self, problem: BadRecord) -> None:
+        if self._settings.strict:
+            raise problem.as_error()
+        self.counts[problem.problem.value] += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(
+                f"{problem.source}:{problem.line}: {problem.problem.value}: {problem.detail}"
+            )
+
+    def _closed_shards(self) -> int:
+        return sum(len(writer.shards) for writer in self.writers.values())
+
+    def _commit(self) -> None:
+        splits = {
+            name: SplitProgress(open=writer.commit(), shards=tuple(writer.shards))
+            for name, writer in self.writers.items()
+        }
+        source, record = self._position
+        self._journal.commit(Progress(source=source, record=record, counts=self.counts, splits=splits))
+        self._committed = time.monotonic()
+
+    def _writer(self, name: str, state: Progress) -> SplitWriter:
+        folder = self._journal.folder / name
+        folder.mkdir(exist_ok=True)
+        done = state.splits.get(name, SplitProgress())
+        return SplitWriter(
+            folder, shard_tokens=self._settings.shard_tokens, closed=done.shards, opened=done.open
+        )
+
+    def _is_full(self) -> bool:
+        limit = self._settings.limit_tokens
+        return limit is not None and self.tokens >= limit
+
+    @staticmethod
+    def _too_many(flying: deque[tuple[_Batch, Future[list[EncodedText]]]], workers: int) -> bool:
+        """More work in flight than keeps the threads busy, or than memory is for."""
+        if len(flying) <= 1:
+            return False
+        characters = sum(batch.characters for batch, _ in flying)
+        return len(flying) > workers + 2 or characters > _CHARACTERS_IN_FLIGHT
+
+    def _progress(self) -> EncodeProgress:
+        done, total, elapsed = self._reader.bytes_done, self._reader.bytes_total, self.elapsed_s
+        fresh = done - self._reader.bytes_at_start
+        return EncodeProgress(
+            documents=self.documents,
+            tokens=self.tokens,
+            bytes_done=done,
+            bytes_total=total,
+            elapsed_s=elapsed,
+            tokens_per_s=(self.tokens - self.resumed_tokens) / max(elapsed, 1e-9),
+            eta_s=(total - done) * elapsed / fresh if total and fresh > 0 else None,
+        )

@@ -1,0 +1,288 @@
+"""A data set's identity: what manifest.json records about a folder of shards, and reading it back.
+
+Lives here: ``Shard``, ``TokenizerIdentity`` and ``Manifest``, opening a folder, and the fingerprint that
+checkpoints carry. Hashing shard bytes, repairing and verifying live in ``verification``; making shards
+lives in ``encode``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apr_dist.data.manifest_file import (
+    OLDER_SCHEMA,
+    SCHEMA,
+    RecordedManifest,
+    Shard,
+    TokenizerIdentity,
+    parse_manifest,
+)
+from apr_dist.data.shard_files import INDEX_SUFFIX, check_shard_files, shard_names, shards_of_older_folder
+from apr_dist.data.storage import write_atomically
+from apr_dist.errors import ManifestError, ShardError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["MANIFEST_NAME", "Manifest", "Shard", "TokenizerIdentity"]
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known about one shard folder; built by ``load`` or by the encoder.
+
+    Attributes:
+        folder: the folder that holds the shards.
+        shards: in reading order.
+        vocab_size: ids are below this; None when an older folder does not say.
+        tokenizer: whose ids these are; None in older folders.
+        split: ``train``, ``validation``, or None when the folder is not a part of a split.
+        total_documents: None in older folders that do not say.
+        eos_policy: ``none``, ``between`` or ``after``; None when unknown.
+        eos_token_id: the id written at document ends; None when unknown or with policy ``none``.
+        has_index: a sidecar ``shard-NNNNN.idx`` of u64 document starts stands beside every shard.
+        tokenizer_dir: where the tokenizer was when the shards were made (older readers want the key).
+        source: what the documents were taken from, as the encoder described it.
+        created_at: RFC 3339 time.
+        tool_version: version of the writer.
+        repaired_at: RFC 3339 time of the last repair, None when the encoder's own manifest stands.
+        note: what a repair could not know.
+        schema: the schema found in the file.
+        warnings: what cannot be checked about this folder, one sentence each.
+    """
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    vocab_size: int | None
+    tokenizer: TokenizerIdentity | None
+    split: str | None = None
+    total_documents: int | None = None
+    eos_policy: str | None = None
+    eos_token_id: int | None = None
+    has_index: bool = False
+    tokenizer_dir: str | None = None
+    source: Mapping[str, object] = field(default_factory=dict)
+    created_at: str | None = None
+    tool_version: str | None = None
+    repaired_at: str | None = None
+    note: str | None = None
+    schema: str = SCHEMA
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def max_token_id(self) -> int | None:
+        """The largest id in any shard, or None when a shard does not record it."""
+        largest = [shard.max_id for shard in self.shards if shard.tokens]
+        return None if None in largest else max((one for one in largest if one is not None), default=None)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over the tokenizer's and the ordered shards' hashes: the data's identity.
+
+        A folder without shard hashes is fingerprinted over names and sizes only; ``warnings`` says so.
+        """
+        if all(shard.sha256 for shard in self.shards):
+            lines = [SCHEMA, self.tokenizer.sha256 if self.tokenizer else "unknown tokenizer"]
+            lines += [f"{shard.sha256} {shard.tokens}" for shard in self.shards]
+        else:
+            lines = ["names and sizes", *(f"{shard.file} {shard.bytes}" for shard in self.shards)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def path_of(self, shard: Shard) -> Path:
+        """Where the shard's tokens lie."""
+        return self.folder / shard.file
+
+    def document_starts(self, shard: Shard) -> NDArray[np.uint64]:
+        """First token of each document of ``shard``: [documents] u64, rising, beginning with 0.
+
+        Raises:
+            ShardError: the folder has no document index, or the sidecar is missing or of a wrong size.
+        """
+        import numpy as np  # noqa: PLC0415  (opening a manifest does not need numpy)
+
+        path = self.path_of(shard).with_suffix(INDEX_SUFFIX)
+        if not self.has_index:
+            raise ShardError(
+                "this folder records no document boundaries",
+                where=self.folder,
+                remedy="encode the corpus again with `apr-dist tokenize encode-corpus`",
+            )
+        try:
+            starts = np.fromfile(path, dtype="<u8")
+        except OSError as error:
+            raise ShardError(f"the document index cannot be read ({error.strerror})", where=path) from error
+        if shard.documents is not None and (starts.size != shard.documents or path.stat().st_size % 8):
+            raise ShardError(
+                f"the document index holds {path.stat().st_size} bytes",
+                where=path,
+                expected=f"{shard.documents * 8} ({shard.documents} documents)",
+                remedy=f"apr-dist tokenize repair-manifest {self.folder}",
+            )
+        return starts
+
+    @staticmethod
+    def load(folder: Path, *, check_files: bool = True) -> Manifest:
+        """Open a shard folder: read manifest.json and compare the files' sizes with it.
+
+        Shard bytes are not hashed here (``verification.verify_dataset`` does that).
+
+        Args:
+            folder: the folder with manifest.json.
+            check_files: False skips the look at every shard file (one system call a shard).
+
+        Raises:
+            ManifestError: no manifest, malformed, of an unknown schema, naming files outside the
+                folder, without shards, or contradicting itself.
+            ShardError: a shard is missing or its size is not the recorded one.
+        """
+        path = folder / MANIFEST_NAME
+        recorded = parse_manifest(_read(folder, path), where=path)
+        if recorded.schema == OLDER_SCHEMA or not recorded.shards:
+            return _open_without_shard_facts(folder, recorded)
+        manifest = _from_recorded(folder, recorded)
+        _check_sums(manifest, recorded, path)
+        if check_files:
+            check_shard_files(folder, manifest.shards)
+        return manifest
+
+    def write(self) -> None:
+        """Write manifest.json atomically; the older schema's keys are kept so that its readers work.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        content = json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n"
+        write_atomically(self.folder / MANIFEST_NAME, content.encode())
+
+    def to_json(self) -> dict[str, object]:
+        """The manifest as the object that manifest.json holds."""
+        recorded: dict[str, object] = {
+            "schema": SCHEMA,
+            "shard_count": len(self.shards),
+            "total_tokens": self.total_tokens,
+            "total_documents": self.total_documents,
+            "vocab_size": self.vocab_size,
+            "tokenizer": asdict(self.tokenizer) if self.tokenizer else None,
+            "tokenizer_dir": self.tokenizer_dir,
+            "dtype": "u32le",
+            "split": self.split,
+            "eos_policy": self.eos_policy,
+            "eos_token_id": self.eos_token_id,
+            "documents_index": {"suffix": INDEX_SUFFIX, "dtype": "u64le"} if self.has_index else None,
+            "source": dict(self.source),
+            "created_at": self.created_at,
+            "tool_version": self.tool_version,
+            "fingerprint": self.fingerprint,
+        }
+        if self.repaired_at is not None:
+            recorded |= {"repair": True, "repaired_at": self.repaired_at, "note": self.note}
+        return recorded | {"shards": [asdict(shard) for shard in self.shards]}
+
+
+def _read(folder: Path, path: Path) -> bytes:
+    if not folder.is_dir():
+        found = "a file stands there" if folder.exists() else "there is no such folder"
+        raise ManifestError(found, where=folder, expected="a shard folder with manifest.json")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ManifestError(
+            "the folder has no manifest.json", where=folder, expected="a shard folder", remedy=_remedy(folder)
+        ) from error
+    except OSError as error:
+        raise ManifestError(f"it cannot be read ({error.strerror})", where=path) from error
+
+
+def _remedy(folder: Path) -> str:
+    parts = [part.name for part in sorted(folder.iterdir()) if (part / MANIFEST_NAME).is_file()]
+    if parts:
+        return f"name one of its parts: {', '.join(str(folder / part) for part in parts)}"
+    if shard_names(folder):
+        return f"apr-dist tokenize repair-manifest {folder}"
+    return f"apr-dist tokenize encode-corpus --corpus PATH --tokenizer DIR --output {folder}"
+
+
+def _from_recorded(folder: Path, recorded: RecordedManifest) -> Manifest:
+    warnings = []
+    if recorded.repair:
+        warnings.append(f"this manifest was rebuilt from the shards; {recorded.note or 'no note was left'}")
+    return Manifest(
+        folder=folder,
+        shards=recorded.shards or (),
+        vocab_size=recorded.vocab_size,
+        tokenizer=recorded.tokenizer,
+        split=recorded.split,
+        total_documents=recorded.total_documents,
+        eos_policy=recorded.eos_policy,
+        eos_token_id=recorded.eos_token_id,
+        has_index=recorded.documents_index is not None,
+        tokenizer_dir=recorded.tokenizer_dir,
+        source=recorded.source_fields(),
+        created_at=recorded.created_at,
+        tool_version=recorded.tool_version,
+        repaired_at=recorded.repaired_at,
+        note=recorded.note,
+        schema=recorded.schema,
+        warnings=tuple(warnings),
+    )
+
+
+def _check_sums(manifest: Manifest, recorded: RecordedManifest, path: Path) -> None:
+    """The totals and the fingerprint must follow from the shard list: an edited manifest does not."""
+    derived: dict[str, tuple[object, object]] = {
+        "shard_count": (recorded.shard_count, len(manifest.shards)),
+        "total_tokens": (recorded.total_tokens, manifest.total_tokens),
+        "fingerprint": (recorded.fingerprint, manifest.fingerprint),
+    }
+    for key, (found, expected) in derived.items():
+        if found is not None and found != expected:
+            raise ManifestError(
+                f"{key} is {found}, which its own shard list contradicts",
+                where=path,
+                expected=str(expected),
+                remedy=f"apr-dist tokenize repair-manifest {manifest.folder}",
+            )
+
+
+def _open_without_shard_facts(folder: Path, recorded: RecordedManifest) -> Manifest:
+    """A folder whose manifest says nothing per shard: the files themselves are the list."""
+    path = folder / MANIFEST_NAME
+    if recorded.schema == SCHEMA and recorded.shards is not None:
+        raise ManifestError(
+            "it holds no shards", where=folder, expected="at least one shard", remedy=_remedy(folder)
+        )
+    shards = shards_of_older_folder(folder)
+    if not shards:
+        raise ManifestError("it holds no shards", where=folder, expected="files named shard-*.bin")
+    warnings = (
+        f"schema {recorded.schema} records nothing per shard: content, id bounds and document "
+        "boundaries cannot be checked, and the fingerprint covers only names and sizes",
+    )
+    manifest = Manifest(
+        folder=folder,
+        shards=shards,
+        vocab_size=recorded.vocab_size,
+        tokenizer=None,
+        total_documents=recorded.total_documents,
+        eos_policy=recorded.eos_policy,
+        eos_token_id=recorded.eos_token_id,
+        tokenizer_dir=recorded.tokenizer_dir,
+        source=recorded.source_fields(),
+        schema=recorded.schema,
+        warnings=warnings,
+    )
+    _check_sums(manifest, recorded, path)
+    return manifest

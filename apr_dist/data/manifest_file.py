@@ -1,0 +1,160 @@
+"""The layout of manifest.json: its keys, their types and limits, and the errors of a malformed one.
+
+Lives here: the records a manifest consists of and their validation. What they mean for a folder of
+shards lives in ``manifest``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from apr_dist.errors import ManifestError
+
+SCHEMA = "apr-dist-shards-v1"
+OLDER_SCHEMA = "pretokenize-bin-v1"
+
+_Count = Annotated[int, Field(ge=0)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+_Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_PlainName = Annotated[str, Field(min_length=1, max_length=255)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids: headerless little-endian u32.
+
+    Attributes:
+        file: plain file name inside the folder.
+        tokens: number of ids.
+        bytes: size of the file, ``4 * tokens``.
+        xxh3_64: XXH3-64 of the file in 16 hex digits (the quick check), None when unknown.
+        sha256: SHA-256 of the file in hex (provenance), None when unknown.
+        min_id: smallest id, None when unknown.
+        max_id: largest id, None when unknown.
+        documents: documents that begin in this shard, None when unknown.
+        index_xxh3_64: XXH3-64 of the sidecar of document starts, None when there is none.
+    """
+
+    file: _PlainName
+    tokens: _Count
+    bytes: _Count
+    xxh3_64: _Xxh3 | None = None
+    sha256: _Sha256 | None = None
+    min_id: _TokenId | None = None
+    max_id: _TokenId | None = None
+    documents: _Count | None = None
+    index_xxh3_64: _Xxh3 | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer, in numbers: equal identities give equal ids.
+
+    Attributes:
+        sha256: of tokenizer.json, in hex.
+        bpe_vocab_count: entries of the model's own vocabulary.
+        added_tokens_count: added tokens that the model's vocabulary does not hold already.
+        effective_vocab_count: the two together.
+        merges_count: BPE merges.
+        eos_id: the id that ends a document, None when the tokenizer has none.
+        bos_id: the id that begins a sequence, None when undeclared.
+        pad_id: the padding id, None when undeclared.
+        id_bound: every id is below this (larger than the effective count when ids have gaps).
+    """
+
+    sha256: _Sha256
+    bpe_vocab_count: _Count
+    added_tokens_count: _Count
+    effective_vocab_count: _Count
+    merges_count: _Count
+    eos_id: _TokenId | None = None
+    bos_id: _TokenId | None = None
+    pad_id: _TokenId | None = None
+    id_bound: _Count = 0
+
+
+@dataclass(frozen=True)
+class RecordedManifest:
+    """The keys of manifest.json that are read, of this schema and the older one; others are ignored."""
+
+    schema: str
+    shard_count: _Count | None = None
+    total_tokens: _Count | None = None
+    total_documents: _Count | None = None
+    vocab_size: _Count | None = None
+    tokenizer: TokenizerIdentity | None = None
+    tokenizer_dir: str | None = None
+    dtype: str = "u32le"
+    split: str | None = None
+    eos_policy: str | None = None
+    eos_token_id: _TokenId | None = None
+    documents_index: Mapping[str, str] | None = None
+    source: Mapping[str, object] | str | None = None
+    created_at: str | None = None
+    tool_version: str | None = None
+    fingerprint: str | None = None
+    repair: bool = False
+    repaired_at: str | None = None
+    note: str | None = None
+    shards: tuple[Shard, ...] | None = None
+
+    def source_fields(self) -> Mapping[str, object]:
+        """The source as an object, whichever way it was recorded."""
+        if self.source is None:
+            return {}
+        return {"kind": self.source} if isinstance(self.source, str) else dict(self.source)
+
+
+@cache
+def _validator() -> TypeAdapter[RecordedManifest]:
+    return TypeAdapter(RecordedManifest)
+
+
+def parse_manifest(content: bytes, *, where: Path) -> RecordedManifest:
+    """Read manifest.json's bytes.
+
+    Raises:
+        ManifestError: malformed JSON, an unknown schema, a key of a wrong type or out of bounds, a
+            file name that is not plain, or one shard named twice.
+    """
+    try:
+        recorded = _validator().validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ManifestError(
+            f"{place}: {first['msg']}" if place else first["msg"],
+            where=where,
+            expected=f"a manifest of schema {SCHEMA}",
+            remedy=f"apr-dist tokenize repair-manifest {where.parent}",
+        ) from error
+    if recorded.schema not in (SCHEMA, OLDER_SCHEMA):
+        raise ManifestError(
+            f"its schema is {recorded.schema!r}", where=where, expected=f"{SCHEMA} or {OLDER_SCHEMA}"
+        )
+    if recorded.dtype != "u32le":
+        raise ManifestError(f"its dtype is {recorded.dtype!r}", where=where, expected="u32le")
+    _check_names(recorded.shards or (), where)
+    return recorded
+
+
+def _check_names(shards: tuple[Shard, ...], where: Path) -> None:
+    seen: set[str] = set()
+    for shard in shards:
+        name = shard.file
+        if name in (".", "..") or any(letter in name for letter in "/\\\0"):
+            raise ManifestError(
+                f"it names the file {name!r}",
+                where=where,
+                expected="plain file names inside the folder, without separators or `..`",
+            )
+        if name in seen:
+            raise ManifestError(f"it names the shard {name} twice", where=where, expected="each shard once")
+        seen.add(name)

@@ -1,0 +1,139 @@
+"""Shard files as they lie in a folder: their names, sizes and the facts that follow from their bytes.
+
+Lives here: listing, the cheap check against a manifest (sizes only), and the full reading of one shard
+(hashes, id bounds). What a manifest records lives in ``manifest_file``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from apr_dist.data.manifest_file import Shard
+from apr_dist.errors import ManifestError, ShardError
+
+INDEX_SUFFIX = ".idx"
+_SHARD_NAME = re.compile(r"shard-.*\.bin")
+_READ_BYTES = 1 << 22
+_LARGEST_ID = 2**32 - 1
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Names ``shard-*.bin`` in ``folder``, in reading order."""
+    return sorted(entry.name for entry in os.scandir(folder) if _SHARD_NAME.fullmatch(entry.name))
+
+
+def check_shard_files(folder: Path, shards: Iterable[Shard]) -> None:
+    """Compare every shard file's size with the recorded one; links must not leave the folder.
+
+    Raises:
+        ManifestError: a name is a link that leads out of the folder.
+        ShardError: a shard is missing, is no regular file, or has another size.
+    """
+    with os.scandir(folder) as entries:
+        present = {entry.name: entry for entry in entries}
+    for shard in shards:
+        entry = present.get(shard.file)
+        if entry is None:
+            raise ShardError(
+                "the shard is missing",
+                where=folder / shard.file,
+                expected=f"{shard.bytes} bytes, as its manifest says",
+                remedy=f"restore it, or accept its loss with `apr-dist tokenize repair-manifest {folder}`",
+            )
+        if entry.is_symlink():
+            refuse_link_out(folder, shard.file)
+        if not entry.is_file():
+            raise ShardError("it is not a regular file", where=folder / shard.file)
+        _check_size(folder, shard, entry.stat().st_size)
+
+
+def shards_of_older_folder(folder: Path) -> tuple[Shard, ...]:
+    """The shards of a folder whose manifest does not list them, known only by name and size.
+
+    Raises:
+        ManifestError: a shard is a link that leads out of the folder.
+        ShardError: a size is no multiple of 4.
+    """
+    shards = []
+    for name in shard_names(folder):
+        refuse_link_out(folder, name)
+        size = (folder / name).stat().st_size
+        shard = Shard(file=name, tokens=size // 4, bytes=size)
+        _check_size(folder, shard, size)
+        shards.append(shard)
+    return tuple(shards)
+
+
+def refuse_link_out(folder: Path, name: str) -> None:
+    """Refuse a file that is a link to somewhere outside ``folder``.
+
+    Raises:
+        ManifestError: naming the link and where it leads.
+    """
+    target = (folder / name).resolve()
+    if target.parent != folder.resolve():
+        raise ManifestError(
+            f"{name} is a link to {target}", where=folder, expected="shards that lie inside the folder"
+        )
+
+
+def read_shard_facts(folder: Path, name: str) -> Shard:
+    """Read a shard and its document index once, in bounded memory, and say everything about them.
+
+    Raises:
+        ShardError: unreadable, or its size is no multiple of 4.
+    """
+    import numpy as np  # noqa: PLC0415  (listing a folder does not need numpy)
+    import xxhash  # noqa: PLC0415
+
+    quick, full, size = xxhash.xxh3_64(), hashlib.sha256(), 0
+    smallest: int | None = None
+    largest: int | None = None
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                quick.update(block)
+                full.update(block)
+                size += len(block)
+                ids = np.frombuffer(block, dtype="<u4", count=len(block) // 4)
+                if ids.size:
+                    smallest = min(int(ids.min()), _LARGEST_ID if smallest is None else smallest)
+                    largest = max(int(ids.max()), largest or 0)
+    except OSError as error:
+        raise ShardError(f"the shard cannot be read ({error.strerror})", where=path) from error
+    shard = Shard(
+        file=name,
+        tokens=size // 4,
+        bytes=size,
+        xxh3_64=quick.hexdigest(),
+        sha256=full.hexdigest(),
+        min_id=smallest,
+        max_id=largest,
+    )
+    _check_size(folder, shard, size)
+    index = path.with_suffix(INDEX_SUFFIX)
+    if not index.is_file() or index.is_symlink():
+        return shard
+    starts = index.read_bytes()
+    return replace(shard, documents=len(starts) // 8, index_xxh3_64=xxhash.xxh3_64_hexdigest(starts))
+
+
+def _check_size(folder: Path, shard: Shard, size: int) -> None:
+    """FALSIFY-REPAIR-MANIFEST: a shard is whole u32 ids, and as many as were recorded."""
+    if size == shard.bytes == 4 * shard.tokens:
+        return
+    if size == shard.bytes:
+        expected, remedy = "whole tokens of 4 bytes", "restore the shard from its source"
+    else:
+        expected = f"{shard.bytes} bytes, as its manifest says"
+        remedy = "restore the shard, or accept it as it is"
+    remedy += f" (`apr-dist tokenize repair-manifest {folder}`; only whole tokens are accepted)"
+    raise ShardError(
+        f"the shard holds {size} bytes", where=folder / shard.file, expected=expected, remedy=remedy
+    )

@@ -1,0 +1,277 @@
+"""Proving that a shard folder is what its manifest says, and rebuilding a manifest from the shards.
+
+Lives here: reading every byte. The cheap checks when a folder is opened live in ``manifest``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from apr_dist.data.manifest import MANIFEST_NAME, Manifest, Shard
+from apr_dist.data.manifest_file import SCHEMA, RecordedManifest, parse_manifest
+from apr_dist.data.publish import WORK_FOLDER
+from apr_dist.data.shard_files import read_shard_facts, refuse_link_out, shard_names
+from apr_dist.data.tokenizer import load_tokenizer
+from apr_dist.errors import DataError, ManifestError, ShardError
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What reading every shard showed.
+
+    Attributes:
+        folders: the shard folders that were read.
+        shards: how many shards.
+        tokens: how many tokens.
+        problems: every contradiction found; none means the data is what its manifests say.
+        unchecked: what could not be checked, and why.
+    """
+
+    folders: tuple[Path, ...]
+    shards: int
+    tokens: int
+    problems: tuple[DataError, ...]
+    unchecked: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing contradicts the manifests."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did.
+
+    Attributes:
+        manifest: as it was written.
+        changed: how it differs from the manifest that was there, one sentence each.
+        unknown: what the shards alone cannot tell, one phrase each.
+    """
+
+    manifest: Manifest
+    changed: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def dataset_parts(folder: Path) -> tuple[Path, ...]:
+    """The shard folders of a data set: ``folder`` itself, or its ``train`` and ``validation``."""
+    if (folder / MANIFEST_NAME).exists():
+        return (folder,)
+    parts = tuple(part for name in ("train", "validation") if (part := folder / name).is_dir())
+    return parts or (folder,)
+
+
+def verify_dataset(folder: Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Check every hash, count, id bound and document boundary of a data set.
+
+    Args:
+        folder: a shard folder, or a data set with ``train`` and ``validation``.
+        progress: called with (bytes read, bytes in all) after every shard.
+
+    Raises:
+        ManifestError: a manifest is missing or malformed, so that there is nothing to check against.
+    """
+    folders = dataset_parts(folder)
+    manifests = [Manifest.load(part, check_files=False) for part in folders]
+    total_bytes = sum(shard.bytes for manifest in manifests for shard in manifest.shards)
+    problems: list[DataError] = []
+    done_bytes = 0
+    for manifest in manifests:
+        for number, shard in enumerate(manifest.shards):
+            problems += _check_shard(manifest, shard, is_last=number + 1 == len(manifest.shards))
+            done_bytes += shard.bytes
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+        problems += _check_leftovers(manifest)
+    return VerifyReport(
+        folders=folders,
+        shards=sum(len(manifest.shards) for manifest in manifests),
+        tokens=sum(manifest.total_tokens for manifest in manifests),
+        problems=tuple(problems),
+        unchecked=tuple(warning for manifest in manifests for warning in manifest.warnings),
+    )
+
+
+def repair_manifest(folder: Path, *, tokenizer: Path | None = None) -> RepairReport:
+    """Rebuild manifest.json from the shards; idempotent but for the time it records.
+
+    What a manifest that is there says about origin and tokenizer is kept, since shards cannot tell; what it
+    says about the shards is measured anew.
+
+    Args:
+        folder: the shard folder.
+        tokenizer: the tokenizer folder the ids came from, when the old manifest does not say.
+
+    Raises:
+        ManifestError: there are no shards, or an unfinished encoding lies there.
+        ShardError: a shard is no whole number of tokens, or holds ids beyond the vocabulary.
+        OutputError: the manifest cannot be written.
+    """
+    names = _repairable(folder)
+    recorded, complaint = _salvage(folder)
+    shards = tuple(read_shard_facts(folder, name) for name in names)
+    manifest = _measured(folder, shards, recorded, tokenizer)
+    _refuse_ids_beyond(manifest)
+    unknown = _unknown(manifest)
+    changed = [complaint] if complaint else list(_differences(recorded, manifest))
+    note = f"could not know: {', '.join(unknown)}" if unknown else "nothing is missing"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = replace(manifest, repaired_at=now, note=note)
+    manifest.write()
+    return RepairReport(manifest=manifest, changed=tuple(changed), unknown=tuple(unknown))
+
+
+def _check_shard(manifest: Manifest, shard: Shard, *, is_last: bool) -> Iterator[DataError]:
+    path = manifest.path_of(shard)
+    try:
+        refuse_link_out(manifest.folder, shard.file)
+        found = read_shard_facts(manifest.folder, shard.file)
+    except DataError as error:
+        yield error
+        return
+    recorded = asdict(shard)
+    for key, value in asdict(found).items():
+        if recorded[key] is not None and recorded[key] != value:
+            yield ShardError(f"its {key} is {value}", where=path, expected=f"{recorded[key]}, as recorded")
+    if manifest.vocab_size is not None and (found.max_id or 0) >= manifest.vocab_size:
+        yield ShardError(
+            f"it holds the id {found.max_id}", where=path, expected=f"ids below {manifest.vocab_size}"
+        )
+    if manifest.has_index:
+        yield from _check_documents(manifest, shard, found, is_last=is_last)
+
+
+def _check_documents(manifest: Manifest, shard: Shard, found: Shard, *, is_last: bool) -> Iterator[DataError]:
+    """Document starts rise from 0 and stay inside; the end marker stands where the policy puts it."""
+    path = manifest.path_of(shard)
+    try:
+        starts = manifest.document_starts(shard)
+    except ShardError as error:
+        yield error
+        return
+    steps = np.diff(starts.astype(np.int64), append=found.tokens)
+    if not starts.size or starts[0] != 0 or (steps <= 0).any():
+        yield ShardError("its document starts do not rise from 0 to its end", where=path)
+        return
+    end_id, policy = manifest.eos_token_id, manifest.eos_policy
+    if end_id is None or policy not in ("between", "after"):
+        return
+    ids = np.memmap(path, dtype="<u4", mode="r")
+    ends = np.append(starts[1:], found.tokens).astype(np.int64) - 1
+    if policy == "between" and is_last:
+        ends = ends[:-1]  # nothing comes after the last document
+    missing = int((ids[ends] != end_id).sum())
+    if missing:
+        yield ShardError(
+            f"{missing} documents do not end with the id {end_id}",
+            where=path,
+            expected=f"one at the end of each document (policy {policy})",
+        )
+
+
+def _check_leftovers(manifest: Manifest) -> Iterator[DataError]:
+    extra = sorted(set(shard_names(manifest.folder)) - {shard.file for shard in manifest.shards})
+    if extra:
+        yield ManifestError(
+            f"{len(extra)} shards are not in the manifest, such as {extra[0]}",
+            where=manifest.folder,
+            remedy=f"remove them, or take them in with `apr-dist tokenize repair-manifest {manifest.folder}`",
+        )
+
+
+def _repairable(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise ManifestError("there is no such folder", where=folder, expected="a folder of shards")
+    names = shard_names(folder)
+    if not names:
+        parts = [part for part in dataset_parts(folder) if part != folder and shard_names(part)]
+        if (folder / WORK_FOLDER).is_dir():
+            remedy = "run the interrupted `apr-dist tokenize encode-corpus` again: it goes on where it was"
+        elif parts:
+            remedy = f"name its parts one by one: {', '.join(str(part) for part in parts)}"
+        else:
+            remedy = "encode the corpus again with `apr-dist tokenize encode-corpus`"
+        raise ManifestError("it holds no shards", where=folder, expected="files shard-*.bin", remedy=remedy)
+    for name in names:
+        refuse_link_out(folder, name)
+    return names
+
+
+def _salvage(folder: Path) -> tuple[RecordedManifest, str | None]:
+    """The manifest that is there, or an empty one and why."""
+    path = folder / MANIFEST_NAME
+    try:
+        return parse_manifest(path.read_bytes(), where=path), None
+    except OSError:
+        return RecordedManifest(schema=SCHEMA), "there was no manifest"
+    except ManifestError as error:
+        return RecordedManifest(schema=SCHEMA), f"the manifest could not be used: {error.what}"
+
+
+def _measured(
+    folder: Path, shards: tuple[Shard, ...], recorded: RecordedManifest, tokenizer: Path | None
+) -> Manifest:
+    has_index = all(shard.index_xxh3_64 is not None for shard in shards)
+    documents = sum(shard.documents or 0 for shard in shards) if has_index else None
+    identity, vocab_size = recorded.tokenizer, recorded.vocab_size
+    if tokenizer is not None:
+        identity = load_tokenizer(tokenizer).identity
+        vocab_size = identity.id_bound
+    return Manifest(
+        folder=folder,
+        shards=shards,
+        vocab_size=vocab_size,
+        tokenizer=identity,
+        split=recorded.split,
+        total_documents=documents,
+        eos_policy=recorded.eos_policy,
+        eos_token_id=recorded.eos_token_id,
+        has_index=has_index,
+        tokenizer_dir=recorded.tokenizer_dir if tokenizer is None else str(tokenizer),
+        source=recorded.source_fields() or {"kind": "repair-manifest"},
+        created_at=recorded.created_at,
+        tool_version=recorded.tool_version,
+    )
+
+
+def _refuse_ids_beyond(manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        if manifest.vocab_size is not None and (shard.max_id or 0) >= manifest.vocab_size:
+            raise ShardError(
+                f"it holds the id {shard.max_id}",
+                where=manifest.path_of(shard),
+                expected=f"ids below {manifest.vocab_size}, the tokenizer's bound",
+                remedy="name the tokenizer the ids came from with --tokenizer",
+            )
+
+
+def _unknown(manifest: Manifest) -> list[str]:
+    facts: dict[str, object] = {
+        "the tokenizer": manifest.tokenizer,
+        "the vocabulary size": manifest.vocab_size,
+        "document boundaries": manifest.has_index or None,
+        "the end-of-document policy": manifest.eos_policy,
+        "the split": manifest.split,
+        "the source documents": None if manifest.source.get("kind") == "repair-manifest" else "known",
+    }
+    return [name for name, fact in facts.items() if fact is None]
+
+
+def _differences(recorded: RecordedManifest, manifest: Manifest) -> Iterator[str]:
+    before = {shard.file: shard for shard in recorded.shards or ()}
+    now = {shard.file: shard for shard in manifest.shards}
+    if recorded.schema != SCHEMA:
+        yield f"the schema was {recorded.schema}"
+    for name in sorted(before.keys() - now.keys()):
+        yield f"{name} is gone"
+    for name in sorted(now.keys() - before.keys()):
+        yield f"{name} was not recorded"
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            yield f"{name} is not as it was recorded"

@@ -1,0 +1,99 @@
+"""What imports and exports share: element conversion, and the summary of what was made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from apr_dist.apr.layout import DType, payload_bytes
+from apr_dist.apr.writer import TensorSpec
+from apr_dist.errors import UnsupportedModelFile
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written, bytes in all) as tensors are written."""
+
+CHUNK_ELEMENTS: Final = 1 << 17
+"""Values converted at a time: small enough that the temporaries stay in the processor's cache."""
+
+_F16_INFINITY = 0x7C00
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSummary:
+    """What an import made.
+
+    Attributes:
+        source: the file or folder that was read.
+        target: the APR file that was written.
+        original_format: ``"gguf"`` or ``"safetensors"``.
+        tensor_count: tensors in the target.
+        param_count: elements in the target.
+        size_bytes: length of the target file.
+        dtypes: tensors in the target by dtype name.
+        tied: whether the head is the embedding.
+        notes: what was decided on the way and is worth telling, one sentence each.
+    """
+
+    source: Path
+    target: Path
+    original_format: str
+    tensor_count: int
+    param_count: int
+    size_bytes: int
+    dtypes: Mapping[str, int]
+    tied: bool
+    notes: tuple[str, ...] = ()
+
+
+def total_bytes(specs: Iterable[TensorSpec]) -> int:
+    """Payload bytes of all tensors together."""
+    return sum(payload_bytes(spec.dtype, spec.shape) for spec in specs)
+
+
+def count_dtypes(specs: Iterable[TensorSpec]) -> dict[str, int]:
+    """Tensors by dtype name, most frequent first."""
+    return dict(Counter(spec.dtype.name for spec in specs).most_common())
+
+
+def encode(values: npt.NDArray[np.float32], dtype: DType, *, name: str, where: Path) -> npt.NDArray[Any]:
+    """float32 values as F32, F16 or BF16 elements (BF16 as uint16), rounded to nearest even.
+
+    Raises:
+        UnsupportedModelFile: a finite value is beyond what F16 can hold.
+    """
+    if dtype is DType.F32:
+        return values
+    if dtype is DType.BF16:
+        return narrow_bfloat16(values)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    largest = (half.view(np.uint16) & 0x7FFF).max(initial=0)
+    if largest >= _F16_INFINITY and not np.isfinite(values).all():
+        largest = 0  # what was not finite before is not our doing; the finite scan names it
+    if largest >= _F16_INFINITY:
+        raise UnsupportedModelFile(
+            f"tensor {name!r} holds {float(np.abs(values).max()):.6g}",
+            where=where,
+            expected="values up to 65504, the largest F16",
+            remedy="import with --dtype bf16 or --dtype f32",
+        )
+    return half
+
+
+def narrow_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """float32 to BF16 bit patterns, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    quiet = ((bits >> 16) | 0x40).astype(np.uint16)
+    return np.where(np.isnan(values), quiet, rounded)
+
+
+def shortest_float(value: float) -> float:
+    """The shortest decimal that means the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

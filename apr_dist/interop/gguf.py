@@ -1,0 +1,209 @@
+"""GGUF to APR: names, dimensions and row order translated, values dequantised, streamed row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from apr_dist.apr.layout import DType
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.errors import DamagedModelFile, UnsupportedModelFile, UsageError
+from apr_dist.interop.convert import (
+    CHUNK_ELEMENTS,
+    ImportSummary,
+    Progress,
+    count_dtypes,
+    encode,
+    total_bytes,
+)
+from apr_dist.interop.gguf_file import GgufFile, GgufTensor
+from apr_dist.interop.gguf_metadata import read_metadata
+from apr_dist.interop.gguf_names import (
+    EMBEDDING,
+    OUTPUT,
+    PERMUTED_ARCHITECTURES,
+    REQUIRED_PER_LAYER,
+    rotary_projection,
+    split_halves,
+    to_huggingface,
+)
+
+_KEPT = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One tensor to be written, where its values come from, and the head size if rows are reordered."""
+
+    spec: TensorSpec
+    tensor: GgufTensor
+    reordered_head_dim: int | None
+
+
+def import_gguf(
+    source: Path,
+    target: Path,
+    *,
+    dtype: DType | None = None,
+    tie: bool | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ImportSummary:
+    """Write the model of a GGUF file as an APR file.
+
+    Args:
+        source: GGUF file of architecture llama, qwen2 or qwen3.
+        target: APR file to make.
+        dtype: element type of every tensor; None keeps F32, F16 and BF16 and makes the rest F16.
+        tie: whether the head is the embedding; None decides by comparing the two.
+        overwrite: whether ``target`` may exist.
+        progress: told how far the writing is.
+
+    Raises:
+        ModelFileError: the source is missing, damaged, or something in it is not supported.
+        OutputError: the target cannot be written.
+        UsageError: the ``gguf`` package is missing, or ``tie`` is off for a file without a head.
+    """
+    with GgufFile(source) as file:
+        metadata, notes = read_metadata(file)
+        _check_complete(file, metadata)
+        tied, note = _decide_tie(file, tie)
+        plans = _plan(file, metadata, dtype, tied)
+        specs = [plan.spec for plan in plans]
+        metadata = metadata.with_custom({"tie_word_embeddings": tied})
+        with AprWriter(target, metadata=metadata, tensors=specs, overwrite=overwrite) as writer:
+            _write_all(file, plans, writer, progress)
+    return ImportSummary(
+        source=Path(source),
+        target=Path(target),
+        original_format="gguf",
+        tensor_count=len(specs),
+        param_count=sum(math.prod(spec.shape) for spec in specs),
+        size_bytes=Path(target).stat().st_size,
+        dtypes=count_dtypes(specs),
+        tied=tied,
+        notes=(*notes, *note),
+    )
+
+
+def _write_all(file: GgufFile, plans: list[_Plan], writer: AprWriter, progress: Progress | None) -> None:
+    done, total = 0, total_bytes(plan.spec for plan in plans)
+    for plan in plans:
+        for piece in _pieces(file, plan):
+            writer.append(plan.spec.name, piece)
+            done += piece.nbytes
+            if progress:
+                progress(done, total)
+        file.forget(plan.tensor)
+
+
+def _check_complete(file: GgufFile, metadata: AprMetadata) -> None:
+    layers = range(metadata.num_layers or 0)
+    required = [f"blk.{layer}.{part}" for layer in layers for part in REQUIRED_PER_LAYER]
+    missing = [name for name in (EMBEDDING, "output_norm.weight", *required) if name not in file.tensors]
+    if missing:
+        raise DamagedModelFile(
+            f"the GGUF file lacks {len(missing)} tensors, among them {missing[0]!r}",
+            where=file.path,
+            expected=f"every tensor of its {len(layers)} layers",
+            remedy="take a complete file; split files must be merged first",
+        )
+
+
+def _decide_tie(file: GgufFile, tie: bool | None) -> tuple[bool, tuple[str, ...]]:
+    head = file.tensors.get(OUTPUT)
+    if head is None:
+        if tie is False:
+            raise UsageError(
+                "the head cannot be kept apart: the GGUF file has no output.weight",
+                where=file.path,
+                remedy="leave the option out",
+            )
+        return True, ()
+    if tie is not None:
+        return tie, ("output.weight was dropped: the head is tied to the embedding as asked",) if tie else ()
+    if _same_values(file, file.tensors[EMBEDDING], head):
+        return True, ("output.weight equals the embedding and was dropped: the head is tied",)
+    return False, ()
+
+
+def _same_values(file: GgufFile, left: GgufTensor, right: GgufTensor) -> bool:
+    if left.shape != right.shape:
+        return False
+    same_type = left.type_name == right.type_name
+    read = file.packed_rows if same_type else file.float32_rows
+    return all(
+        np.array_equal(np.asarray(read(left, first, last)), np.asarray(read(right, first, last)))
+        for first, last in _row_ranges(left, 1)
+    )
+
+
+def _plan(file: GgufFile, metadata: AprMetadata, dtype: DType | None, tied: bool) -> list[_Plan]:
+    plans = []
+    for tensor in file.tensors.values():
+        if tied and tensor.name == OUTPUT:
+            continue
+        name = to_huggingface(tensor.name)
+        layer = int(tensor.name.split(".")[1]) if name and tensor.name.startswith("blk.") else 0
+        if name is None or layer >= (metadata.num_layers or 0):
+            raise UnsupportedModelFile(
+                f"tensor {tensor.name!r} has no place in a {metadata.architecture} model "
+                f"of {metadata.num_layers} layers",
+                where=file.path,
+                expected="names of a plain decoder",
+                remedy="export the model again from its Hugging Face folder",
+            )
+        file.float32_rows(
+            tensor, 0, min(1, tensor.rows)
+        )  # refuses an unknown type before anything is written
+        chosen = dtype if dtype is not None else _KEPT.get(tensor.type_name, DType.F16)
+        plans.append(
+            _Plan(TensorSpec(name, chosen, tensor.shape), tensor, _head_dim(file, name, tensor, metadata))
+        )
+    return plans
+
+
+def _head_dim(file: GgufFile, name: str, tensor: GgufTensor, metadata: AprMetadata) -> int | None:
+    """The head size when the tensor's rows are to be reordered, after checking that heads divide it."""
+    kind = rotary_projection(name)
+    if metadata.architecture not in PERMUTED_ARCHITECTURES or kind is None:
+        return None
+    heads, head_dim = (metadata.num_heads if kind == "q" else metadata.num_kv_heads), metadata.head_dim
+    if not heads or not head_dim or heads * head_dim != tensor.shape[0] or head_dim % 2:
+        raise DamagedModelFile(
+            f"tensor {tensor.name!r} has {tensor.shape[0]} rows",
+            where=file.path,
+            expected=f"{heads} heads of {head_dim}",
+            remedy="export the model again from its Hugging Face folder",
+        )
+    return head_dim
+
+
+def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:
+    """The tensor's elements in the target's dtype and row order, some rows at a time."""
+    tensor, spec, head_dim = plan.tensor, plan.spec, plan.reordered_head_dim
+    bias = len(tensor.shape) == 1
+    keep = _KEPT.get(tensor.type_name) is spec.dtype and not head_dim
+    for first, last in _row_ranges(tensor, 1 if bias else head_dim or 1):
+        if keep:
+            yield np.frombuffer(file.packed_rows(tensor, first, last), np.uint8)
+            continue
+        values = file.float32_rows(tensor, first, last)
+        if head_dim:
+            values = split_halves(values.reshape(-1) if bias else values, head_dim)
+        yield encode(values, spec.dtype, name=tensor.name, where=file.path)
+
+
+def _row_ranges(tensor: GgufTensor, multiple: int) -> Iterator[tuple[int, int]]:
+    """Consecutive row ranges of about ``CHUNK_ELEMENTS`` values, each a multiple of ``multiple`` rows."""
+    rows = tensor.rows
+    step = max(1, CHUNK_ELEMENTS // max(1, tensor.shape[-1]) // multiple) * multiple
+    for first in range(0, rows, step):
+        yield first, min(rows, first + step)

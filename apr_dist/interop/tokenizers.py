@@ -1,0 +1,327 @@
+"""Tokenizers of other formats: a GGUF's embedded vocabulary and a Qwen .tiktoken file to a tokenizer.json.
+
+Lives here: rebuilding the ``tokenizers`` description (pre-tokenizer, merges, added tokens) that those
+files only imply, and telling the formats apart. The tokenizer folder itself is ``data.tokenizer``'s.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from apr_dist.apr.reader import AprReader
+from apr_dist.data.manifest import TokenizerIdentity
+from apr_dist.data.tokenizer import import_tokenizer, write_tokenizer_folder
+from apr_dist.data.tokenizer_json import byte_alphabet, parse_tokenizer_json
+from apr_dist.errors import TokenizerError
+from apr_dist.interop.gguf_file import GgufFile
+from apr_dist.interop.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is matched as a whole before the text is cut; ``special`` ones carry no text."""
+
+    content: str
+    id: int
+    special: bool
+
+    def to_json(self) -> dict[str, object]:
+        """As the ``added_tokens`` list of a tokenizer.json spells it."""
+        matching = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        return {"id": self.id, "content": self.content, **matching, "special": self.special}
+
+
+class _TokenType(IntEnum):
+    """``tokenizer.ggml.token_type`` of a GGUF."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def import_any_tokenizer(
+    source: Path, folder: Path, *, include_added_tokens: bool = False, overwrite: bool = False
+) -> TokenizerIdentity:
+    """Import the tokenizer of ``source`` into a tokenizer folder, whatever its format.
+
+    Args:
+        source: a GGUF, an APR that embeds its tokenizer, a Qwen ``.tiktoken``, a tokenizer.json, or a folder
+            that holds a tokenizer.json.
+        folder: the tokenizer folder to write.
+        include_added_tokens: also list the added tokens in vocab.json.
+        overwrite: replace another tokenizer that lies there.
+
+    Raises:
+        TokenizerError: no tokenizer in it, or one of a kind that is not supported, named.
+        OutputError: the folder cannot be written or holds another tokenizer.
+    """
+    try:
+        with source.open("rb") as file:
+            magic = file.read(4)
+    except IsADirectoryError:
+        magic = b""
+    except OSError as error:
+        raise TokenizerError(f"it cannot be read ({error.strerror})", where=source) from error
+    if magic == b"GGUF":
+        content, declared = tokenizer_json_from_gguf(source)
+    elif magic == b"APR\0":
+        content, declared = tokenizer_json_from_apr(source)
+    elif source.suffix == ".tiktoken":
+        content, declared = tokenizer_json_from_tiktoken(source)
+    else:
+        return import_tokenizer(
+            source, folder, include_added_tokens=include_added_tokens, overwrite=overwrite
+        )
+    return write_tokenizer_folder(
+        content,
+        folder,
+        declared=declared,
+        where=source,
+        include_added_tokens=include_added_tokens,
+        overwrite=overwrite,
+    )
+
+
+def tokenizer_json_from_gguf(path: Path) -> tuple[bytes, dict[str, str]]:
+    """The tokenizer.json that a GGUF's embedded vocabulary describes, and its declared special tokens.
+
+    Tokens of type control or user-defined become added tokens; those beyond the last normal token stay out
+    of the model's own vocabulary, and unused rows (padding of the embedding) are no tokens at all. The
+    vocabulary's own ids are kept.
+
+    Raises:
+        TokenizerError: no embedded tokenizer, not BPE, or a pre-tokenizer that is not known.
+    """
+    fields = _gguf_tokenizer_fields(path)
+    kind = fields.get("model")
+    if kind != "gpt2":
+        raise TokenizerError(
+            f"its tokenizer is {kind!r} (sentencepiece or WordPiece)" if kind else "it embeds no tokenizer",
+            where=path,
+            expected="a GGUF with a byte-level BPE vocabulary (tokenizer.ggml.model gpt2)",
+            falsifier="FALSIFY-TOK-IMPORT-HF-005" if kind else None,
+        )
+    name = str(fields.get("pre", "default"))
+    if name not in PRE_TOKENIZERS:
+        raise TokenizerError(
+            f"its pre-tokenizer {name!r} is not known",
+            where=path,
+            expected=f"one of {', '.join(PRE_TOKENIZERS)}",
+            remedy="import the model's tokenizer.json instead",
+        )
+    tokens = _strings(fields, "tokens", path)
+    types = _token_types(fields, len(tokens), path)
+    last_normal = max((one for one, kind in enumerate(types) if kind == _TokenType.NORMAL), default=-1)
+    whole = (_TokenType.CONTROL, _TokenType.USER_DEFINED)
+    content = _describe(
+        vocabulary={
+            token: one
+            for one, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind == _TokenType.NORMAL or (kind != _TokenType.UNUSED and one < last_normal)
+        },
+        merges=[_split_merge(merge, path) for merge in _strings(fields, "merges", path)],
+        added=[
+            AddedToken(token, one, kind == _TokenType.CONTROL)
+            for one, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in whole
+        ],
+        pre_tokenizer=PRE_TOKENIZERS[name],
+    )
+    return content, _declared(fields, tokens)
+
+
+def _gguf_tokenizer_fields(path: Path) -> dict[str, object]:
+    prefix = "tokenizer.ggml."
+    with GgufFile(path) as file:
+        return {
+            key.removeprefix(prefix): value for key, value in file.fields.items() if key.startswith(prefix)
+        }
+
+
+def _strings(fields: dict[str, object], key: str, path: Path) -> list[str]:
+    found = fields.get(key)
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise TokenizerError(f"tokenizer.ggml.{key} is missing or no list of strings", where=path)
+    return found
+
+
+def _token_types(fields: dict[str, object], count: int, path: Path) -> list[int]:
+    """What each token is; a GGUF without the array has normal tokens only."""
+    found = fields.get("token_type")
+    if found is None:
+        return [_TokenType.NORMAL] * count
+    types = np.asarray(found).tolist()
+    if len(types) != count:
+        raise TokenizerError(f"{count} tokens but {len(types)} token types", where=path)
+    return [int(kind) for kind in types]
+
+
+def _split_merge(merge: str, path: Path) -> tuple[str, str]:
+    left, separator, right = merge.partition(" ")
+    if not (left and separator and right) or " " in right:
+        raise TokenizerError(f"the merge {merge!r} is not two tokens", where=path)
+    return left, right
+
+
+def tokenizer_json_from_apr(path: Path) -> tuple[bytes, dict[str, str]]:
+    """The tokenizer.json that an APR file carries as text under the metadata key ``tokenizer.json``.
+
+    Raises:
+        TokenizerError: it carries none.
+    """
+    with AprReader(path, verify="structure") as reader:
+        custom = reader.metadata.custom
+    text = custom.get("tokenizer.json")
+    if not isinstance(text, str):
+        raise TokenizerError(
+            "it embeds no tokenizer.json",
+            where=path,
+            expected="the text of one under the metadata key `tokenizer.json`",
+            remedy="import the tokenizer of the model's original files",
+        )
+    facts = parse_tokenizer_json(text.encode(), where=path)
+    by_id = {one: token for token, one in facts.effective_vocabulary.items()}
+    roles = {role: custom.get(f"tokenizer.{role}_id") for role in ("eos_token", "bos_token", "pad_token")}
+    return text.encode(), {
+        role: by_id[one] for role, one in roles.items() if isinstance(one, int) and one in by_id
+    }
+
+
+def _declared(fields: dict[str, object], tokens: list[str]) -> dict[str, str]:
+    roles = {"eos_token": "eos_token_id", "bos_token": "bos_token_id", "pad_token": "padding_token_id"}
+    found = {role: fields.get(key) for role, key in roles.items()}
+    return {role: tokens[one] for role, one in found.items() if isinstance(one, int) and one < len(tokens)}
+
+
+# The 22 tokens that Qwen2.5 adds to its 151,643 byte-level entries, in id order; the first 14 carry no text.
+_QWEN_BASE_ENTRIES = 151_643
+_QWEN_SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+_QWEN_PLAIN = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+
+
+def tokenizer_json_from_tiktoken(path: Path) -> tuple[bytes, dict[str, str]]:
+    """The tokenizer.json of Qwen2.5 from its ``.tiktoken`` file of ranked byte strings.
+
+    Such a file holds neither pattern nor special tokens, so only the known 151,643-entry vocabulary is
+    taken. The merge that makes an entry is found by merging its bytes with all lower ranks, which
+    leaves two parts.
+
+    Raises:
+        TokenizerError: malformed, or another vocabulary.
+    """
+    ranks = _read_ranks(path)
+    if len(ranks) != _QWEN_BASE_ENTRIES or sorted(ranks.values()) != list(range(_QWEN_BASE_ENTRIES)):
+        raise TokenizerError(
+            f"it holds {len(ranks)} entries",
+            where=path,
+            expected=f"the Qwen vocabulary of {_QWEN_BASE_ENTRIES} entries (a .tiktoken file does not say "
+            "which pattern and special tokens belong to it)",
+            remedy="import the model's tokenizer.json instead",
+        )
+    alphabet = byte_alphabet()
+
+    def spelled(raw: bytes) -> str:
+        return "".join(alphabet[byte] for byte in raw)
+
+    added = [AddedToken(token, len(ranks) + one, True) for one, token in enumerate(_QWEN_SPECIAL)]
+    added += [
+        AddedToken(token, len(ranks) + len(added) + one, False) for one, token in enumerate(_QWEN_PLAIN)
+    ]
+    content = _describe(
+        vocabulary={spelled(raw): rank for raw, rank in ranks.items()},
+        merges=[(spelled(left), spelled(right)) for left, right in merges_from_ranks(ranks)],
+        added=added,
+        pre_tokenizer=PRE_TOKENIZERS["qwen2"],
+    )
+    return content, {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+
+
+def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merge behind every entry longer than one byte, in order of rank."""
+    merges = []
+    for entry, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(entry) > 1:
+            parts = _merge_below(entry, ranks, rank)
+            if len(parts) == 2:
+                merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _merge_below(entry: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
+    """The parts of ``entry`` after every merge of a rank below ``limit``, lowest rank first."""
+    parts = [entry[one : one + 1] for one in range(len(entry))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
+        lowest = min(pairs)
+        if lowest >= limit:
+            break
+        place = pairs.index(lowest)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            entry, rank = line.split()
+            ranks[base64.b64decode(entry, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise TokenizerError(
+                f"line {number} is malformed", where=path, expected="base64 of the bytes, then the rank"
+            ) from error
+    return ranks
+
+
+def _describe(
+    *,
+    vocabulary: dict[str, int],
+    merges: Iterable[tuple[str, str]],
+    added: list[AddedToken],
+    pre_tokenizer: PreTokenizer,
+) -> bytes:
+    """A tokenizer.json for a byte-level BPE."""
+    level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": pre_tokenizer.ignore_merges,
+        "vocab": vocabulary,
+        "merges": [list(merge) for merge in merges],
+    }
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [token.to_json() for token in added],
+        "normalizer": {"type": "NFC"} if pre_tokenizer.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(pre_tokenizer.steps)},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", **level},
+        "model": model,
+    }
+    return json.dumps(description, ensure_ascii=False).encode()

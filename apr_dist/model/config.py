@@ -1,0 +1,380 @@
+"""What a model is: its family, its dimensions, its presets, and the shapes of its parameters.
+
+A configuration comes from a preset or from a model file's metadata, never from defaults filled in
+between. How tensor names and metadata are read as a family is in ``families``; the network that is
+built from a configuration is in ``transformer``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from apr_dist.errors import ArchitectureRefused, UsageError
+from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, one_of, refuse_key
+
+SPLIT_HALVES: Final = 2
+"""``rope_type`` of the format: dimension ``i`` is rotated with ``i + head_dim / 2``."""
+
+
+class Family(StrEnum):
+    """The decoder families one network covers by configuration."""
+
+    LLAMA = "llama"
+    QWEN2 = "qwen2"
+    QWEN3 = "qwen3"
+    MISTRAL = "mistral"
+
+    @property
+    def hf_architecture(self) -> str:
+        """Class name in the Hugging Face ``config.json``, such as ``Qwen2ForCausalLM``."""
+        return f"{self.value.capitalize()}ForCausalLM"
+
+    @property
+    def hf_model_type(self) -> str:
+        """``model_type`` in the Hugging Face ``config.json``."""
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Everything that decides the shapes and the arithmetic of one decoder.
+
+    Sizes are numbers of elements, ``max_position_embeddings`` and ``sliding_window`` numbers of tokens.
+    Whether q, k and v have biases and whether q and k are normalised follows from the family.
+
+    Raises:
+        ArchitectureRefused: on construction, when a field is impossible; the text names it.
+    """
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (*_INTEGER_KEYS, "head_dim"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise refuse_key(name, value, "a positive integer")
+        for name in _NUMBER_KEYS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise refuse_key(name, value, "a positive, finite number")
+        if self.num_heads % self.num_kv_heads:
+            raise refuse_key("num_heads", self.num_heads, f"a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise refuse_key("head_dim", self.head_dim, "an even number, because RoPE rotates pairs")
+        if self.sliding_window is not None:
+            if self.family is not Family.MISTRAL:
+                raise refuse_key("sliding_window", self.sliding_window, f"null for the {self.family} family")
+            if type(self.sliding_window) is not int or self.sliding_window < 1:
+                raise refuse_key("sliding_window", self.sliding_window, "a positive integer or null")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v projections add a bias (Qwen2)."""
+        return self.family is Family.QWEN2
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and k passes an RMSNorm before RoPE (Qwen3)."""
+        return self.family is Family.QWEN3
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def from_metadata(
+        cls, values: Mapping[str, Any], *, family: Family, where: str | Path, tie_word_embeddings: bool
+    ) -> TransformerConfig:
+        """The configuration a model file states; nothing is filled in that the file does not say.
+
+        ``head_dim`` alone may be absent, for families where it is hidden_size / num_heads.
+
+        Raises:
+            ArchitectureRefused: keys are missing (all are named), of the wrong kind, contradictory, or
+                ask for something this network does not compute (experts, adjacent-pair RoPE).
+        """
+        _refuse_missing(values, family, where)
+        if values.get("num_experts"):
+            raise refuse_key("num_experts", values["num_experts"], "a dense model (no experts)", where=where)
+        if values.get("rope_type") not in (None, SPLIT_HALVES):
+            raise ArchitectureRefused(
+                f"rope_type is {values['rope_type']!r}: rows of q and k for another pairing of dimensions",
+                where=where,
+                expected=f"{SPLIT_HALVES} (split halves), as Hugging Face tensors have",
+                remedy="import the model again from its safetensors or GGUF source with apr-dist import",
+                falsifier=INCOMPLETE_METADATA,
+            )
+        sizes = {key: _positive_integer(values, key, where) for key in _INTEGER_KEYS}
+        try:
+            return cls(
+                family=family,
+                **sizes,
+                head_dim=_head_dim(values, sizes, where),
+                rope_theta=values["rope_theta"],
+                rms_norm_eps=values["rms_norm_eps"],
+                tie_word_embeddings=tie_word_embeddings,
+                rope_scaling=RopeScaling.from_mapping(values.get("rope_scaling"), where=where),
+                sliding_window=_sliding_window(values, family, where),
+            )
+        except ArchitectureRefused as refusal:
+            refusal.where = str(where)
+            raise
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The keys ``from_metadata`` reads, plus who the model is, as an APR file states them."""
+        values: dict[str, Any] = {
+            "architecture": self.family.value,
+            "hf_architecture": self.family.hf_architecture,
+            "hf_model_type": self.family.hf_model_type,
+            **{key: getattr(self, key) for key in _INTEGER_KEYS},
+            "rope_theta": float(self.rope_theta),
+            "rope_type": SPLIT_HALVES,
+            "rms_norm_eps": float(self.rms_norm_eps),
+            "head_dim": self.head_dim,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = self.rope_scaling.to_mapping()
+        if self.sliding_window is not None:
+            values["sliding_window"] = self.sliding_window
+        return values
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by its Hugging Face name, in the order of the network."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size)
+        }
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            shapes.update({prefix + name: shape for name, shape in self._block_shapes().items()})
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def parameter_count(self) -> int:
+        """Number of trainable values; a tied head counts once."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    def _block_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+        for name, size in (("q", self.query_size), ("k", self.kv_size), ("v", self.kv_size)):
+            shapes[f"self_attn.{name}_proj.weight"] = (size, hidden)
+            if self.qkv_bias:
+                shapes[f"self_attn.{name}_proj.bias"] = (size,)
+        shapes["self_attn.o_proj.weight"] = (hidden, self.query_size)
+        if self.qk_norm:
+            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        shapes["post_attention_layernorm.weight"] = (hidden,)
+        shapes["mlp.gate_proj.weight"] = shapes["mlp.up_proj.weight"] = (inner, hidden)
+        shapes["mlp.down_proj.weight"] = (hidden, inner)
+        return shapes
+
+
+_INTEGER_KEYS = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "vocab_size",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+_NUMBER_KEYS = ("rope_theta", "rms_norm_eps")
+
+
+def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """See `TransformerConfig.parameter_shapes`."""
+    return config.parameter_shapes()
+
+
+def preset(name: str) -> TransformerConfig:
+    """The published configuration of that name (see ``PRESETS``).
+
+    Raises:
+        UsageError: no preset of that name; the text suggests the nearest.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        raise UsageError(
+            f"there is no model preset {name!r}",
+            expected=one_of(list(PRESETS)),
+            remedy=f"write {near[0]!r}" if near else "choose one of them",
+        ) from None
+
+
+def _refuse_missing(values: Mapping[str, Any], family: Family, where: str | Path) -> None:
+    needed = [*_INTEGER_KEYS, *_NUMBER_KEYS, *(["head_dim"] if family is Family.QWEN3 else [])]
+    missing = [key for key in needed if values.get(key) is None]
+    if missing:
+        raise ArchitectureRefused(
+            f"the metadata does not state {', '.join(missing)}",
+            where=where,
+            expected="every dimension of the model, because none is ever guessed",
+            remedy="state them with apr-dist stamp, or import the model again with its config.json beside it",
+            falsifier=INCOMPLETE_METADATA,
+        )
+
+
+def _positive_integer(values: Mapping[str, Any], key: str, where: str | Path) -> int:
+    value = values[key]
+    if type(value) is not int or value < 1:
+        raise refuse_key(key, value, "a positive integer", where=where)
+    return value
+
+
+def _head_dim(values: Mapping[str, Any], sizes: Mapping[str, int], where: str | Path) -> int:
+    if values.get("head_dim") is not None:
+        return _positive_integer(values, "head_dim", where)
+    if sizes["hidden_size"] % sizes["num_heads"]:
+        raise refuse_key(
+            "head_dim", None, "a number, as hidden_size is no multiple of num_heads", where=where
+        )
+    return sizes["hidden_size"] // sizes["num_heads"]
+
+
+def _sliding_window(values: Mapping[str, Any], family: Family, where: str | Path) -> int | None:
+    """Mistral's window in tokens; the other families state one they do not use unless told to."""
+    window = values.get("sliding_window")
+    if family is Family.MISTRAL or window is None:
+        return window
+    if values.get("use_sliding_window"):
+        raise refuse_key("use_sliding_window", True, f"false for the {family} family", where=where)
+    return None
+
+
+def _qwen25(size: str) -> TransformerConfig:
+    hidden, layers, heads, kv_heads, inner, vocabulary = {
+        "0.5b": (896, 24, 14, 2, 4864, 151_936),
+        "1.5b": (1536, 28, 12, 2, 8960, 151_936),
+        "7b": (3584, 28, 28, 4, 18_944, 152_064),
+    }[size]
+    return TransformerConfig(
+        family=Family.QWEN2,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128 if size != "0.5b" else 64,
+        intermediate_size=inner,
+        max_position_embeddings=32_768,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=size != "7b",
+    )
+
+
+def _qwen3(hidden: int, layers: int, heads: int, inner: int) -> TransformerConfig:
+    return TransformerConfig(
+        family=Family.QWEN3,
+        vocab_size=151_936,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=inner,
+        max_position_embeddings=40_960,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    )
+
+
+PRESETS: Final[Mapping[str, TransformerConfig]] = {
+    "llama-370m": TransformerConfig(
+        family=Family.LLAMA,
+        vocab_size=50_257,
+        hidden_size=1024,
+        num_layers=24,
+        num_heads=16,
+        num_kv_heads=4,
+        head_dim=64,
+        intermediate_size=2816,
+        max_position_embeddings=4096,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    ),
+    "smollm2-135m": TransformerConfig(
+        family=Family.LLAMA,
+        vocab_size=49_152,
+        hidden_size=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        max_position_embeddings=8192,
+        rope_theta=1e5,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-0.5b": _qwen25("0.5b"),
+    "qwen2.5-coder-0.5b": _qwen25("0.5b"),
+    "qwen2.5-1.5b": _qwen25("1.5b"),
+    "qwen2.5-coder-1.5b": _qwen25("1.5b"),
+    "qwen2.5-7b": replace(_qwen25("7b"), max_position_embeddings=131_072),
+    "qwen2.5-coder-7b": _qwen25("7b"),
+    "qwen3-0.6b": _qwen3(hidden=1024, layers=28, heads=16, inner=3072),
+    "qwen3-4b": _qwen3(hidden=2560, layers=36, heads=32, inner=9728),
+    "mistral-7b": TransformerConfig(
+        family=Family.MISTRAL,
+        vocab_size=32_000,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14_336,
+        max_position_embeddings=32_768,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        sliding_window=4096,
+    ),
+    "llama-2-7b": TransformerConfig(
+        family=Family.LLAMA,
+        vocab_size=32_000,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        intermediate_size=11_008,
+        max_position_embeddings=4096,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    ),
+}
+"""Published configurations by name. Llama-370M is a historical name: its dimensions give 322 M."""

@@ -1,0 +1,133 @@
+"""Rotary position embedding in split halves: frequencies, tables, rotation (arXiv:2104.09864).
+
+Frequencies are stretched as the configuration's ``rope_scaling`` says, by the formulas of its
+sources. Angles, cosines and the rotation itself are f32 whatever the type of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of a batch's positions, each f32 ``[1 or batch, seq, 1, head_dim / 2]``."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions to rotations. Its one buffer is not saved; ``reset`` computes it again."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.attention_factor = attention_factor(config.rope_scaling)
+        self.register_buffer("frequencies", inverse_frequencies(config), persistent=False)
+
+    def reset(self) -> None:
+        """Compute the frequencies again, in place; needed after ``to_empty``."""
+        with torch.device("cpu"):
+            self.frequencies.copy_(inverse_frequencies(self._config))
+
+    def forward(self, position_ids: Tensor) -> Rotation:
+        """Integer positions ``[1 or batch, seq]`` to their rotations."""
+        angles = (position_ids[..., None].float() * self.frequencies.float()).unsqueeze(2)
+        return Rotation(angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
+
+
+def inverse_frequencies(config: TransformerConfig) -> Tensor:
+    """Radians per token of each pair of dimensions, f32 ``[head_dim / 2]``, after scaling."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type is RopeScalingType.LINEAR:
+        return frequencies / scaling.factor
+    if scaling.rope_type is RopeScalingType.LLAMA3:
+        return _llama3(frequencies, scaling)
+    return _yarn(frequencies, scaling, config)
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What cosines and sines are multiplied by: ``0.1 ln(factor) + 1`` for YaRN (its equation 22), else 1."""
+    if scaling is None or scaling.rope_type is not RopeScalingType.YARN:
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    return 0.1 * math.log(scaling.factor) + 1.0
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair ``(i, i + head_dim / 2)`` of ``[batch, seq, heads, head_dim]`` by its angle."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Rotate.apply(x, *rotation)  # type: ignore[no-any-return,no-untyped-call]
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation, whose gradient is the rotation back; keeps no activation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, direction=1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, sin, direction=-1.0), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> Tensor:
+    wide = x.float()
+    half = x.shape[-1] // 2
+    first, second = wide[..., :half], wide[..., half:]
+    turned = torch.empty(x.shape, dtype=torch.float32)
+    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin, value=direction)
+    return turned.to(x.dtype)
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
+    low, high, original = (
+        scaling.low_freq_factor or 0.0,
+        scaling.high_freq_factor or 0.0,
+        scaling.original_max_position_embeddings or 0,
+    )
+    turns = original * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def _yarn(frequencies: Tensor, scaling: RopeScaling, config: TransformerConfig) -> Tensor:
+    """YaRN (arXiv:2309.00071, section 3.2): interpolate dimensions that turn seldom, keep the fast ones."""
+    original = scaling.original_max_position_embeddings or 0
+    size = config.head_dim
+
+    def dimension(turns: float) -> float:
+        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    if first == last:
+        last += 0.001
+    stretched = ((torch.arange(size // 2, dtype=torch.float32) - first) / (last - first)).clamp(0.0, 1.0)
+    return frequencies / scaling.factor * stretched + frequencies * (1.0 - stretched)

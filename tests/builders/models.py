@@ -1,0 +1,58 @@
+"""Tiny decoders of every family, and random weights for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from apr_dist.model.config import Family, TransformerConfig, parameter_shapes
+from apr_dist.model.transformer import Decoder
+
+
+def tiny_config(family: Family = Family.LLAMA, **changes: Any) -> TransformerConfig:
+    """Two layers, hidden 32, 4 heads on 2 KV heads, vocabulary 97, tied; ``changes`` replace fields."""
+    config = TransformerConfig(
+        family=family,
+        vocab_size=97,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16 if family is Family.QWEN3 else 8,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    return replace(config, **changes)
+
+
+def random_weights(config: TransformerConfig, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """f32 values for every parameter, none of them special: norms are not one, biases not zero."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in parameter_shapes(config).items():
+        values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.1)
+        weights[name] = values + np.float32(1.0) if name.endswith("norm.weight") else values
+    return weights
+
+
+def tiny_decoder(config: TransformerConfig | None = None, *, seed: int = 0) -> Decoder:
+    """A decoder on the CPU with `random_weights`."""
+    config = config or tiny_config()
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device="cpu")
+    model.reset_buffers()
+    weights = random_weights(config, seed=seed)
+    model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
+    return model
+
+
+def random_tokens(config: TransformerConfig, shape: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:
+    """Uniform int64 token ids below the vocabulary."""
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))

