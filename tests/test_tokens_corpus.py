@@ -175,7 +175,7 @@ def test_a_damaged_compressed_file_stops_the_run(tmp_path: Path, suffix: str, da
         packed = bytearray(texts)
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(packed)
-    with pytest.raises(CorpusError, match="damaged|cannot be read"):
+    with pytest.raises(CorpusError, match=r"damaged|cannot be read"):
         list(CorpusReader(list_sources([path]), text_key="content"))
 
 

@@ -40,9 +40,10 @@ def weights(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def tuned(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished fine-tuning run of 6 steps, evaluated every 3."""
+    """A finished fine-tuning run of 12 steps, evaluated every 6, with 5 steps of warm-up."""
     run_dir = tmp_path_factory.mktemp("tuned") / "run"
-    assert finetune(inputs, run_dir, "--num-steps", "6", "--steps-per-epoch", "3") == 0
+    flags = ("--num-steps", "12", "--steps-per-epoch", "6", "--warmup-steps", "5", "--batch-size", "32")
+    assert finetune(inputs, run_dir, *flags, "--evaluation.max-sequences", "128") == 0
     return run_dir
 
 
@@ -69,19 +70,20 @@ def test_a_finetune_ends_well_and_leaves_everything_it_promises(tuned: Path) -> 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-021")
 def test_every_step_is_logged_with_the_rate_and_norm_that_were_real(tuned: Path) -> None:
     lines = metrics(tuned)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert lines[0]["lr"] == pytest.approx(1e-3)
-    assert all(later["lr"] < earlier["lr"] for earlier, later in itertools.pairwise(lines[1:]))
-    assert len({line["grad_norm"] for line in lines}) == 6
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    rates = [line["lr"] for line in lines]
+    assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[5:]))
+    assert len({line["grad_norm"] for line in lines}) == 12
     assert all(line["gpu_util_pct"] == 0 for line in lines)
-    assert [line["tokens_seen"] for line in lines] == [128 * k for k in range(1, 7)]
+    assert [line["tokens_seen"] for line in lines] == [1024 * k for k in range(1, 13)]
 
 
 def test_the_validation_loss_falls_and_is_measured_before_and_after(tuned: Path) -> None:
     lines = metrics(tuned, "evaluation")
-    assert [line["step"] for line in lines] == [0, 3, 6]
+    assert [line["step"] for line in lines] == [0, 6, 12]
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]
-    assert {line["tokens"] for line in lines} == {16 * 32}
+    assert {line["tokens"] for line in lines} == {128 * 32}
 
 
 @pytest.mark.falsifies("INV-TRAIN-002")
@@ -107,7 +109,7 @@ def test_a_checkpoint_carries_the_whole_identity_of_its_model(tuned: Path, input
             assert keys[key] == said[key]
         assert keys["tie_word_embeddings"] is True
         assert keys["apr_dist.init_digest"] == init.digest()
-        assert keys["apr_dist.step"] == 6
+        assert keys["apr_dist.step"] == 12
         assert keys["param_count"] == sum(math.prod(t.shape) for t in saved.tensors.values())
 
 
@@ -118,6 +120,7 @@ def test_a_checkpoint_opens_again_at_the_loss_it_was_saved_with(
     code = run_here(
         *inputs.data_flags(),
         *("--init", str(tuned / "checkpoint.apr"), "--num-steps", "0", "--run-dir", str(tmp_path / "again")),
+        *("--evaluation.max-sequences", "128"),
     )
     assert code == 0
     ended, again = metrics(tuned, "evaluation")[-1], metrics(tmp_path / "again", "evaluation")[0]
@@ -247,7 +250,7 @@ def test_data_that_runs_out_cycles_in_the_open_or_stops(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--dataset", str(inputs.validation), "--val-dataset", str(inputs.train), "--seq-length", "256")
-    flags += ("--batch-size", "64", "--num-steps", "3", "--evaluation.max-sequences", "4")
+    flags += ("--batch-size", "160", "--num-steps", "3", "--evaluation.max-sequences", "4")
     assert finetune(inputs, tmp_path / "cycles", *flags) == 0
     assert "pass 2 begins" in capfd.readouterr().out
     assert metrics(tmp_path / "cycles")[-1]["data_epoch"] == 1

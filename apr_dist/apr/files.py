@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from apr_dist.errors import ModelFileMissing, OutputError
 
 MISSING = "FALSIFY-APR-PRETRAIN-INIT-003"
@@ -54,6 +56,17 @@ def map_readonly(path: Path) -> memoryview:
         return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
     finally:
         os.close(descriptor)
+
+
+def forget(view: memoryview) -> None:
+    """Let the system take back the memory that reading this part of a map filled; it can be read again."""
+    source = view.obj
+    if not isinstance(source, mmap.mmap) or not hasattr(source, "madvise") or not len(view):
+        return
+    base = np.frombuffer(source, np.uint8).ctypes.data
+    first = (np.frombuffer(view, np.uint8).ctypes.data - base) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = np.frombuffer(view, np.uint8).ctypes.data - base + len(view)
+    source.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def _cannot_open(path: Path, error: OSError) -> ModelFileMissing:

@@ -89,6 +89,9 @@ ELEMENT_BYTES: Final = {
 BLOCKS: Final = {DType.APR_Q4: (32, 18), DType.Q4_K: (256, 144), DType.Q6_K: (256, 210)}
 """(values, bytes) of one block of the block-quantised dtypes."""
 
+VOCABULARY: Final = "tokenizer.vocabulary"
+"""Custom metadata key whose presence the flag HAS_VOCAB announces."""
+
 WRITABLE: Final = frozenset({DType.F32, DType.F16, DType.BF16})
 """What a new file may hold: the dtypes that every reader understands alike."""
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from apr_dist.apr.checksum import crc32
-from apr_dist.apr.files import map_readonly
+from apr_dist.apr.files import forget, map_readonly
 from apr_dist.apr.layout import (
     DAMAGED,
     ELEMENT_BYTES,
@@ -157,6 +157,10 @@ class AprReader:
             return widen_bfloat16(values)
         with np.errstate(over="ignore"):
             return values.astype(np.float32, copy=False)
+
+    def forget(self, name: str) -> None:
+        """Let the system take back the memory that reading this tensor filled; it can be read again."""
+        forget(self.raw(name))
 
     def digest(self) -> str:
         """``sha256:`` and the hex digest of the whole file; computed once, on first use."""

@@ -18,6 +18,7 @@ from apr_dist.apr.layout import (
     MAX_METADATA_BYTES,
     MAX_NAME_BYTES,
     MAX_TENSORS,
+    VOCABULARY,
     WRITABLE,
     DType,
     Flag,
@@ -54,7 +55,7 @@ class AprWriter:
         metadata: written as given; ``total_size`` (payload bytes of all tensors) and ``param_count``
             (elements of all tensors) are filled in where they are None.
         tensors: what will be written; the index and the data are laid out sorted by name.
-        flags: header flags.
+        flags: header flags; HAS_VOCAB is added when the metadata hold ``tokenizer.vocabulary``.
         overwrite: whether an existing file may be replaced.
         verbatim: allow dtypes that new files should not hold, for copying payloads unread.
 
@@ -90,6 +91,8 @@ class AprWriter:
             raise self._refused(f"the metadata is {len(metadata)} bytes", f"at most {MAX_METADATA_BYTES}")
         index_offset = HEADER_BYTES + align(len(metadata))
         data_offset = index_offset + align(len(index))
+        if VOCABULARY in self.metadata.custom:
+            flags |= Flag.HAS_VOCAB
         header = Header(flags, len(self._entries), len(metadata), index_offset, data_offset).pack()
         head = (header + metadata).ljust(index_offset, b"\0") + index
         return head.ljust(data_offset, b"\0"), data_offset

@@ -111,7 +111,10 @@ def _starts(
             "document boundaries are not recorded and no id ends a document", where=manifest.path_of(shard)
         )
     after = np.flatnonzero(ids == end_id) + 1
-    return np.concatenate([[0], after[after < ids.size]]).astype(np.int64)
+    # An older writer put the end id of a shard's last document at the head of the next shard.
+    first = [] if ids.size and ids[0] == end_id else [0]
+    starts = np.concatenate([first, after]).astype(np.int64)
+    return starts[starts < ids.size]
 
 
 def _without_end(ids: NDArray[np.uint32], end_id: int | None) -> NDArray[np.uint32]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -107,9 +108,12 @@ def encode_corpus(
     with closing(_open_journal(settings, listed, loaded.identity, overwrite=overwrite)) as journal:
         run = EncodingRun(settings, listed, journal, eos_id=loaded.identity.eos_id)
         if not journal.publishing:
-            with EncodingPool(loaded, workers=workers or _cpus(), normalization=normalization) as pool:
+            with (
+                _dropping_what_cannot_go_on(journal.folder),
+                EncodingPool(loaded, workers=workers or _cpus(), normalization=normalization) as pool,
+            ):
                 run.encode(pool, progress)
-            _describe(run, settings, loaded, listed, sources)
+                _describe(run, settings, loaded, listed, sources)
             journal.mark_publishing()
         manifests = publish(output, journal.folder, settings.splits)
     return EncodeSummary(
@@ -123,6 +127,17 @@ def encode_corpus(
         resumed_tokens=run.resumed_tokens,
         elapsed_s=run.elapsed_s,
     )
+
+
+@contextmanager
+def _dropping_what_cannot_go_on(work: Path) -> Iterator[None]:
+    """Remove the work folder when the corpus itself is at fault: mended, it is another corpus."""
+    try:
+        yield
+    except CorpusError as error:
+        if not isinstance(error.__cause__, OSError):  # a reading error may pass, and the run then goes on
+            shutil.rmtree(work)
+        raise
 
 
 def _cpus() -> int:

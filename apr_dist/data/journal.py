@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,6 +68,9 @@ class Journal:
             configuration lies there.
     """
 
+    progress: Progress
+    publishing: bool
+
     def __init__(
         self, folder: Path, configuration: Mapping[str, object], *, discard: bool, resumable: bool
     ) -> None:
@@ -75,24 +79,11 @@ class Journal:
         with writing_to(folder):
             self._file: IO[bytes] = self._path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._lock()
+            self._take_up(configuration, discard=discard, resumable=resumable)
+        except BaseException:
             self._file.close()
-            raise OutputError("another process is encoding into it", where=folder.parent) from error
-        lines = self._read()
-        if lines and lines[0] != json.loads(json.dumps(configuration)):
-            self._refuse_or_discard(lines[0], configuration, discard=discard)
-            lines = []
-        if not resumable:
-            self._file.truncate(0)
-            lines = []
-        if not lines:
-            self._append(configuration)
-        self.publishing = any("publishing" in line for line in lines)
-        self.progress = Progress()
-        for line in lines[1:]:
-            if "publishing" not in line:
-                self.progress = _after(self.progress, line)
+            raise
 
     def commit(self, progress: Progress) -> None:
         """Append one commit: shards closed since the last one, and the position."""
@@ -115,6 +106,37 @@ class Journal:
     def close(self) -> None:
         """Release the lock."""
         self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError("another process is encoding into it", where=self.folder.parent) from error
+
+    def _take_up(self, configuration: Mapping[str, object], *, discard: bool, resumable: bool) -> None:
+        """Go on from what the file says, or begin it."""
+        lines = self._read()
+        if lines and lines[0] != json.loads(json.dumps(configuration)):
+            self._refuse_or_discard(lines[0], configuration, discard=discard)
+            lines = []
+        if not resumable:
+            self._file.truncate(0)
+            lines = []
+        if not lines:
+            self._clear()
+            self._append(configuration)
+        self.publishing = any("publishing" in line for line in lines)
+        self.progress = Progress()
+        for line in lines[1:]:
+            if "publishing" not in line:
+                self.progress = _after(self.progress, line)
+
+    def _clear(self) -> None:
+        """Remove shards that an earlier run left and that nothing records any more."""
+        with writing_to(self.folder):
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
 
     def _refuse_or_discard(
         self, found: Mapping[str, object], wanted: Mapping[str, object], *, discard: bool

@@ -36,7 +36,7 @@ def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
             falsifier=OCCUPIED,
         )
     standing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not os.access(standing, os.W_OK | os.X_OK) or os.statvfs(standing).f_flag & os.ST_RDONLY:
+    if not os.access(standing, os.W_OK | os.X_OK, effective_ids=True) or os.statvfs(standing).f_flag & os.ST_RDONLY:
         raise OutputError(
             "is not writable", where=standing, expected="a writable folder", remedy="choose another --run-dir"
         )

@@ -9,7 +9,6 @@ package's. What the names mean is ``gguf_names``' business.
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from apr_dist.apr.files import map_readonly
+from apr_dist.apr.files import forget, map_readonly
 from apr_dist.errors import DamagedModelFile, NotAModelFile, UnsupportedModelFile, UsageError
 
 MAGIC: Final = b"GGUF"
@@ -162,10 +161,7 @@ class GgufFile:
 
     def forget(self, tensor: GgufTensor) -> None:
         """Let the system take back the memory that reading this tensor filled (it may be read again)."""
-        source = self._map.obj
-        if isinstance(source, mmap.mmap) and hasattr(source, "madvise"):
-            first = tensor.start // mmap.PAGESIZE * mmap.PAGESIZE
-            source.madvise(mmap.MADV_DONTNEED, first, tensor.start + tensor.rows * tensor.row_bytes - first)
+        forget(self.packed_rows(tensor, 0, tensor.rows))
 
     def _damaged(self, what: str) -> DamagedModelFile:
         return DamagedModelFile(

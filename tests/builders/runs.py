@@ -48,7 +48,7 @@ class Inputs:
         train: folder of training shards.
         validation: folder of held-out shards.
         model: JSON file of the architecture keys ``TINY``.
-        pretrained: APR file of that model after 150 steps from scratch.
+        pretrained: APR file of that model after 250 steps from scratch.
         pretrained_run: the run folder it came from.
     """
 
@@ -63,7 +63,7 @@ class Inputs:
         """Flags that name data and tokenizer, and sizes that fit them."""
         flags = ["--dataset", str(self.train), "--val-dataset", str(self.validation)]
         flags += ["--tokenizer", str(self.tokenizer), "--seq-length", "32", "--batch-size", "4"]
-        return [*flags, "--evaluation.max-sequences", "16", "--device", "cpu"]
+        return [*flags, "--evaluation.max-sequences", "16", "--device", "cpu", "--parallel.cpu-threads", "1"]
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -142,7 +142,7 @@ def verdict(run_dir: Path) -> dict[str, Any]:
 
 def _make_data(folder: Path) -> None:
     tokenizer = build_tiny_tokenizer(folder / "tokenizer", vocab_size=VOCABULARY)
-    build_tiny_dataset(folder / "dataset", tokenizer)
+    build_tiny_dataset(folder / "dataset", tokenizer, files=150, shard_tokens=50_000)
     (folder / "tiny.json").write_text(json.dumps(TINY))
 
 
@@ -150,7 +150,7 @@ def _pretrain(inputs: Inputs, run_dir: Path) -> None:
     code = run_here(
         *inputs.data_flags(),
         *("--mode", "from-scratch", "--model", str(inputs.model), "--run-dir", str(run_dir)),
-        *("--num-steps", "150", "--steps-per-epoch", "150", "--batch-size", "16", "--seq-length", "64"),
-        *("--lr", "3e-3", "--warmup-steps", "10", "--seed", "7"),
+        *("--num-steps", "250", "--steps-per-epoch", "250", "--batch-size", "16", "--seq-length", "64"),
+        *("--lr", "1e-2", "--warmup-steps", "10", "--seed", "7"),
     )
     assert code == 0, "the shared pretrained model could not be trained"

@@ -1,0 +1,66 @@
+"""The Rust core of the loader: which sequence stands where, and batches of them.
+
+Positions are sequences of the endless stream, counted from 0. Errors are those of
+``apr_dist.errors``: ``ShardError`` for a shard that is missing, of another size, of other content or
+changed while in use; ``StreamExhausted`` behind the end of an order that does not wrap.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+Capsule: TypeAlias = Any
+"""A DLPack capsule of int32 in CPU memory, for ``torch.utils.dlpack.from_dlpack``."""
+
+class TokenStream:
+    """Shards as one stream of sequences of ``seq_length + 1`` tokens; any thread may use it.
+
+    Args:
+        sources: per source its folder, its shards as (file, tokens, xxh3-64 or None), a number that
+            tells its order from that of other sources, and its units in every cycle of the mixture.
+        seq_length: tokens predicted per sequence.
+        shuffle: ``sequence`` or ``block``: for ever; ``none`` or ``sample``: once.
+        seed: of the order.
+        block: consecutive sequences that ``block`` keeps together.
+        sample: size of the fixed sample.
+        verify: when shards are hashed and compared with the manifest.
+        access: how rows are read.
+        max_open: shards kept open at once.
+        recheck_s: an open shard not looked at for this long is compared with its file again.
+    """
+
+    def __new__(
+        cls,
+        sources: Sequence[tuple[Path, Sequence[tuple[str, int, int | None]], int, int]],
+        *,
+        seq_length: int,
+        shuffle: Literal["sequence", "block", "none", "sample"],
+        seed: int = 0,
+        block: int = 1,
+        sample: int = 0,
+        verify: Literal["first-touch", "open", "off"] = "first-touch",
+        access: Literal["mmap", "pread"] = "mmap",
+        max_open: int = 256,
+        recheck_s: float = 1.0,
+    ) -> TokenStream: ...
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens that no sequence holds: the ends of shards."""
+    @property
+    def length(self) -> int | None:
+        """Sequences in the stream; None when it wraps for ever."""
+    def sequences(self, source: int) -> int:
+        """Sequences in one epoch of a source."""
+    def progress(self, positions: int) -> list[tuple[int, int]]:
+        """Per source: sequences handed out, and whole epochs of it, after ``positions`` sequences."""
+    def locate(self, first: int, count: int) -> list[tuple[int, int]]:
+        """(shard, first token) of the sequences at ``count`` positions from ``first`` on."""
+    def gather(self, first: int, count: int) -> Capsule:
+        """The sequences at ``count`` positions, copied: [count, seq_length + 1]."""
+    def views(self, first: int, count: int, rows_per_view: int | None = None) -> list[Capsule]:
+        """Views of the maps, without a copy; a view keeps its map alive.
+
+        One [seq_length + 1] a row, or one [rows_per_view, seq_length + 1] with strides (seq_length, 1).
+        """
+    def stats(self) -> dict[str, int]:
+        """What was read so far: bytes, shards opened, verified and open now."""

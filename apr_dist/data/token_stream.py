@@ -1,0 +1,140 @@
+"""What both loaders stand on: the Rust stream over a data set, opened once per process, and its choices.
+
+Lives here: the enumerations, ``ShardStream`` and the checks of what a caller asked for. Which positions a
+rank reads is decided in ``loader`` and ``evaluation_loader``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from apr_dist._rust_loader import TokenStream
+from apr_dist.errors import DataError, ManifestError, UsageError
+
+if TYPE_CHECKING:
+    from apr_dist.data.manifest import Manifest
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+class Shuffle(StrEnum):
+    """In which order an epoch runs through its sequences."""
+
+    SEQUENCE = "sequence"
+    """Any sequence after any other; a batch is one copy."""
+    BLOCK = "block"
+    """Blocks of consecutive sequences in any order; a micro-batch is a view of the mapped shard."""
+    NONE = "none"
+    """As they lie in the shards, once."""
+
+
+class Verify(StrEnum):
+    """When a shard's content is hashed and compared with the manifest."""
+
+    FIRST_TOUCH = "first-touch"
+    """Before its first sequence is handed out."""
+    OPEN = "open"
+    """All of them before the loader is ready."""
+    OFF = "off"
+    """Never."""
+
+
+class Access(StrEnum):
+    """How sequences are read."""
+
+    MMAP = "mmap"
+    """From a map of the shard, whose size is checked before every row."""
+    PREAD = "pread"
+    """With a system call a row: for network storage, where a map turns an I/O error into a signal."""
+
+
+class ShardStream:
+    """A ``TokenStream`` that is opened when used, and anew in a forked or unpickled process.
+
+    A fork may catch another thread of the parent inside the Rust core, so a child never touches the
+    parent's: it is kept, unused, and the operating system shares its pages.
+    """
+
+    def __init__(self, dataset: Manifest, options: dict[str, Any]) -> None:
+        if options["seq_length"] < 1 or options.get("max_open", 1) < 1:
+            raise UsageError(
+                f"seq_length {options['seq_length']}, max_open_shards {options.get('max_open', 1)}",
+                expected="at least 1 of each",
+            )
+        _check_size(dataset, options["seq_length"] * options.get("block", 1) + 1)
+        self._dataset, self._options = dataset, options
+        self._opened: TokenStream | None = None
+        self._of_parents: list[TokenStream] = []
+        self._pid = os.getpid()
+        self.open()
+
+    def open(self) -> TokenStream:
+        """The stream of this process."""
+        if self._pid != os.getpid():
+            self._of_parents += [self._opened] if self._opened else []
+            self._opened, self._pid = None, os.getpid()
+        if self._opened is None:
+            self._opened = TokenStream([_source(self._dataset)], **self._options)
+        return self._opened
+
+    def close(self) -> None:
+        """Let go of the shards until the next use."""
+        self._opened = None
+
+    def __reduce__(self) -> tuple[Callable[..., ShardStream], tuple[Manifest, dict[str, Any]]]:
+        return ShardStream, (self._dataset, self._options)
+
+
+def share_of(global_batch: int, micro_batch: int, rank: int, world_size: int) -> int:
+    """Sequences of a global batch that each rank owns; UsageError when it does not divide."""
+    if min(global_batch, micro_batch, world_size) < 1 or not 0 <= rank < world_size:
+        raise UsageError(
+            f"global_batch {global_batch}, micro_batch {micro_batch}, rank {rank} of world_size {world_size}",
+            expected="positive sizes and a rank below the world size",
+        )
+    if global_batch % (world_size * micro_batch):
+        raise UsageError(
+            f"global_batch {global_batch} does not divide into world_size {world_size} "
+            f"x micro_batch {micro_batch}",
+            expected=f"a multiple of {world_size * micro_batch}",
+            remedy="change one of the three",
+        )
+    return global_batch // world_size
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that the key of the order cannot hold."""
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"seed is {seed}", expected="a number from 0 to 2^64 - 1")
+
+
+def choice(kind: type[_Choice], value: str, name: str) -> _Choice:
+    """``value`` as a member of ``kind``; UsageError with the valid names otherwise."""
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise UsageError(f"{name} is {value!r}", expected=f"one of {', '.join(kind)}") from error
+
+
+def _source(dataset: Manifest) -> tuple[Any, list[tuple[str, int, int | None]], int, int]:
+    shards = [
+        (shard.file, shard.tokens, int(shard.xxh3_64, 16) if shard.xxh3_64 else None)
+        for shard in dataset.shards
+    ]
+    return dataset.folder, shards, 0, 1
+
+
+def _check_size(dataset: Manifest, needed: int) -> None:
+    if not dataset.shards:
+        raise ManifestError("it holds no shards", where=dataset.folder, expected="at least one shard")
+    longest = max(shard.tokens for shard in dataset.shards)
+    if longest < needed:
+        raise DataError(
+            f"the longest shard holds {longest} tokens",
+            where=dataset.folder,
+            expected=f"at least {needed} for one sequence or block of them",
+            remedy="shorten the sequence, or encode the corpus into larger shards",
+        )

@@ -1,0 +1,154 @@
+"""A tokenizer inside an APR file: folder to metadata keys, and back to the files it came from.
+
+``tokenizer.vocabulary``, ``tokenizer.merges`` and their neighbours are what other readers of the format
+look for; ``tokenizer.json`` holds the complete description as text, and ``apr_dist.files`` the small
+files that lay beside it, so that a folder comes out as it went in.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from apr_dist.apr.files import map_readonly
+from apr_dist.apr.layout import MAX_METADATA_BYTES, VOCABULARY
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.errors import TokenizerError
+
+TEXT_KEY: Final = "tokenizer.json"
+FILES_KEY: Final = "apr_dist.files"
+
+COMPANIONS: Final = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Files of a model folder, besides config and weights, that travel with the model."""
+
+_DERIVED = ("vocab.json", "merges.txt")  # contained in tokenizer.json; dropped first when space is short
+_ROLES = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "pad_token_id": "pad_token"}
+_ROOM_BYTES = MAX_METADATA_BYTES - (1 << 20)  # leaves a megabyte for everything else
+
+
+def embed_tokenizer(metadata: AprMetadata, folder: Path) -> tuple[AprMetadata, tuple[str, ...]]:
+    """Metadata with the folder's tokenizer and companion files inside, and notes on what was left out.
+
+    Without a ``tokenizer.json`` the companions alone are taken.
+
+    Raises:
+        TokenizerError: the ``tokenizer.json`` is malformed or of a kind that is not supported.
+        ModelFileMissing: a file that is there cannot be read.
+    """
+    files = {name: _packed(folder / name) for name in COMPANIONS if (folder / name).is_file()}
+    description = folder / "tokenizer.json"
+    if not description.is_file():
+        return _with_files(metadata, files), ("no tokenizer.json: the tokenizer is not embedded",)
+    content = bytes(map_readonly(description))
+    return embed_text(metadata, content, files=files, where=description)
+
+
+def embed_text(
+    metadata: AprMetadata, content: bytes, *, files: Mapping[str, Any] | None = None, where: Path
+) -> tuple[AprMetadata, tuple[str, ...]]:
+    """Metadata with the ``tokenizer.json`` in ``content`` inside, made to fit the format's 16 MiB.
+
+    Raises:
+        TokenizerError: malformed, of an unsupported kind, or too large even in its shortest spelling.
+    """
+    facts = parse_tokenizer_json(content, where=where)
+    keys: dict[str, Any] = _token_keys(metadata, facts.effective_vocabulary, facts.merges)
+    plain = _with_files(metadata.with_custom(keys | {TEXT_KEY: content.decode()}), files or {})
+    if _fits(plain):
+        return plain, ()
+    needed = {name: text for name, text in (files or {}).items() if name not in _DERIVED}
+    short = json.dumps(json.loads(content), ensure_ascii=False, separators=(",", ":"))
+    tight = _with_files(metadata.with_custom(keys | {TEXT_KEY: short}), needed)
+    if _fits(tight):
+        return tight, ("tokenizer.json is embedded without its white space, to fit the 16 MiB of metadata",)
+    raise TokenizerError(
+        f"the tokenizer takes {len(tight.dump())} bytes of metadata",
+        where=where,
+        expected=f"at most {_ROOM_BYTES}",
+        remedy="keep the tokenizer in a folder beside the file instead",
+    )
+
+
+def _token_keys(metadata: AprMetadata, vocabulary: Mapping[str, int], merges: Any) -> dict[str, Any]:
+    """The keys other readers know: tokens by id (gaps empty), merges as pairs, ids of special tokens."""
+    tokens = [""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, index in vocabulary.items():
+        tokens[index] = token
+    special = metadata.special_tokens or {}
+    ids = {
+        f"tokenizer.{key}": vocabulary[special[role]]
+        for key, role in _ROLES.items()
+        if isinstance(special.get(role), str) and special[role] in vocabulary
+    }
+    return {
+        VOCABULARY: tokens,
+        "tokenizer.vocab_size": len(tokens),
+        "tokenizer.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.model_type": "BPE",
+        **ids,
+    }
+
+
+def _with_files(metadata: AprMetadata, files: Mapping[str, Any]) -> AprMetadata:
+    return metadata.with_custom({FILES_KEY: dict(files)}) if files else metadata
+
+
+def _fits(metadata: AprMetadata) -> bool:
+    return len(metadata.dump()) <= _ROOM_BYTES
+
+
+def _packed(path: Path) -> Any:
+    raw = bytes(map_readonly(path))
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(raw).decode()}
+
+
+def embedded_files(metadata: AprMetadata, *, where: Path) -> dict[str, bytes]:
+    """The tokenizer and companion files inside a file's metadata, by name; only names we know.
+
+    Raises:
+        TokenizerError: an embedded file is not readable text or base64.
+    """
+    packed: dict[str, Any] = {}
+    inside = metadata.custom.get(FILES_KEY)
+    if isinstance(inside, Mapping):
+        packed |= {name: inside[name] for name in COMPANIONS if name in inside}
+    if isinstance(metadata.custom.get(TEXT_KEY), str):
+        packed["tokenizer.json"] = metadata.custom[TEXT_KEY]
+    return {name: _unpacked(name, value, where) for name, value in packed.items()}
+
+
+def _unpacked(name: str, value: Any, where: Path) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    try:
+        return base64.b64decode(value["base64"], validate=True)
+    except (TypeError, KeyError, binascii.Error, ValueError) as error:
+        raise TokenizerError(
+            f"the embedded file {name!r} is malformed",
+            where=where,
+            expected="text, or base64 of bytes",
+            remedy="embed the tokenizer again with apr-dist stamp --tokenizer",
+        ) from error
+
+
+def token_ids(metadata: AprMetadata) -> dict[str, int]:
+    """Ids of the special tokens by their ``config.json`` key, as far as the metadata state them."""
+    found = {key: metadata.custom.get(f"tokenizer.{key}") for key in _ROLES}
+    return {key: value for key, value in found.items() if type(value) is int}

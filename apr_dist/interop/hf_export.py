@@ -1,0 +1,277 @@
+"""APR to a Hugging Face folder, or to one safetensors file with its config."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from apr_dist.apr.files import AtomicFile, output_errors, sync_folder
+from apr_dist.apr.layout import ELEMENT_BYTES, WRITABLE, DType, payload_bytes
+from apr_dist.apr.reader import AprReader, widen_bfloat16
+from apr_dist.apr.writer import TensorSpec
+from apr_dist.errors import ArchitectureRefused, OutputError
+from apr_dist.interop.convert import CHUNK_ELEMENTS, Progress, count_dtypes, encode, total_bytes
+from apr_dist.interop.embedding import embedded_files, token_ids
+from apr_dist.interop.hf_config import config_from_metadata, config_text
+from apr_dist.interop.model_card import model_card
+from apr_dist.interop.safetensors_file import SafetensorsWriter
+from apr_dist.interop.tie import tied_head
+
+MAX_SHARD_BYTES: Final = 5_000_000_000
+HEAD = "lm_head.weight"
+_PIECE_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSummary:
+    """What an export made.
+
+    Attributes:
+        source: the APR file that was read.
+        target: file or folder that was written.
+        format: ``"huggingface"``, ``"safetensors"`` or ``"gguf"``.
+        tensor_count: tensors in the target.
+        size_bytes: bytes of all files written.
+        dtypes: tensors by element type.
+        files: names of the files written, relative to the target's folder.
+        notes: what was decided on the way and is worth telling, one sentence each.
+    """
+
+    source: Path
+    target: Path
+    format: str
+    tensor_count: int
+    size_bytes: int
+    dtypes: dict[str, int]
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def export_huggingface(
+    source: Path,
+    target: Path,
+    *,
+    dtype: DType | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportSummary:
+    """Write an APR file as a Hugging Face folder: config, weights, tokenizer, generation config, card.
+
+    Args:
+        source: APR file.
+        target: folder to make; it appears complete or not at all.
+        dtype: element type of every tensor; None keeps F32, F16 and BF16 and makes the rest F16.
+        max_shard_bytes: size from which weights are split over several files.
+        overwrite: whether a model folder at ``target`` may be replaced.
+        progress: told how far the writing is.
+
+    Raises:
+        ModelFileError: the source cannot be read.
+        ArchitectureRefused: the source does not say which Hugging Face class it is.
+        OutputError: the target exists or cannot be written.
+    """
+    with AprReader(source) as reader, _new_folder(Path(target), overwrite) as folder:
+        specs, tied = _specs(reader, dtype)
+        shards = _split(specs, max_shard_bytes)
+        report = _counter(progress, total_bytes(specs))
+        for name, shard in shards.items():
+            _write_weights(reader, shard, folder / name, report)
+        texts = _texts(reader, specs, tied) | embedded_files(reader.metadata, where=reader.path)
+        if len(shards) > 1:
+            texts["model.safetensors.index.json"] = _index(shards)
+        for name, content in texts.items():
+            _write_text(folder / name, content)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        notes = (
+            () if "tokenizer.json" in texts else ("no tokenizer is embedded in the file: none was written",)
+        )
+    return ExportSummary(
+        source=Path(source),
+        target=Path(target),
+        format="huggingface",
+        tensor_count=len(specs),
+        size_bytes=size,
+        dtypes=count_dtypes(specs),
+        files=tuple(sorted([*shards, *texts])),
+        notes=notes,
+    )
+
+
+def export_safetensors(
+    source: Path,
+    target: Path,
+    *,
+    dtype: DType | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportSummary:
+    """Write an APR file as one safetensors file, with ``config.json`` beside it.
+
+    Arguments and errors are those of ``export_huggingface``.
+    """
+    target = Path(target)
+    beside = target.with_name("config.json")
+    with AprReader(source) as reader:
+        specs, tied = _specs(reader, dtype)
+        config = _texts(reader, specs, tied)["config.json"]
+        with AtomicFile(beside, overwrite=overwrite) as file:
+            file.write_at(0, config)
+            _write_weights(reader, specs, target, _counter(progress, total_bytes(specs)), overwrite=overwrite)
+    return ExportSummary(
+        source=Path(source),
+        target=target,
+        format="safetensors",
+        tensor_count=len(specs),
+        size_bytes=target.stat().st_size + len(config),
+        dtypes=count_dtypes(specs),
+        files=(target.name, beside.name),
+    )
+
+
+def _specs(reader: AprReader, dtype: DType | None) -> tuple[list[TensorSpec], bool]:
+    """What to write, in index order, and whether the head is tied (then it is left out)."""
+    if not reader.metadata.hf_architecture or not reader.metadata.hf_model_type:
+        raise ArchitectureRefused(
+            "the file does not say which Hugging Face class it is (hf_architecture, hf_model_type)",
+            where=reader.path,
+            expected="both keys",
+            remedy="stamp it: apr-dist stamp model.apr --hf-architecture ... --hf-model-type ... -o out.apr",
+        )
+    tied = tied_head(reader)
+    specs = []
+    for entry in reader.tensors.values():
+        if tied and entry.name == HEAD:
+            continue
+        kept = entry.dtype if entry.dtype in WRITABLE else DType.F16
+        specs.append(TensorSpec(entry.name, kept if dtype is None else dtype, entry.shape))
+    return specs, tied
+
+
+def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        needed = payload_bytes(spec.dtype, spec.shape)
+        if groups[-1] and size + needed > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += needed
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _write_weights(
+    reader: AprReader,
+    specs: Sequence[TensorSpec],
+    path: Path,
+    report: Callable[[int], None],
+    *,
+    overwrite: bool = False,
+) -> None:
+    with SafetensorsWriter(path, specs, overwrite=overwrite) as writer:
+        for spec in specs:
+            for piece in converted_pieces(reader, spec.name, spec.dtype):
+                writer.append(piece)
+                report(piece.nbytes)
+            reader.forget(spec.name)
+
+
+def converted_pieces(reader: AprReader, name: str, dtype: DType) -> Iterator[npt.NDArray[Any] | memoryview]:
+    """A tensor's elements in another dtype, in order, a piece at a time; the same dtype is not touched."""
+    entry = reader.tensors[name]
+    if entry.dtype is dtype:
+        raw = reader.raw(name)
+        yield from (raw[first : first + _PIECE_BYTES] for first in range(0, len(raw), _PIECE_BYTES))
+        return
+    plain = entry.dtype in ELEMENT_BYTES
+    values: npt.NDArray[Any] = (reader.array(name) if plain else reader.float32(name)).reshape(-1)
+    for first in range(0, values.size, CHUNK_ELEMENTS):
+        chunk = values[first : first + CHUNK_ELEMENTS]
+        wide = widen_bfloat16(chunk) if entry.dtype is DType.BF16 else chunk.astype(np.float32, copy=False)
+        yield encode(wide, dtype, name=name, where=reader.path)
+
+
+def _texts(reader: AprReader, specs: Sequence[TensorSpec], tied: bool) -> dict[str, bytes]:
+    weights = [spec.dtype for spec in specs if len(spec.shape) > 1] or [DType.F32]
+    common = max(set(weights), key=weights.count)
+    ids = token_ids(reader.metadata)
+    config = config_from_metadata(reader.metadata, tied=tied, dtype=common, token_ids=ids)
+    return {"config.json": config_text(config), "README.md": model_card(reader.metadata).encode()}
+
+
+def _index(shards: dict[str, list[TensorSpec]]) -> bytes:
+    specs = [spec for shard in shards.values() for spec in shard]
+    weight_map = {spec.name: name for name, shard in shards.items() for spec in shard}
+    index = {"metadata": {"total_size": total_bytes(specs)}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _write_text(path: Path, content: bytes) -> None:
+    with AtomicFile(path) as file:
+        file.write_at(0, content)
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def report(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress:
+            progress(done, total)
+
+    return report
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its place when the block ends well."""
+    _refuse_existing(target, overwrite)
+    work = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    with output_errors(target):
+        work.mkdir()
+    try:
+        yield work
+        with output_errors(target):
+            sync_folder(work)
+            _take_place(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    empty = target.is_dir() and not any(target.iterdir())
+    if not target.exists() or empty:
+        return
+    if overwrite and (target / "config.json").is_file():
+        return
+    raise OutputError(
+        "the output exists already" + (" and is no model folder" if overwrite else ""),
+        where=target,
+        expected="a path where nothing is",
+        remedy="choose another path" + ("" if overwrite else ", or pass --force to replace a model folder"),
+    )
+
+
+def _take_place(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+    else:
+        old = work.with_name(work.name + ".old")
+        target.rename(old)
+        work.rename(target)
+        shutil.rmtree(old)
+    sync_folder(target.parent)

@@ -1,0 +1,277 @@
+"""A Hugging Face model folder, or a single safetensors file with its config, to APR."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from apr_dist.apr.bounded_json import parse_object
+from apr_dist.apr.files import MISSING, map_readonly
+from apr_dist.apr.layout import DType
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.reader import NUMPY_TYPES, widen_bfloat16
+from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.errors import (
+    ArchitectureRefused,
+    DamagedModelFile,
+    ModelFileMissing,
+    TokenizerError,
+    UnsupportedModelFile,
+)
+from apr_dist.interop.convert import (
+    CHUNK_ELEMENTS,
+    ImportSummary,
+    Progress,
+    count_dtypes,
+    encode,
+    total_bytes,
+)
+from apr_dist.interop.embedding import embed_tokenizer
+from apr_dist.interop.hf_config import metadata_from_config, read_config
+from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_COPY_BYTES = 4 * 1024 * 1024
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    spec: TensorSpec
+    file: SafetensorsFile
+    tensor: StoredTensor
+
+
+def import_huggingface(
+    source: Path,
+    target: Path,
+    *,
+    dtype: DType | None = None,
+    tie: bool | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ImportSummary:
+    """Write the model of a Hugging Face folder as an APR file, its tokenizer inside.
+
+    Args:
+        source: folder with ``config.json`` and one or many safetensors, or one ``.safetensors`` file
+            with ``config.json`` beside it.
+        target: APR file to make.
+        dtype: element type of every tensor; None keeps each tensor's own.
+        tie: whether the head is the embedding; None follows the configuration and the tensors.
+        overwrite: whether ``target`` may exist.
+        progress: told how far the writing is.
+
+    Raises:
+        ModelFileError: the source is missing, damaged, or something in it is not supported.
+        ArchitectureRefused: the configuration and the tensors disagree about the head.
+        OutputError: the target cannot be written.
+    """
+    folder, weights = _locate(Path(source))
+    config = read_config(folder / "config.json")
+    with ExitStack() as stack:
+        plans = _plan([stack.enter_context(SafetensorsFile(path)) for path in weights], dtype)
+        tied, notes = _decide_tie(plans, config, tie, where=folder)
+        if tied:
+            plans.pop(HEAD, None)
+        metadata, more = _metadata(folder, config, tied)
+        specs = [plan.spec for plan in plans.values()]
+        done, total = 0, total_bytes(specs)
+        with AprWriter(target, metadata=metadata, tensors=specs, overwrite=overwrite) as writer:
+            for plan in plans.values():
+                for piece in _pieces(plan):
+                    writer.append(plan.spec.name, piece)
+                    done += piece.nbytes
+                    if progress:
+                        progress(done, total)
+    return ImportSummary(
+        source=Path(source),
+        target=Path(target),
+        original_format="safetensors",
+        tensor_count=len(specs),
+        param_count=sum(math.prod(spec.shape) for spec in specs),
+        size_bytes=Path(target).stat().st_size,
+        dtypes=count_dtypes(specs),
+        tied=tied,
+        notes=(*notes, *more),
+    )
+
+
+def _locate(source: Path) -> tuple[Path, list[Path]]:
+    """The folder with ``config.json``, and the weight files, in order."""
+    if source.is_file():
+        return source.parent, [source]
+    index = source / _INDEX
+    if index.is_file():
+        return source, [source / name for name in _shard_names(index)]
+    if (source / _SINGLE).is_file():
+        return source, [source / _SINGLE]
+    pickled = sorted(path.name for path in source.glob("*.bin")) if source.is_dir() else []
+    raise ModelFileMissing(
+        f"the folder holds {pickled[0]} but no safetensors" if pickled else "there is no model here",
+        where=source,
+        expected=f"a folder with config.json and {_SINGLE} or {_INDEX}, or a .safetensors file",
+        remedy="save the model as safetensors" if pickled else "check the path",
+        falsifier=MISSING,
+    )
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        names = set(parse_object(bytes(map_readonly(index)))["weight_map"].values())
+        plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        plain = False
+    if not plain or not names:
+        raise DamagedModelFile(
+            "the shard index cannot be read",
+            where=index,
+            expected="a weight_map of tensor names to .safetensors files in the same folder",
+            remedy="copy or download it again",
+        )
+    return sorted(names)
+
+
+def _plan(files: list[SafetensorsFile], dtype: DType | None) -> dict[str, _Plan]:
+    plans: dict[str, _Plan] = {}
+    for file in files:
+        for tensor in file.tensors.values():
+            if tensor.name in plans:
+                raise DamagedModelFile(
+                    f"tensor {tensor.name!r} is also in {plans[tensor.name].file.path.name}",
+                    where=file.path,
+                    expected="each tensor in one file",
+                    remedy="remove the files that do not belong to the model",
+                )
+            if tensor.dtype is DType.F64 and dtype is None:
+                raise UnsupportedModelFile(
+                    f"tensor {tensor.name!r} is F64",
+                    where=file.path,
+                    expected="F32, F16 or BF16",
+                    remedy="choose one with --dtype",
+                )
+            spec = TensorSpec(tensor.name, tensor.dtype if dtype is None else dtype, tensor.shape)
+            plans[tensor.name] = _Plan(spec, file, tensor)
+    return plans
+
+
+def _decide_tie(
+    plans: Mapping[str, _Plan], config: Mapping[str, Any], tie: bool | None, *, where: Path
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether the head is the embedding, as asked, configured, and stored."""
+    claimed = config.get("tie_word_embeddings")
+    if HEAD not in plans:
+        if claimed is False or tie is False:
+            raise ArchitectureRefused(
+                f"the head is said to be its own (tie_word_embeddings false) but there is no {HEAD}",
+                where=where,
+                expected="a separate head, or a tied one",
+                remedy="use the head of the embedding with --tie, after correcting config.json",
+            )
+        return EMBEDDING in plans, ()
+    if tie is not None:
+        return tie, (f"{HEAD} was dropped: the head is tied to the embedding as asked",) if tie else ()
+    same = EMBEDDING in plans and _same_bytes(plans[EMBEDDING], plans[HEAD])
+    if claimed and not same:
+        raise ArchitectureRefused(
+            f"config.json ties the head to the embedding, but {HEAD} holds other values",
+            where=where,
+            expected="one or the other",
+            remedy="drop the separate head with --tie, or set tie_word_embeddings to false in config.json",
+        )
+    if claimed:
+        return True, (f"{HEAD} equals the embedding and was dropped: the head is tied",)
+    return False, ()
+
+
+def _same_bytes(left: _Plan, right: _Plan) -> bool:
+    if (left.tensor.dtype, left.tensor.shape) != (right.tensor.dtype, right.tensor.shape):
+        return False
+    pairs = zip(
+        left.file.pieces(left.tensor, _COPY_BYTES), right.file.pieces(right.tensor, _COPY_BYTES), strict=True
+    )
+    return all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)
+
+
+def _pieces(plan: _Plan) -> Iterator[npt.NDArray[Any] | memoryview]:
+    if plan.tensor.dtype is plan.spec.dtype:
+        yield from plan.file.pieces(plan.tensor, _COPY_BYTES)
+        return
+    numbers = NUMPY_TYPES[plan.tensor.dtype]
+    for piece in plan.file.pieces(plan.tensor, CHUNK_ELEMENTS * numbers.itemsize):
+        values: npt.NDArray[Any] = np.frombuffer(piece, numbers)
+        wide = widen_bfloat16(values) if plan.tensor.dtype is DType.BF16 else values.astype(np.float32)
+        yield encode(wide, plan.spec.dtype, name=plan.spec.name, where=plan.file.path)
+
+
+def _metadata(folder: Path, config: Mapping[str, Any], tied: bool) -> tuple[AprMetadata, tuple[str, ...]]:
+    special, template = _special_tokens(folder)
+    values: dict[str, Any] = metadata_from_config(config)
+    values |= _front_matter(folder)
+    values |= {
+        "name": folder.resolve().name,
+        "source": config.get("_name_or_path") or folder.resolve().name,
+        "original_format": "safetensors",
+        "tie_word_embeddings": tied,
+    }
+    if special:
+        values["special_tokens"] = special
+    if template:
+        values["chat_template"] = template
+        if "<|im_start|>" in template:
+            values["chat_format"] = "chatml"
+    metadata = AprMetadata.from_mapping(values)
+    try:
+        return embed_tokenizer(metadata, folder)
+    except TokenizerError as error:
+        return metadata, (f"the tokenizer was not embedded: {error}",)
+
+
+def _special_tokens(folder: Path) -> tuple[dict[str, str], str | None]:
+    path = folder / "tokenizer_config.json"
+    stated = read_config(path) if path.is_file() else {}
+    special: dict[str, str] = {}
+    for role in _SPECIAL_TOKENS:
+        token = stated.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            special[role] = token
+    template = stated.get("chat_template")
+    separate = folder / "chat_template.jinja"
+    if separate.is_file():
+        template = bytes(map_readonly(separate)).decode(errors="replace")
+    return special, template if isinstance(template, str) else None
+
+
+def _front_matter(folder: Path) -> dict[str, str]:
+    """License and data sets from the front matter of the folder's model card."""
+    card = folder / "README.md"
+    match = (
+        _FRONT_MATTER.match(bytes(map_readonly(card)).decode(errors="replace")) if card.is_file() else None
+    )
+    if match is None:
+        return {}
+    try:
+        facts = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        return {}  # a broken card says nothing about the weights
+    facts = facts if isinstance(facts, dict) else {}
+    found: dict[str, str] = {}
+    if isinstance(facts.get("license"), str):
+        found["license"] = facts["license"]
+    sets = facts.get("datasets")
+    if isinstance(sets, list) and sets and all(isinstance(name, str) for name in sets):
+        found["data_source"] = ", ".join(sets)
+    return found

@@ -1,0 +1,21 @@
+//! Token shards to training batches.
+//!
+//! A data set is a list of flat little-endian `u32` files. This crate maps them ([`shard`]), decides
+//! which sequence stands at which position of the endless training stream ([`order`], [`stream`]),
+//! copies or views the rows of a batch ([`batch`]) and runs ahead of the consumer ([`ring`]).
+//! `python` is the face that `apr_dist.data.loader` imports; nothing here knows about ranks,
+//! configuration or manifests.
+
+#[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]
+compile_error!("shards are little-endian and larger than a 32-bit address space");
+
+pub mod batch;
+pub mod error;
+pub mod mapping;
+pub mod order;
+#[cfg(feature = "python")]
+mod python;
+pub mod shard;
+pub mod stream;
+
+pub use error::{Error, Result};

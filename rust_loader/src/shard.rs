@@ -1,0 +1,429 @@
+//! Shards: opening, checking against the manifest, verifying once, reading rows, and a bounded
+//! cache of open ones.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use crate::error::{Error, Result};
+use crate::mapping::Mapping;
+
+const WORD: u64 = size_of::<u32>() as u64;
+const HASH_CHUNK: usize = 1 << 20;
+
+/// What a manifest says about one shard.
+#[derive(Clone, Debug)]
+pub struct ShardFacts {
+    /// Which of the set's folders it lies in.
+    pub folder: u32,
+    /// Plain file name.
+    pub file: Box<str>,
+    /// Tokens.
+    pub words: u64,
+    /// xxh3-64 of the content, where the manifest records it.
+    pub xxh3: Option<u64>,
+}
+
+/// When a shard's content is hashed and compared with the manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verify {
+    /// Before its first row is handed out.
+    FirstTouch,
+    /// All of them when the set is opened.
+    Open,
+    /// Never.
+    Off,
+}
+
+/// How rows are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Copied out of a map of the file; the size is checked before every row.
+    Mmap,
+    /// With `pread`: slower when cached, and an error where a map would be a signal.
+    Pread,
+}
+
+/// How a set of shards is used.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// When content is hashed.
+    pub verify: Verify,
+    /// How rows are read.
+    pub access: Access,
+    /// Shards kept open at once; views keep theirs alive beyond it.
+    pub max_open: usize,
+    /// An open shard whose file was not looked at for this long is compared with it again.
+    pub recheck: Duration,
+    /// Whether most of each shard will be read in order (blocks, evaluation) or rows of it at random.
+    pub sequential: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            verify: Verify::FirstTouch,
+            access: Access::Mmap,
+            max_open: 256,
+            recheck: Duration::from_secs(1),
+            sequential: false,
+        }
+    }
+}
+
+/// What was read so far.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes copied or handed out as views.
+    pub bytes: AtomicU64,
+    /// Times a shard was opened.
+    pub opened: AtomicU64,
+    /// Shards whose hash was compared.
+    pub verified: AtomicU64,
+}
+
+/// What tells a file from one that took its place or was written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &std::fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            bytes: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
+
+    /// A digest that is never 0, which stands for "not known".
+    fn digest(self) -> u64 {
+        let (seconds, nanoseconds) = self.modified;
+        let fields =
+            [self.device, self.inode, self.bytes, seconds.cast_unsigned(), nanoseconds.cast_unsigned()];
+        xxh3_64(bytemuck::cast_slice(&fields)) | 1
+    }
+}
+
+/// One open shard. Views hold an `Arc` of it, so its map outlives them.
+#[derive(Debug)]
+pub struct OpenShard {
+    path: PathBuf,
+    file: File,
+    map: Option<Mapping>,
+    bytes: u64,
+    stamp: Stamp,
+}
+
+impl OpenShard {
+    /// Copies the tokens from `start` on into `row`.
+    pub fn read(&self, start: u64, row: &mut [u32]) -> Result<()> {
+        if let Some(map) = &self.map {
+            self.check_size()?;
+            map.copy_to(to_usize(start), row);
+            return Ok(());
+        }
+        let bytes = bytemuck::cast_slice_mut(row);
+        self.file.read_exact_at(bytes, start * WORD).map_err(|error| self.read_error(error))
+    }
+
+    /// Copies the tokens from `start` on into `row`, widened to 64 bits.
+    pub fn read_wide(&self, start: u64, row: &mut [i64]) -> Result<()> {
+        if let Some(map) = &self.map {
+            self.check_size()?;
+            map.widen_to(to_usize(start), row);
+            return Ok(());
+        }
+        let mut narrow = vec![0_u32; row.len()];
+        self.read(start, &mut narrow)?;
+        for (wide, word) in row.iter_mut().zip(narrow) {
+            *wide = i64::from(word);
+        }
+        Ok(())
+    }
+
+    /// Asks the CPU for a row that will be read next.
+    pub fn prefetch(&self, start: u64, len: usize) {
+        if let Some(map) = &self.map {
+            map.prefetch(to_usize(start), len);
+        }
+    }
+
+    /// Asks the system to read a row that will be wanted soon, without waiting.
+    pub fn will_need(&self, start: u64, len: usize) {
+        if let Some(map) = &self.map {
+            map.will_need(to_usize(start), len);
+        } else {
+            use rustix::fs::{Advice, fadvise};
+            let length = std::num::NonZeroU64::new(len as u64 * WORD);
+            // Only advice: where it is refused, the read itself will wait instead.
+            let _ = fadvise(&self.file, start * WORD, length, Advice::WillNeed);
+        }
+    }
+
+    /// Brings `len` tokens from `start` on into memory and hands them out where they lie.
+    ///
+    /// A view trusts the storage: a file that is truncated afterwards takes the pages away. None when
+    /// rows are read with `pread`.
+    pub fn view(self: Arc<Self>, start: u64, len: usize) -> Result<Option<View>> {
+        let Some(map) = &self.map else { return Ok(None) };
+        self.check_size()?;
+        map.populate(to_usize(start), len).map_err(|error| self.read_error(error))?;
+        Ok(Some(View { shard: self, start: to_usize(start), len }))
+    }
+
+    /// Looks at the file's size: a map of a truncated file must not be touched.
+    ///
+    /// `lseek` is the cheapest question with that answer (about 0.1 us against 0.45 us of `fstat`).
+    /// Between it and the copy a writer has about a microsecond; `Access::Pread` leaves none.
+    fn check_size(&self) -> Result<()> {
+        let found = seek(&self.file, SeekFrom::End(0)).map_err(|error| self.read_error(error.into()))?;
+        if found == self.bytes {
+            return Ok(());
+        }
+        Err(self.changed(format!("it held {} bytes and now holds {found}", self.bytes)))
+    }
+
+    fn changed(&self, what: String) -> Error {
+        Error::Changed { path: self.path.clone(), what }
+    }
+
+    fn read_error(&self, error: io::Error) -> Error {
+        let truncated = error.kind() == ErrorKind::UnexpectedEof
+            || error.raw_os_error() == Some(Errno::FAULT.raw_os_error());
+        if truncated {
+            return self.changed(format!("it no longer holds the {} bytes it had", self.bytes));
+        }
+        Error::Io { path: self.path.clone(), source: error }
+    }
+
+    /// xxh3-64 of the content, read with `pread` so that a truncation meanwhile is an error.
+    fn hash(&self) -> Result<u64> {
+        if let Some(map) = &self.map {
+            // Pages that come in through the map arrive as large ones; the hash then finds them.
+            map.populate(0, map.words()).map_err(|error| self.read_error(error))?;
+        }
+        let mut hasher = Xxh3::new();
+        let mut chunk = vec![0; HASH_CHUNK.min(to_usize(self.bytes))];
+        let mut at = 0;
+        while at < self.bytes {
+            let part = &mut chunk[..to_usize(self.bytes - at).min(HASH_CHUNK)];
+            self.file.read_exact_at(part, at).map_err(|error| self.read_error(error))?;
+            hasher.update(part);
+            at += part.len() as u64;
+        }
+        Ok(hasher.digest())
+    }
+}
+
+/// Tokens of a shard where they lie in its map, which lives as long as this.
+#[derive(Clone, Debug)]
+pub struct View {
+    shard: Arc<OpenShard>,
+    start: usize,
+    len: usize,
+}
+
+impl View {
+    /// Address of the first token. Null only for shards without a map, which give no views.
+    #[must_use]
+    pub fn pointer(&self) -> *const u32 {
+        self.shard.map.as_ref().map_or(std::ptr::null(), |map| map.pointer(self.start, self.len))
+    }
+}
+
+struct Entry {
+    shard: Arc<OpenShard>,
+    used: u64,
+    checked: Instant,
+}
+
+#[derive(Default)]
+struct Cache {
+    entries: HashMap<u32, Entry>,
+    clock: u64,
+}
+
+/// All shards of a stream, at most `max_open` of them open.
+pub struct ShardSet {
+    folders: Vec<PathBuf>,
+    facts: Vec<ShardFacts>,
+    options: Options,
+    cache: Mutex<Cache>,
+    /// Digest of the stamp under which a shard was last accepted, 0 before that.
+    accepted: Vec<AtomicU64>,
+    /// What was read so far.
+    pub counters: Counters,
+}
+
+impl ShardSet {
+    /// A set of `facts` lying in `folders`; reads nothing unless `verify` is [`Verify::Open`].
+    pub fn new(folders: Vec<PathBuf>, facts: Vec<ShardFacts>, options: Options) -> Result<Self> {
+        let accepted = facts.iter().map(|_| AtomicU64::new(0)).collect();
+        let set = Self {
+            folders,
+            facts,
+            options,
+            cache: Mutex::default(),
+            accepted,
+            counters: Counters::default(),
+        };
+        if set.options.verify == Verify::Open {
+            for index in 0..set.facts.len() {
+                set.open(&set.facts[index], index)?;
+            }
+        }
+        Ok(set)
+    }
+
+    /// What the manifest says about each shard.
+    #[must_use]
+    pub fn facts(&self) -> &[ShardFacts] {
+        &self.facts
+    }
+
+    /// How the set is used.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Shards open now.
+    pub fn open_count(&self) -> Result<usize> {
+        Ok(self.cache.lock()?.entries.len())
+    }
+
+    /// Where shard `index` lies.
+    #[must_use]
+    pub fn path(&self, index: u32) -> PathBuf {
+        let facts = &self.facts[index as usize];
+        self.folders[facts.folder as usize].join(&*facts.file)
+    }
+
+    /// Shard `index`, opened, checked and verified.
+    pub fn get(&self, index: u32) -> Result<Arc<OpenShard>> {
+        if let Some(shard) = self.cached(index)? {
+            return Ok(shard);
+        }
+        // Opened without the lock: hashing a shard must not keep others from their open ones.
+        let facts = &self.facts[index as usize];
+        let opened = match self.open(facts, index as usize) {
+            Err(Error::Limit { .. }) => {
+                self.cache.lock()?.entries.clear();
+                self.open(facts, index as usize)?
+            }
+            other => other?,
+        };
+        let shard = Arc::new(opened);
+        let mut cache = self.cache.lock()?;
+        cache.clock += 1;
+        let used = cache.clock;
+        while cache.entries.len() >= self.options.max_open.max(1) {
+            let oldest = cache.entries.iter().min_by_key(|(_, entry)| entry.used).map(|(&key, _)| key);
+            oldest.and_then(|key| cache.entries.remove(&key));
+        }
+        let entry = Entry { shard: Arc::clone(&shard), used, checked: Instant::now() };
+        cache.entries.insert(index, entry);
+        Ok(shard)
+    }
+
+    /// The open shard, or None when it is not open or its file is no longer the one that was opened.
+    fn cached(&self, index: u32) -> Result<Option<Arc<OpenShard>>> {
+        let mut cache = self.cache.lock()?;
+        cache.clock += 1;
+        let used = cache.clock;
+        let Some(entry) = cache.entries.get_mut(&index) else { return Ok(None) };
+        entry.used = used;
+        if entry.checked.elapsed() < self.options.recheck {
+            return Ok(Some(Arc::clone(&entry.shard)));
+        }
+        let unchanged =
+            std::fs::metadata(&entry.shard.path).is_ok_and(|m| Stamp::of(&m) == entry.shard.stamp);
+        if unchanged {
+            entry.checked = Instant::now();
+            return Ok(Some(Arc::clone(&entry.shard)));
+        }
+        cache.entries.remove(&index);
+        Ok(None)
+    }
+
+    fn open(&self, facts: &ShardFacts, index: usize) -> Result<OpenShard> {
+        let path = self.folders[facts.folder as usize].join(&*facts.file);
+        let file = File::open(&path).map_err(|error| open_error(&path, error))?;
+        let metadata = file.metadata().map_err(|error| open_error(&path, error))?;
+        let bytes = facts.words * WORD;
+        if metadata.len() != bytes {
+            return Err(Error::Size { path, found: metadata.len(), expected: bytes });
+        }
+        let map = match self.options.access {
+            Access::Mmap if bytes > 0 => {
+                let map = Mapping::new(&file, to_usize(facts.words)).map_err(|e| open_error(&path, e))?;
+                Some(map)
+            }
+            _ => None,
+        };
+        let shard = OpenShard { path, file, map, bytes, stamp: Stamp::of(&metadata) };
+        self.counters.opened.fetch_add(1, Ordering::Relaxed);
+        self.accept(&shard, facts, index)?;
+        Ok(shard)
+    }
+
+    /// Advises on, and verifies where due, a shard that was just opened. One that changed since it was
+    /// accepted is judged by its content, and refused when there is no hash to judge it by.
+    fn accept(&self, shard: &OpenShard, facts: &ShardFacts, index: usize) -> Result<()> {
+        let digest = shard.stamp.digest();
+        let before = self.accepted[index].load(Ordering::Acquire);
+        let hash = facts.xxh3.filter(|_| self.options.verify != Verify::Off);
+        if let Some(map) = &shard.map {
+            if self.options.sequential || (hash.is_some() && before != digest) {
+                map.expect_all();
+            } else {
+                map.expect_random();
+            }
+        }
+        if before == digest {
+            return Ok(());
+        }
+        if let Some(expected) = hash {
+            let found = shard.hash()?;
+            self.counters.verified.fetch_add(1, Ordering::Relaxed);
+            if found != expected {
+                return Err(Error::Hash { path: shard.path.clone(), found, expected });
+            }
+        } else if before != 0 {
+            return Err(shard.changed("another file took its place, or it was written to".into()));
+        }
+        self.accepted[index].store(digest, Ordering::Release);
+        Ok(())
+    }
+}
+
+fn open_error(path: &Path, source: io::Error) -> Error {
+    let path = path.to_path_buf();
+    let limits = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
+    match source.raw_os_error() {
+        _ if source.kind() == ErrorKind::NotFound => Error::Missing { path },
+        Some(code) if limits.contains(&code) => Error::Limit { path, source },
+        _ => Error::Io { path, source },
+    }
+}
+
+/// Sizes and offsets fit: the crate only builds where addresses have 64 bits.
+#[allow(clippy::cast_possible_truncation, reason = "usize has 64 bits, see lib.rs")]
+pub(crate) const fn to_usize(value: u64) -> usize {
+    value as usize
+}

@@ -1,0 +1,439 @@
+"""Encoding a corpus: the same bytes however it is done, nothing lost in silence, killed runs go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders.tokens import DOCUMENT_END, build_tiny_tokenizer, small_sources, write_jsonl
+from tokenizers import Tokenizer
+
+from apr_dist.data import Manifest, encoding_pool
+from apr_dist.data.corpus import Problem
+from apr_dist.data.decode import decode_documents
+from apr_dist.data.encode import EncodeProgress, EosPolicy, Normalization, encode_corpus
+from apr_dist.data.encoding_pool import EncodingPool, cut
+from apr_dist.data.tokenizer import load_tokenizer
+from apr_dist.data.verification import verify_dataset
+from apr_dist.errors import CorpusError, OutputError, TokenizerError, UsageError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_tokenizer(tmp_path_factory.mktemp("encode") / "tok")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """JSONL of 300 documents of every size, some empty of words, some of several scripts."""
+    pieces = ["def f(x):\n", "    return x + 1\n", "é世界🎉", "\n\n", f" {DOCUMENT_END} ", "0123456789 "]
+    texts = [f"{one}" + pieces[one % 6] * (one * 7 % 50) for one in range(300)]
+    return write_jsonl(tmp_path / "corpus.jsonl", texts)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by name; manifests without the time they record."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "manifest.json":
+            recorded = json.loads(content)
+            recorded.pop("created_at")
+            content = json.dumps(recorded).encode()
+        found[str(path.relative_to(folder))] = content
+    return found
+
+
+def ids_of(folder: Path) -> list[int]:
+    manifest = Manifest.load(folder)
+    return np.concatenate(
+        [np.fromfile(manifest.path_of(one), dtype="<u4") for one in manifest.shards]
+    ).tolist()
+
+
+def texts_of(corpus: Path) -> list[str]:
+    return [json.loads(line)["content"] for line in corpus.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("policy", EosPolicy)
+def test_shards_hold_the_documents_with_end_ids_where_the_policy_puts_them(
+    tokenizer: Path, corpus: Path, tmp_path: Path, policy: EosPolicy
+) -> None:
+    encode_corpus(
+        sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=700, eos_policy=policy
+    )
+    loaded = load_tokenizer(tokenizer)
+    end = loaded.identity.eos_id
+    expected: list[int] = []
+    for number, text in enumerate(texts_of(corpus)):
+        if policy is EosPolicy.BETWEEN and number:
+            expected.append(int(end or 0))
+        expected += loaded.encode(text).tolist()
+        if policy is EosPolicy.AFTER:
+            expected.append(int(end or 0))
+    assert ids_of(tmp_path / "out") == expected
+    count = {EosPolicy.NONE: 0, EosPolicy.BETWEEN: 299, EosPolicy.AFTER: 300}[policy]
+    assert expected.count(int(end or 0)) == count
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.total_documents == 300
+    assert manifest.eos_token_id == (None if policy is EosPolicy.NONE else end)
+
+
+def test_documents_come_back_as_text(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=500)
+    found = list(decode_documents(tmp_path / "out"))
+    assert [one.text for one in found] == texts_of(corpus)
+    assert [one.number for one in found] == list(range(300))
+
+
+def test_a_shard_closes_after_the_document_that_reaches_its_limit(
+    tokenizer: Path, corpus: Path, tmp_path: Path
+) -> None:
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=700)
+    manifest = Manifest.load(tmp_path / "out")
+    assert [shard.file for shard in manifest.shards] == [
+        f"shard-{one:05}.bin" for one in range(len(manifest.shards))
+    ]
+    for shard in manifest.shards[:-1]:
+        assert shard.tokens >= 700
+        assert manifest.document_starts(shard)[-1] < 700
+    assert manifest.shards[-1].tokens > 0
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_the_result_does_not_depend_on_the_number_of_workers(
+    tokenizer: Path, corpus: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("one", 1), ("many", workers)):
+        encode_corpus(
+            sources=[corpus, *small_sources(10)],
+            tokenizer=tokenizer,
+            output=tmp_path / name,
+            shard_tokens=900,
+            val_fraction=0.3,
+            workers=count,
+        )
+        monkeypatch.setattr(encoding_pool, "CALL_CHARACTERS", 500)  # other batches, other cuts
+        monkeypatch.setattr("apr_dist.data.encoding_run.CALL_CHARACTERS", 500)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_no_document_is_on_both_sides_of_the_split(tokenizer: Path, tmp_path: Path) -> None:
+    texts = [f"document {one % 100}" for one in range(400)]  # each one four times
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts)
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", val_fraction=0.25)
+    sides = {
+        part: Counter(one.text for one in decode_documents(tmp_path / "out" / part))
+        for part in ("train", "validation")
+    }
+    assert not sides["train"].keys() & sides["validation"].keys()
+    assert sides["train"] + sides["validation"] == Counter(texts)
+    assert 10 <= len(sides["validation"]) <= 45
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_what_is_no_document_is_counted_and_shown(tokenizer: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
+    path.write_text(path.read_text() + '{bad\n{"text": "x"}\n{"text": "y"}\n')
+    summary = encode_corpus(sources=[path], tokenizer=tokenizer, output=tmp_path / "out")
+    assert summary.problems == {Problem.BAD_LINE: 1, Problem.MISSING_KEY: 2, Problem.EMPTY: 1}
+    assert summary.documents == 2
+    assert any("a.jsonl:5: missing key" in example for example in summary.examples)
+    counts = Manifest.load(tmp_path / "out").source["counts"]
+    assert counts == {"bad line": 1, "missing key": 2, "empty": 1}
+
+
+def test_strict_stops_at_the_first_bad_line_with_file_and_line(tokenizer: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    path.write_text(path.read_text() + "{bad\n")
+    with pytest.raises(CorpusError, match=r"a\.jsonl:2: bad line"):
+        encode_corpus(sources=[path], tokenizer=tokenizer, output=tmp_path / "out", strict=True)
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_bytes_the_vocabulary_lacks_are_counted_not_dropped_in_silence(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    recorded = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))
+    model = recorded["model"]
+    del model["vocab"]["č"]  # the spelling of the carriage return
+    model["merges"] = [merge for merge in model["merges"] if "č" not in "".join(merge)]
+    model["vocab"] = {token: one for token, one in model["vocab"].items() if "č" not in token}
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.json").write_text(json.dumps(recorded), "utf-8")
+    path = write_jsonl(tmp_path / "a.jsonl", ["fine", "not\r\nfine\r"])
+    summary = encode_corpus(sources=[path], tokenizer=tmp_path / "tok", output=tmp_path / "out")
+    assert (summary.lossy_documents, summary.lost_bytes) == (1, 2)
+    assert "a.jsonl:2: 2 bytes" in summary.examples[0]
+    with pytest.raises(CorpusError, match=r"a\.jsonl:2"):
+        encode_corpus(sources=[path], tokenizer=tmp_path / "tok", output=tmp_path / "strict", strict=True)
+
+
+def test_text_is_rewritten_only_when_asked(tokenizer: Path, tmp_path: Path) -> None:
+    text = "cafe\u0301 \u2126"
+    path = write_jsonl(tmp_path / "a.jsonl", [text])
+    for normalization, expected in (
+        (Normalization.NONE, text),
+        (Normalization.NFC, unicodedata.normalize("NFC", text)),
+    ):
+        output = tmp_path / normalization.value
+        encode_corpus(sources=[path], tokenizer=tokenizer, output=output, normalization=normalization)
+        assert next(decode_documents(output)).text == expected
+
+
+def test_long_texts_are_cut_where_it_changes_nothing(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\n".join(path.read_text("utf-8") for path in small_sources(6))
+    loaded = load_tokenizer(tokenizer)
+    whole = loaded.encode(text)
+    monkeypatch.setattr(encoding_pool, "CALL_CHARACTERS", 1000)
+    pieces = list(cut(text))
+    assert len(pieces) > 10
+    assert "".join(pieces) == text
+    pool = EncodingPool(loaded, workers=1, normalization=Normalization.NONE)
+    assert pool.encode([text, "short"])[0].ids.tolist() == whole.tolist()
+
+
+def test_a_limit_stops_after_the_document_that_reaches_it(
+    tokenizer: Path, corpus: Path, tmp_path: Path
+) -> None:
+    summary = encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", limit_tokens=1000)
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "all")
+    limited, whole = ids_of(tmp_path / "out"), ids_of(tmp_path / "all")
+    assert limited == whole[: len(limited)]
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.document_starts(manifest.shards[0])[-1] < 1000 <= summary.tokens < len(whole)
+
+
+def test_progress_ends_at_everything(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    seen: list[EncodeProgress] = []
+    summary = encode_corpus(
+        sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", progress=seen.append
+    )
+    last = seen[-1]
+    assert (last.documents, last.tokens) == (summary.documents, summary.tokens)
+    assert last.bytes_done == last.bytes_total == corpus.stat().st_size
+    assert last.eta_s == 0
+    assert last.tokens_per_s > 0
+
+
+def test_the_source_list_stands_beside_the_shards(tokenizer: Path, tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [name]) for name in "ab"]
+    encode_corpus(sources=paths, tokenizer=tokenizer, output=tmp_path / "out")
+    listed = [json.loads(line) for line in (tmp_path / "out/sources.jsonl").read_text().splitlines()]
+    assert listed == [{"path": str(path), "bytes": path.stat().st_size} for path in paths]
+    assert Manifest.load(tmp_path / "out").source["files"] == 2
+
+
+def test_a_corpus_without_a_document_leaves_no_data_set(tokenizer: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"], key="body")
+    with pytest.raises(CorpusError, match=r"no document.*1 x missing key.*--text-key"):
+        encode_corpus(sources=[path], tokenizer=tokenizer, output=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_split_that_gets_no_document_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(CorpusError, match="no document fell to the validation part"):
+        encode_corpus(sources=[path], tokenizer=tokenizer, output=tmp_path / "out", val_fraction=0.001)
+
+
+def test_an_existing_data_set_is_replaced_only_when_asked(tokenizer: Path, tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", ["first"] * 50)
+    second = write_jsonl(tmp_path / "b.jsonl", ["second"])
+    output = tmp_path / "out"
+    encode_corpus(sources=[first], tokenizer=tokenizer, output=output, shard_tokens=10)
+    before = contents(output)
+    with pytest.raises(OutputError, match="--overwrite"):
+        encode_corpus(sources=[second], tokenizer=tokenizer, output=output)
+    assert contents(output) == before
+    (output / "notes.txt").write_text("mine")
+    encode_corpus(sources=[second], tokenizer=tokenizer, output=output, overwrite=True)
+    assert [one.text for one in decode_documents(output)] == ["second"]
+    names = {path.name for path in output.iterdir()}
+    assert names == {"manifest.json", "shard-00000.bin", "shard-00000.idx", "sources.jsonl", "notes.txt"}
+
+
+def test_another_layout_does_not_leave_the_old_one_readable(tokenizer: Path, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", [f"text {one}" for one in range(50)])
+    output = tmp_path / "out"
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=output, val_fraction=0.3)
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=output, overwrite=True)
+    assert not list(output.glob("*/manifest.json"))
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=output, overwrite=True, val_fraction=0.3)
+    assert not (output / "manifest.json").exists()
+    assert not list(output.glob("shard-*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shard_tokens": 0}, {"val_fraction": 1.0}, {"val_fraction": -0.1}, {"workers": 0}, {"limit_tokens": 0}],
+)
+def test_numbers_out_of_range_are_refused(
+    tokenizer: Path, corpus: Path, tmp_path: Path, change: dict[str, int]
+) -> None:
+    with pytest.raises(UsageError, match="--"):
+        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", **change)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="a file stands there"):
+        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot be written"):
+        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "file" / "below")
+
+
+def test_a_tokenizer_without_document_end_needs_the_policy_none(corpus: Path, tmp_path: Path) -> None:
+    recorded = json.loads((build_tiny_tokenizer(tmp_path / "a") / "tokenizer.json").read_text("utf-8"))
+    recorded["added_tokens"] = []
+    recorded["model"]["vocab"]["<|other|>"] = recorded["model"]["vocab"].pop(DOCUMENT_END)
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.json").write_text(json.dumps(recorded), "utf-8")
+    with pytest.raises(TokenizerError, match="--eos-policy none"):
+        encode_corpus(sources=[corpus], tokenizer=tmp_path / "tok", output=tmp_path / "out")
+    encode_corpus(
+        sources=[corpus], tokenizer=tmp_path / "tok", output=tmp_path / "out", eos_policy=EosPolicy.NONE
+    )
+
+
+def test_the_parallelism_setting_of_the_caller_is_given_back(
+    tokenizer: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, setting in enumerate(("true", None)):
+        if setting is None:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+        else:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", setting)
+        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / str(number))
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == setting
+
+
+KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from apr_dist.data import encoding_run, journal
+from apr_dist.data.encode import encode_corpus
+
+corpus, tokenizer, output, when = sys.argv[1:]
+left = [int(when)]
+
+def after_each(cls, name):
+    original = getattr(cls, name)
+    def counted(*arguments, **named):
+        result = original(*arguments, **named)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(cls, name, counted)
+
+encoding_run._BATCH_RECORDS = 16
+after_each(encoding_run.EncodingRun, "_write")
+after_each(journal.Journal, "commit")
+after_each(Path, "replace")
+encode_corpus(sources=[Path(corpus)], tokenizer=Path(tokenizer), output=Path(output), shard_tokens=600,
+              val_fraction=0.2, workers=2, commit_every_s=0.0)
+"""
+
+
+@pytest.mark.parametrize("when", [1, 40, 150, 290, 331, 355])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tokenizer: Path, corpus: Path, tmp_path: Path, when: int
+) -> None:
+    choices = {"tokenizer": tokenizer, "shard_tokens": 600, "val_fraction": 0.2}
+    encode_corpus(sources=[corpus], output=tmp_path / "whole", **choices)  # type: ignore[arg-type]
+    for moment in (when, 25):  # killed again while it goes on
+        arguments = [str(corpus), str(tokenizer), str(tmp_path / "out"), str(moment)]
+        run = subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], check=False, capture_output=True)
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+        assert not (tmp_path / "out/train/manifest.json").exists() or when > 300
+    else:
+        encode_corpus(sources=[corpus], output=tmp_path / "out", **choices)  # type: ignore[arg-type]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def interrupt(tokenizer: Path, corpus: Path, output: Path, **choices: object) -> None:
+    """Encode until the first progress call breaks it off."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(_: EncodeProgress) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=output, progress=stop, **choices)  # type: ignore[arg-type]
+
+
+def test_finished_work_is_kept_when_a_run_goes_on(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    interrupt(tokenizer, corpus, tmp_path / "out", shard_tokens=600)
+    summary = encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600)
+    assert summary.resumed_tokens == summary.tokens
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "whole", shard_tokens=600)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_interrupted_run_is_not_mixed_with_another_configuration(
+    tokenizer: Path, corpus: Path, tmp_path: Path
+) -> None:
+    interrupt(tokenizer, corpus, tmp_path / "out", shard_tokens=600)
+    with pytest.raises(OutputError, match=r"another configuration lies there \(shard_tokens differ"):
+        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=601)
+    write_jsonl(corpus, ["changed"])
+    with pytest.raises(OutputError, match="corpus_sha256 differ"):
+        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600)
+    encode_corpus(
+        sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600, overwrite=True
+    )
+    assert [one.text for one in decode_documents(tmp_path / "out")] == ["changed"]
+    assert verify_dataset(tmp_path / "out").ok
+    assert [path.name for path in (tmp_path / "out").glob("*.bin")] == ["shard-00000.bin"]
+
+
+def test_two_processes_do_not_write_one_output(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(_: EncodeProgress) -> None:
+        with pytest.raises(OutputError, match="another process") as caught:
+            encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out")
+        refused.append(str(caught.value))
+
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", progress=second)
+    assert refused
+
+
+def test_standard_input_is_encoded_and_never_resumed(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from apr_dist.data.encode import encode_corpus\n"
+        "encode_corpus(sources=[Path('-')], tokenizer=Path(sys.argv[1]), output=Path(sys.argv[2]))"
+    )
+    with corpus.open("rb") as lines:
+        subprocess.run(
+            [sys.executable, "-c", program, str(tokenizer), str(tmp_path / "out")], stdin=lines, check=True
+        )
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "file")
+    assert ids_of(tmp_path / "out") == ids_of(tmp_path / "file")
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_encoded_whole(tmp_path: Path) -> None:
+    recorded = json.loads((build_tiny_tokenizer(tmp_path / "a") / "tokenizer.json").read_text("utf-8"))
+    recorded["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.json").write_text(json.dumps(recorded), "utf-8")
+    loaded = load_tokenizer(tmp_path / "tok")
+    assert not loaded.cuttable
+    assert loaded.unencodable == b""
+    assert isinstance(loaded.tokenizer, Tokenizer)

@@ -1,0 +1,117 @@
+"""The trainer as people start it: the script under Python, accelerate launch and torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from builders.runs import TRAIN, metrics, run_script, verdict
+
+from apr_dist.apr.reader import AprReader
+from apr_dist.errors import ExitCode
+
+if TYPE_CHECKING:
+    from builders.runs import Inputs
+
+
+def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
+    given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
+    return [*given, "--num-steps", "4", "--steps-per-epoch", "2", "--lr", "1e-3", "--warmup-steps", "1", *more]
+
+
+@pytest.fixture(scope="module")
+def single(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process, started as ``python apr_dist/train.py``."""
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    done = run_script(*flags(inputs, run_dir))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-INIT-007")
+def test_plain_python_trains_and_prints_every_figure_of_a_step(single: Path, inputs: Inputs) -> None:
+    assert verdict(single)["facts"]["strategy"] == "single"
+    assert [line["step"] for line in metrics(single)] == [1, 2, 3, 4]
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-002")
+def test_two_processes_are_ddp_and_give_the_same_losses(
+    single: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    done = run_script(*flags(inputs, run_dir, "--parallel.strategy", "ddp"), world_size=2)
+    assert done.returncode == 0, done.stderr
+    facts = verdict(run_dir)["facts"]
+    assert (facts["strategy"], facts["world_size"]) == ("ddp", 2)
+    assert "as ddp over 2 process(es)" in done.stdout
+    for alone, together in zip(metrics(single), metrics(run_dir), strict=True):
+        assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-6)
+        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
+    for alone, together in zip(
+        metrics(single, "evaluation"), metrics(run_dir, "evaluation"), strict=True
+    ):
+        assert together["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
+        assert together["tokens"] == alone["tokens"]
+
+
+def test_accelerate_launch_runs_the_same_script(single: Path, inputs: Inputs, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = run_script(*flags(inputs, run_dir), launcher="accelerate")
+    assert done.returncode == 0, done.stderr
+    losses = [[line["train_loss"] for line in metrics(folder)] for folder in (single, run_dir)]
+    assert losses[0] == losses[1]
+    with AprReader(run_dir / "checkpoint.apr") as ours, AprReader(single / "checkpoint.apr") as theirs:
+        assert all(ours.raw(name) == theirs.raw(name) for name in theirs.tensors)
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-003")
+def test_what_rank_0_refuses_every_rank_refuses_together(inputs: Inputs, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.apr"
+    broken.write_bytes(inputs.pretrained.read_bytes()[:-100])
+    run_dir = tmp_path / "run"
+    done = run_script(*flags(inputs, run_dir, "--init", str(broken)), world_size=2, timeout_s=120)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "[FALSIFY-APR-DIST-CHECKPOINT-001]" in said[0]
+    exits = [line for line in done.stderr.splitlines() if "exitcode" in line]
+    assert any(f"exitcode  : {int(ExitCode.MODEL_FILE)}" in line or f"exitcode: {int(ExitCode.MODEL_FILE)}" in line
+               for line in exits), done.stderr
+    assert not run_dir.exists()
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-001")
+def test_a_strategy_that_is_not_the_active_one_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    done = run_script(*flags(inputs, tmp_path / "run", "--parallel.strategy", "ddp"))
+    assert done.returncode == ExitCode.DISTRIBUTED
+    assert "[FALSIFY-APR-DIST-DISTRIBUTED-001]" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_needs_no_pytorch_and_shows_no_traceback_unless_asked(tmp_path: Path) -> None:
+    missing = ("--init", str(tmp_path / "none.apr"))
+    plain = run_script(*missing)
+    assert plain.returncode == ExitCode.MODEL_FILE
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in run_script(*missing, "--debug").stderr
+
+
+def test_running_as_a_script_shadows_no_library() -> None:
+    """The script's own folder holds rooms named like libraries; none may answer for one."""
+    rooms = {path.stem for path in TRAIN.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+    probe = (
+        "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+        f"sys.path[0] = {str(TRAIN.parent)!r}\n"
+        "try:\n"
+        f"    runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        f"assert {str(TRAIN.parent)!r} not in sys.path\n"
+        f"assert not set(sys.modules) & {rooms - {'__init__', '__pycache__'}!r}\n"
+    )
+    import subprocess  # noqa: PLC0415
+
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
