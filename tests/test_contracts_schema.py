@@ -27,7 +27,11 @@ def test_a_good_file_is_read_whole() -> None:
     assert findings == ()
     assert contract is not None
     metadata = contract.body.metadata
-    assert (metadata.id, metadata.kind, metadata.status) == ("sum-v1", Kind.PATTERN, Status("PARTIAL_ALGORITHM_LEVEL"))
+    assert (metadata.id, metadata.kind, metadata.status) == (
+        "sum-v1",
+        Kind.PATTERN,
+        Status("PARTIAL_ALGORITHM_LEVEL"),
+    )
     assert metadata.updated == date(2026, 2, 1)
     falsifier = contract.falsifiers[0]
     assert falsifier.nodes == ("tests/test_sum.py::test_two_and_two",)
@@ -105,7 +109,12 @@ def test_text_that_is_not_strict_yaml_is_refused(text: str, says: str) -> None:
 def test_lines_are_those_of_keys_and_of_the_nearest_thing_around() -> None:
     source = read_source("a:\n  b: 1\n\n  c:\n    - x\n    - y\n")
     assert source.value == {"a": {"b": 1, "c": ["x", "y"]}}
-    assert [source.line_of(path) for path in (("a", "b"), ("a", "c"), ("a", "c", 1), ("a", "none"))] == [2, 4, 6, 1]
+    assert [source.line_of(path) for path in (("a", "b"), ("a", "c"), ("a", "c", 1), ("a", "none"))] == [
+        2,
+        4,
+        6,
+        1,
+    ]
 
 
 def test_a_file_is_named_after_its_contract() -> None:
@@ -168,5 +177,5 @@ def test_the_checkout_is_found_from_below_and_its_absence_is_a_usage_error(tmp_p
 def test_a_file_that_is_no_text_is_a_usage_error(tmp_path: Path) -> None:
     root = make_repository(tmp_path)
     (root / "contracts" / "binary-v1.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="binary-v1.yaml"):
+    with pytest.raises(UsageError, match="binary-v1"):
         validate(root)

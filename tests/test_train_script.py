@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    return [*given, "--num-steps", "4", "--steps-per-epoch", "2", "--lr", "1e-3", "--warmup-steps", "1", *more]
+    return [
+        *given,
+        "--num-steps",
+        "4",
+        "--steps-per-epoch",
+        "2",
+        "--lr",
+        "1e-3",
+        "--warmup-steps",
+        "1",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +49,7 @@ def test_plain_python_trains_and_prints_every_figure_of_a_step(single: Path, inp
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-002")
-def test_two_processes_are_ddp_and_give_the_same_losses(
-    single: Path, inputs: Inputs, tmp_path: Path
-) -> None:
+def test_two_processes_are_ddp_and_give_the_same_losses(single: Path, inputs: Inputs, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = run_script(*flags(inputs, run_dir, "--parallel.strategy", "ddp"), world_size=2)
     assert done.returncode == 0, done.stderr
@@ -49,9 +59,7 @@ def test_two_processes_are_ddp_and_give_the_same_losses(
     for alone, together in zip(metrics(single), metrics(run_dir), strict=True):
         assert together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-6)
         assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
-    for alone, together in zip(
-        metrics(single, "evaluation"), metrics(run_dir, "evaluation"), strict=True
-    ):
+    for alone, together in zip(metrics(single, "evaluation"), metrics(run_dir, "evaluation"), strict=True):
         assert together["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
         assert together["tokens"] == alone["tokens"]
 
@@ -77,8 +85,10 @@ def test_what_rank_0_refuses_every_rank_refuses_together(inputs: Inputs, tmp_pat
     assert len(said) == 1
     assert "[FALSIFY-APR-DIST-CHECKPOINT-001]" in said[0]
     exits = [line for line in done.stderr.splitlines() if "exitcode" in line]
-    assert any(f"exitcode  : {int(ExitCode.MODEL_FILE)}" in line or f"exitcode: {int(ExitCode.MODEL_FILE)}" in line
-               for line in exits), done.stderr
+    assert any(
+        f"exitcode  : {int(ExitCode.MODEL_FILE)}" in line or f"exitcode: {int(ExitCode.MODEL_FILE)}" in line
+        for line in exits
+    ), done.stderr
     assert not run_dir.exists()
 
 
@@ -111,7 +121,5 @@ def test_running_as_a_script_shadows_no_library() -> None:
         f"assert {str(TRAIN.parent)!r} not in sys.path\n"
         f"assert not set(sys.modules) & {rooms - {'__init__', '__pycache__'}!r}\n"
     )
-    import subprocess  # noqa: PLC0415
-
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
