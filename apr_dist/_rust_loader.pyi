@@ -27,6 +27,7 @@ class TokenStream:
         access: how rows are read.
         max_open: shards kept open at once.
         recheck_s: an open shard not looked at for this long is compared with its file again.
+        wide: gather into int64 instead of int32.
     """
 
     def __new__(
@@ -42,6 +43,7 @@ class TokenStream:
         access: Literal["mmap", "pread"] = "mmap",
         max_open: int = 256,
         recheck_s: float = 1.0,
+        wide: bool = False,
     ) -> TokenStream: ...
     @property
     def dropped_tokens(self) -> int:
@@ -62,5 +64,43 @@ class TokenStream:
 
         One [seq_length + 1] a row, or one [rows_per_view, seq_length + 1] with strides (seq_length, 1).
         """
-    def stats(self) -> dict[str, int]:
-        """What was read so far: bytes, shards opened, verified and open now."""
+    def stats(self) -> dict[str, int | float]:
+        """What was read so far, and how long batches took to hand over."""
+
+class Prefetcher:
+    """A thread that makes consecutive batches of a stream, at most ``depth`` ahead.
+
+    Args:
+        stream: what to read.
+        first: position of the first batch's first sequence.
+        count: sequences of a batch.
+        stride: positions from one batch to the next.
+        depth: batches kept ready.
+        batches: how many there are; None: no end.
+        rows_per_view: make views of that many rows; None: gather.
+        buffers: gather into these instead of own buffers: capsules of contiguous, writable host memory
+            that nobody touches until they are filled, in order. At least ``depth`` of them.
+    """
+
+    def __new__(
+        cls,
+        stream: TokenStream,
+        *,
+        first: int,
+        count: int,
+        stride: int,
+        depth: int,
+        batches: int | None = None,
+        rows_per_view: int | None = None,
+        buffers: Sequence[Capsule] | None = None,
+    ) -> Prefetcher: ...
+    def next(self, buffer: Capsule | None = None) -> Any:
+        """The next batch: a capsule, a list of views, or True when the oldest buffer was filled.
+
+        None behind the last. ``buffer`` takes the place of the one that was filled. An error that the
+        thread met comes out in the place of its batch, and nothing after it.
+        """
+    def faults(self) -> tuple[int, int] | None:
+        """Minor and major page faults of the thread so far."""
+    def close(self) -> None:
+        """Stop the thread and wait for it."""

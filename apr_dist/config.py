@@ -41,11 +41,20 @@ class Device(StrEnum):
 
 
 class StrategyChoice(StrEnum):
-    """How the model is spread over processes; ``auto`` is single for one process, else DDP."""
+    """How the model is spread over processes.
+
+    ``auto`` is single for one process, else what the launcher's configuration names, else DDP.
+    """
 
     AUTO = "auto"
     SINGLE = "single"
     DDP = "ddp"
+    FSDP2 = "fsdp2"
+    SHARD_GRAD_OP = "shard-grad-op"
+    HSDP = "hsdp"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
 
 
 class Precision(StrEnum):
@@ -136,11 +145,21 @@ class EarlyStopSection(Section):
     min_epochs: int = Field(3, gt=0, description="never stop before this many evaluations")
 
 
+class CheckpointSection(Section):
+    """Which step folders a run keeps."""
+
+    keep_last: int = Field(1, gt=0, description="newest step folders to keep")
+    keep_every: int | None = Field(None, gt=0, description="also keep every step divisible by this")
+
+
 class ParallelSection(Section):
     """Processes and arithmetic."""
 
     strategy: StrategyChoice = Field(
-        StrategyChoice.AUTO, description="auto, single or ddp; asserted against what really runs"
+        StrategyChoice.AUTO, description="how the model is spread; asserted against what really runs"
+    )
+    shard_size: int | None = Field(
+        None, gt=0, description="with hsdp: processes that share one copy; none: those of one machine"
     )
     precision: Precision = Field(Precision.F32, description="compute type: f32 or bf16 autocast")
     cpu_threads: int | None = Field(
@@ -164,6 +183,8 @@ class TrainConfig(Section):
         Path("runs/latest"), description="folder this run writes into; must be new or empty"
     )
     overwrite: bool = Field(False, description="replace the files of a finished run in run_dir")
+    resume: str = Field("never", description="never, auto (newest whole step folder of run_dir), or its path")
+    resume_allow: str = Field("", description="keys, by commas, that a resumed run may change")
     num_steps: int = Field(1000, ge=0, description="optimizer steps; 0 loads, evaluates and saves")
     steps_per_epoch: int = Field(100, gt=0, description="steps between evaluations and checkpoints")
     batch_size: int = Field(16, gt=0, description="sequences per optimizer step, over all processes")
@@ -183,6 +204,7 @@ class TrainConfig(Section):
     loader: LoaderSection = LoaderSection()
     evaluation: EvaluationSection = EvaluationSection()
     early_stop: EarlyStopSection = EarlyStopSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
 
     def resolved(self) -> TrainConfig:
@@ -214,9 +236,16 @@ class TrainConfig(Section):
     def digest(self) -> str:
         """``sha256:...`` over every key that changes what is trained (not where it is written)."""
         facts = self.resolved().model_dump(mode="json")
-        for name in ("run_dir", "overwrite", "init", "dataset", "val_dataset", "tokenizer"):
+        for name in _NOT_THE_MATHEMATICS:
             facts.pop(name)
         return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+_NOT_THE_MATHEMATICS = (
+    *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint"),
+    *("init", "dataset", "val_dataset", "tokenizer"),
+)
+"""Where things are and how long they are kept; files are identified by their own digests."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +303,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: missing, not YAML, not a mapping, or with a key that does not exist.
     """
+    tree = read_tree(path)
+    _check_keys(tree, TrainConfig, path, "")
+    return tree
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a configuration file into a tree of plain values, whatever its keys are.
+
+    Raises:
+        UsageError: missing, not YAML, or not a mapping.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -297,7 +337,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
             where=path,
             expected="a mapping of keys to values",
         )
-    _check_keys(tree, TrainConfig, path, "")
     return tree
 
 
@@ -315,12 +354,13 @@ def validate(tree: Mapping[str, Any], *, where: str | Path) -> TrainConfig:
         raise UsageError(
             f"{key} is {first.get('input')!r}",
             where=where,
-            expected=_sentence(first["msg"]),
+            expected=plain_message(first["msg"]),
             remedy=f"correct the key {key} (flag {flag_of(key)})",
         ) from error
 
 
-def _sentence(message: str) -> str:
+def plain_message(message: str) -> str:
+    """What a validation message asks for, to follow the word "expected"."""
     text = message.removeprefix("Input should be ").removeprefix("Value error, ")
     return text[:1].lower() + text[1:]
 

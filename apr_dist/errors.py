@@ -196,6 +196,18 @@ class DistributedError(AprDistError):
     exit_code = ExitCode.DISTRIBUTED
 
 
+class Interrupted(AprDistError):
+    """SIGINT reached the run; the step just finished was saved."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class Terminated(AprDistError):
+    """SIGTERM reached the run; the step just finished was saved."""
+
+    exit_code = ExitCode.TERMINATED
+
+
 class VerdictFailed(AprDistError):
     """The run finished and a ship-blocking gate of its verdict failed."""
 

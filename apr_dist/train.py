@@ -11,15 +11,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Run as a script, Python puts this folder first on the path, where our `data`, `model` or `config`
 # would answer for any library of that name. The folder above holds only the package itself.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from apr_dist.config import Invocation, parse_command_line
+from apr_dist.config import Invocation, TrainConfig, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode
 from apr_dist.gates.preflight import Preflight, run_preflight
+
+if TYPE_CHECKING:
+    from apr_dist.training.resume import ResumePoint
 
 
 class _Say:
@@ -48,14 +52,14 @@ def run(invocation: Invocation) -> ExitCode:
     say = _Say(rank=rank, synthetic=config.synthetic)
     if config.init is not None and config.mode == "from-scratch":
         say("warning: --mode from-scratch with --init: the file's weights, the from-scratch defaults")
-    preflight, refusal = _ask_gates(invocation, rank, world_size, say)
+    preflight, point, refusal = _ask_gates(config, rank, world_size, say)
     try:
         if refusal is not None and world_size == 1:
             raise refusal
         from apr_dist.report import verdict_lines  # noqa: PLC0415  (imports PyTorch)
         from apr_dist.training.run import execute  # noqa: PLC0415
 
-        verdict = execute(config, preflight, refusal, say)
+        verdict = execute(config, preflight, point, refusal, say)
     finally:
         if preflight is not None:
             preflight.close()
@@ -65,17 +69,31 @@ def run(invocation: Invocation) -> ExitCode:
 
 
 def _ask_gates(
-    invocation: Invocation, rank: int, world_size: int, say: _Say
-) -> tuple[Preflight | None, AprDistError | None]:
+    config: TrainConfig, rank: int, world_size: int, say: _Say
+) -> tuple[Preflight | None, ResumePoint | None, AprDistError | None]:
     if rank != 0:
-        return None, None
+        return None, None, None
     try:
-        found = run_preflight(invocation.config.resolved(), world_size=world_size, say=say)
+        point = _resume_point(config)
+        folder = point.folder / "checkpoint.apr" if point else None
+        found = run_preflight(config, world_size=world_size, say=say, resume_from=folder)
+        if point is not None:
+            from apr_dist.training.resume import refuse_other_inputs  # noqa: PLC0415
+
+            refuse_other_inputs(point, found.provenance, init_digest=found.given_init_digest)
     except AprDistError as refusal:
-        return None, refusal
+        return None, None, refusal
     for warning in found.warnings:
         say(f"warning: {warning}")
-    return found, None
+    return found, point, None
+
+
+def _resume_point(config: TrainConfig) -> ResumePoint | None:
+    if config.resume == "never":
+        return None
+    from apr_dist.training.resume import find_resume_point  # noqa: PLC0415  (imports PyTorch)
+
+    return find_resume_point(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

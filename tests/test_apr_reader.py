@@ -263,7 +263,7 @@ def test_unknown_flags_and_versions_are_refused(tmp_path: Path) -> None:
         (assemble([], b"", metadata=b'{"x":' + b"[" * 5000 + b"]" * 5000 + b"}"), "5001 deep"),
         (assemble([], b"", metadata=b'{"x":' + b"[" * 90000), "90001 deep"),
         (assemble([], b"", metadata=b'{"x":[' + b"[]," * 100_001 + b"1]}"), "containers"),
-        (assemble([], b"", metadata=b'{"x":[' + b"1," * 1_500_001 + b"1]}"), "values"),
+        (assemble([], b"", metadata=b'{"x":[' + b"1," * 1_000_001 + b"1]}"), "values"),
         (assemble([], b"", metadata=b'{"x":NaN}'), "NaN"),
         (assemble([], b"", metadata=b'{"x":1e999}'), "range"),
         (assemble([], b"", metadata=b'{"x":"\\ud800"}'), "surrogates"),

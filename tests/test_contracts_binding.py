@@ -12,7 +12,7 @@ from builders.contracts import ID, SUITE, make_repository
 
 from apr_dist.contracts.binding import by_falsifier, read_tests
 from apr_dist.contracts.collection import collect
-from apr_dist.contracts.results import Outcome, read_results, worst
+from apr_dist.contracts.results import Outcome, read_results, together
 from apr_dist.errors import UsageError
 
 HEAD = "import pytest\n\n"
@@ -150,6 +150,7 @@ def test_a_run_leaves_the_worst_result_of_each_bound_test(tmp_path: Path, worker
     assert len({result.code for result in results.values()}) == 1
 
 
-def test_the_worst_outcome_wins() -> None:
-    assert worst([Outcome.PASSED, Outcome.SKIPPED]) is Outcome.SKIPPED
-    assert worst([Outcome.FAILED, Outcome.PASSED, Outcome.SKIPPED]) is Outcome.FAILED
+def test_several_outcomes_make_one() -> None:
+    assert together([Outcome.PASSED, Outcome.SKIPPED]) is Outcome.PASSED
+    assert together([Outcome.SKIPPED]) is Outcome.SKIPPED
+    assert together([Outcome.SKIPPED, Outcome.FAILED, Outcome.PASSED]) is Outcome.FAILED

@@ -125,7 +125,7 @@ def test_explain_tells_what_is_pinned_why_by_what_and_how_it_broke(tmp_path: Pat
     record_mutants(tmp_path, [Mutant(ID, "adds one", "apr_dist/sums.py", killed=True, red=(NODE,))])
     text = "\n".join(explain(read_repository(tmp_path), ID))
     for part in (
-        "contracts/sum-v1.yaml:32, sum-v1 1.1.0",
+        "contracts/sum-v1.yaml:34, sum-v1 1.1.0",
         "rule          The sum is right.",
         "why           OBL-SUM (soundness): The sum is the sum.",
         "if it fails   Nothing adds up.",

@@ -11,7 +11,18 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
-from builders.files import flipped, write_gguf
+from builders.files import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    MIDDLE,
+    Arrays,
+    flipped,
+    tiny_tensors,
+    write_gguf,
+)
 
 from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader
@@ -27,43 +38,6 @@ from apr_dist.errors import (
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_file import GgufFile
 from apr_dist.interop.gguf_names import adjacent_pairs, split_halves, to_gguf, to_huggingface
-
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, LAYERS, VOCABULARY = 64, 4, 2, 16, 96, 2, 40
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-def tiny_tensors(*, bias: bool = False, norms: bool = False, head: bool = False) -> Arrays:
-    """Hugging Face tensors of a tiny decoder, values exact in F16."""
-    random = np.random.default_rng(5)
-
-    def values(*shape: int) -> npt.NDArray[np.float32]:
-        return random.integers(-512, 512, shape).astype(np.float32) / 64
-
-    tensors: Arrays = {
-        "model.embed_tokens.weight": values(VOCABULARY, HIDDEN),
-        "model.norm.weight": values(HIDDEN),
-    }
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}."
-        shapes = {
-            "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-            "mlp.gate_proj": (MIDDLE, HIDDEN),
-            "mlp.up_proj": (MIDDLE, HIDDEN),
-            "mlp.down_proj": (HIDDEN, MIDDLE),
-        }
-        tensors |= {f"{prefix}{name}.weight": values(*shape) for name, shape in shapes.items()}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{name}.weight"] = values(HIDDEN)
-        for name in ("q", "k", "v") if bias else ():
-            tensors[f"{prefix}self_attn.{name}_proj.bias"] = values(shapes[f"self_attn.{name}_proj"][0])
-        for name in ("q", "k") if norms else ():
-            tensors[f"{prefix}self_attn.{name}_norm.weight"] = values(HEAD_DIM)
-    if head:
-        tensors["lm_head.weight"] = values(VOCABULARY, HIDDEN)
-    return tensors
 
 
 def llama_cpp_rows(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apr_dist.model import loss as loss_module
+from apr_dist.model import chunked_loss
 from apr_dist.model.loss import cross_entropy_sum, plain_cross_entropy_sum
 
 VOCAB, HIDDEN = 301, 24
@@ -42,7 +42,7 @@ def test_value_and_gradients_equal_the_plain_loss(chunk: int, z_loss: float) -> 
 
 
 def test_many_blocks_of_the_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "VOCAB_BLOCK", 100)
+    monkeypatch.setattr(chunked_loss, "VOCAB_BLOCK", 100)
     hidden, head, targets = problem()
     expected = torch.autograd.grad(plain_cross_entropy_sum(hidden, head, targets)[0], head)[0]
     found = torch.autograd.grad(cross_entropy_sum(hidden, head, targets, chunk_tokens=10)[0], head)[0]

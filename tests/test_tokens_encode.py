@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from builders.tokens import DOCUMENT_END, build_tiny_tokenizer, small_sources, write_jsonl
+from builders.tokens import DOCUMENT_END, build_tiny_tokenizer, contents, ids_of, small_sources, write_jsonl
 from tokenizers import Tokenizer
 
 from apr_dist.data import Manifest, encoding_pool
@@ -22,7 +18,6 @@ from apr_dist.data.decode import decode_documents
 from apr_dist.data.encode import EncodeProgress, EosPolicy, Normalization, encode_corpus
 from apr_dist.data.encoding_pool import EncodingPool, cut
 from apr_dist.data.tokenizer import load_tokenizer
-from apr_dist.data.verification import verify_dataset
 from apr_dist.errors import CorpusError, OutputError, TokenizerError, UsageError
 
 
@@ -37,26 +32,6 @@ def corpus(tmp_path: Path) -> Path:
     pieces = ["def f(x):\n", "    return x + 1\n", "é世界🎉", "\n\n", f" {DOCUMENT_END} ", "0123456789 "]
     texts = [f"{one}" + pieces[one % 6] * (one * 7 % 50) for one in range(300)]
     return write_jsonl(tmp_path / "corpus.jsonl", texts)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder`` by name; manifests without the time they record."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        if path.name == "manifest.json":
-            recorded = json.loads(content)
-            recorded.pop("created_at")
-            content = json.dumps(recorded).encode()
-        found[str(path.relative_to(folder))] = content
-    return found
-
-
-def ids_of(folder: Path) -> list[int]:
-    manifest = Manifest.load(folder)
-    return np.concatenate(
-        [np.fromfile(manifest.path_of(one), dtype="<u4") for one in manifest.shards]
-    ).tolist()
 
 
 def texts_of(corpus: Path) -> list[str]:
@@ -253,7 +228,7 @@ def test_an_existing_data_set_is_replaced_only_when_asked(tokenizer: Path, tmp_p
     output = tmp_path / "out"
     encode_corpus(sources=[first], tokenizer=tokenizer, output=output, shard_tokens=10)
     before = contents(output)
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="--force"):
         encode_corpus(sources=[second], tokenizer=tokenizer, output=output)
     assert contents(output) == before
     (output / "notes.txt").write_text("mine")
@@ -317,115 +292,6 @@ def test_the_parallelism_setting_of_the_caller_is_given_back(
             monkeypatch.setenv("TOKENIZERS_PARALLELISM", setting)
         encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / str(number))
         assert os.environ.get("TOKENIZERS_PARALLELISM") == setting
-
-
-KILLED_RUN = """
-import os, signal, sys
-from pathlib import Path
-from apr_dist.data import encoding_run, journal
-from apr_dist.data.encode import encode_corpus
-
-corpus, tokenizer, output, when = sys.argv[1:]
-left = [int(when)]
-
-def after_each(cls, name):
-    original = getattr(cls, name)
-    def counted(*arguments, **named):
-        result = original(*arguments, **named)
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(cls, name, counted)
-
-encoding_run._BATCH_RECORDS = 16
-after_each(encoding_run.EncodingRun, "_write")
-after_each(journal.Journal, "commit")
-after_each(Path, "replace")
-encode_corpus(sources=[Path(corpus)], tokenizer=Path(tokenizer), output=Path(output), shard_tokens=600,
-              val_fraction=0.2, workers=2, commit_every_s=0.0)
-"""
-
-
-@pytest.mark.parametrize("when", [1, 40, 150, 290, 331, 355])
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    tokenizer: Path, corpus: Path, tmp_path: Path, when: int
-) -> None:
-    choices = {"tokenizer": tokenizer, "shard_tokens": 600, "val_fraction": 0.2}
-    encode_corpus(sources=[corpus], output=tmp_path / "whole", **choices)  # type: ignore[arg-type]
-    for moment in (when, 25):  # killed again while it goes on
-        arguments = [str(corpus), str(tokenizer), str(tmp_path / "out"), str(moment)]
-        run = subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], check=False, capture_output=True)
-        if run.returncode == 0:
-            break
-        assert run.returncode == -signal.SIGKILL, run.stderr.decode()
-        assert not (tmp_path / "out/train/manifest.json").exists() or when > 300
-    else:
-        encode_corpus(sources=[corpus], output=tmp_path / "out", **choices)  # type: ignore[arg-type]
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def interrupt(tokenizer: Path, corpus: Path, output: Path, **choices: object) -> None:
-    """Encode until the first progress call breaks it off."""
-
-    class Stop(Exception):
-        pass
-
-    def stop(_: EncodeProgress) -> None:
-        raise Stop
-
-    with pytest.raises(Stop):
-        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=output, progress=stop, **choices)  # type: ignore[arg-type]
-
-
-def test_finished_work_is_kept_when_a_run_goes_on(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
-    interrupt(tokenizer, corpus, tmp_path / "out", shard_tokens=600)
-    summary = encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600)
-    assert summary.resumed_tokens == summary.tokens
-    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "whole", shard_tokens=600)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_an_interrupted_run_is_not_mixed_with_another_configuration(
-    tokenizer: Path, corpus: Path, tmp_path: Path
-) -> None:
-    interrupt(tokenizer, corpus, tmp_path / "out", shard_tokens=600)
-    with pytest.raises(OutputError, match=r"another configuration lies there \(shard_tokens differ"):
-        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=601)
-    write_jsonl(corpus, ["changed"])
-    with pytest.raises(OutputError, match="corpus_sha256 differ"):
-        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600)
-    encode_corpus(
-        sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600, overwrite=True
-    )
-    assert [one.text for one in decode_documents(tmp_path / "out")] == ["changed"]
-    assert verify_dataset(tmp_path / "out").ok
-    assert [path.name for path in (tmp_path / "out").glob("*.bin")] == ["shard-00000.bin"]
-
-
-def test_two_processes_do_not_write_one_output(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
-    refused: list[str] = []
-
-    def second(_: EncodeProgress) -> None:
-        with pytest.raises(OutputError, match="another process") as caught:
-            encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out")
-        refused.append(str(caught.value))
-
-    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", progress=second)
-    assert refused
-
-
-def test_standard_input_is_encoded_and_never_resumed(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from apr_dist.data.encode import encode_corpus\n"
-        "encode_corpus(sources=[Path('-')], tokenizer=Path(sys.argv[1]), output=Path(sys.argv[2]))"
-    )
-    with corpus.open("rb") as lines:
-        subprocess.run(
-            [sys.executable, "-c", program, str(tokenizer), str(tmp_path / "out")], stdin=lines, check=True
-        )
-    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "file")
-    assert ids_of(tmp_path / "out") == ids_of(tmp_path / "file")
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_encoded_whole(tmp_path: Path) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders.tokens import packaged
+from builders.tokens import build_tiny_tokenizer, packaged
 from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apr_dist.apr.layout import DType
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.data.corpus import standard_library_sources
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.data.tokenizer_json import byte_alphabet
 from apr_dist.errors import AprDistError, TokenizerError
+from apr_dist.interop.embedding import embed_text
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
 from apr_dist.interop.tokenizers import import_any_tokenizer, merges_from_ranks
 
@@ -219,3 +224,26 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(AprDistError, match="damaged"):
         import_any_tokenizer(tmp_path / "cut.gguf", tmp_path / "out")
+
+
+ONE = TensorSpec("x", DType.F32, (1,))
+
+
+def test_an_apr_files_own_tokenizer_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    folder = build_tiny_tokenizer(tmp_path / "tok")
+    content = (folder / "tokenizer.json").read_bytes()
+    special = {"eos_token": "<|endoftext|>"}
+    metadata, _ = embed_text(AprMetadata(special_tokens=special), content, where=folder)
+    with AprWriter(tmp_path / "m.apr", metadata=metadata, tensors=[ONE]) as writer:
+        writer.write("x", np.zeros(1, np.float32))
+    identity = import_any_tokenizer(tmp_path / "m.apr", tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == content
+    assert identity == load_tokenizer(folder).identity
+    assert json.loads((tmp_path / "out/tokenizer_info.json").read_text())["declared_tokens"] == special
+
+
+def test_an_apr_file_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    with AprWriter(tmp_path / "m.apr", metadata=AprMetadata(), tensors=[ONE]) as writer:
+        writer.write("x", np.zeros(1, np.float32))
+    with pytest.raises(TokenizerError, match=r"embeds no tokenizer\.json"):
+        import_any_tokenizer(tmp_path / "m.apr", tmp_path / "out")

@@ -124,7 +124,7 @@ def test_a_folder_without_tokenizer_names_the_import(tmp_path: Path) -> None:
 
 def test_a_folder_with_another_tokenizer_is_not_overwritten_unasked(tiny: Path, tmp_path: Path) -> None:
     build_tiny_tokenizer(tmp_path / "tok", vocab_size=300)
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="--force"):
         import_tokenizer(tiny, tmp_path / "tok")
     assert load_tokenizer(tmp_path / "tok").identity.bpe_vocab_count == 300
     import_tokenizer(tiny, tmp_path / "tok", overwrite=True)

@@ -55,6 +55,7 @@ def test_a_finetune_ends_well_and_leaves_everything_it_promises(tuned: Path) -> 
         "checkpoint.metadata.json",
         "config.yaml",
         "metrics.jsonl",
+        "steps",
         "verdict.json",
     }
     said = verdict(tuned)

@@ -100,11 +100,11 @@ class AtomicFile:
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._overwrite = overwrite
-        self._temporary = self.path.with_name(f".{self.path.name[:100]}.{secrets.token_hex(6)}.tmp")
+        self.temporary = self.path.with_name(f".{self.path.name[:100]}.{secrets.token_hex(6)}.tmp")
         self._refuse_existing()
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(self._temporary, flags, 0o666)
+            self._descriptor = os.open(self.temporary, flags, 0o666)
         except OSError as error:
             raise_output_error(self.path, error)
 
@@ -132,7 +132,7 @@ class AtomicFile:
         try:
             self._refuse_existing()
             os.fsync(self._descriptor)
-            os.replace(self._temporary, self.path)  # noqa: PTH105 - same call, one place
+            os.replace(self.temporary, self.path)  # noqa: PTH105 - same call, one place
             sync_folder(self.path.parent)
         except OSError as error:
             self.discard()
@@ -147,7 +147,7 @@ class AtomicFile:
         if self._descriptor >= 0:
             self._close()
             with contextlib.suppress(OSError):
-                self._temporary.unlink()
+                self.temporary.unlink()
 
     def _close(self) -> None:
         if self._descriptor >= 0:
@@ -162,6 +162,23 @@ class AtomicFile:
                 expected="a path where nothing is",
                 remedy="choose another path, or pass --force to replace a file",
             )
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path for a writer of another package; what it wrote takes ``path``'s place at the end.
+
+    Raises:
+        OutputError: as ``AtomicFile``; also for any ``OSError`` inside the block.
+    """
+    file = AtomicFile(path, overwrite=overwrite)
+    try:
+        with output_errors(path):
+            yield file.temporary
+    except BaseException:
+        file.discard()
+        raise
+    file.commit()
 
 
 @contextlib.contextmanager

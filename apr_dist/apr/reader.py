@@ -99,10 +99,16 @@ class AprReader:
         )
         self.tensors: dict[str, TensorEntry] = {entry.name: entry for entry in entries}
 
+    def footer_matches(self) -> bool:
+        """Whether the footer's CRC32 is that of every byte before it; reads the whole file."""
+        stored, computed = self._footer_sums()
+        return stored == computed
+
+    def _footer_sums(self) -> tuple[int, int]:
+        return int.from_bytes(self._data[-FOOTER_BYTES:], "little"), crc32(self._data[:-FOOTER_BYTES])
+
     def _check_footer(self) -> None:
-        body = self._data[:-FOOTER_BYTES]
-        stored = int.from_bytes(self._data[-FOOTER_BYTES:], "little")
-        computed = crc32(body)
+        stored, computed = self._footer_sums()
         if stored != computed:
             raise DamagedModelFile(
                 f"the footer's checksum is {stored:#010x} but the file's bytes give {computed:#010x}",

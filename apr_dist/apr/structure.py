@@ -59,7 +59,9 @@ def check_magic(head: bytes, *, where: Path) -> None:
             f"the file is {_OLD_MAGICS[magic]} (magic {magic.decode()!r})",
             where=where,
             expected="APR v2",
-            remedy="convert it to APR v2 with the tool that wrote it",
+            remedy="apr-dist import old.apr -o new.apr"
+            if magic == b"APR1"
+            else "convert it to APR v2 with the tool that wrote it",
         )
     raise NotAModelFile(
         "the file is empty" if not head else f"the file begins with {magic!r}",

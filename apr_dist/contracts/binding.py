@@ -76,7 +76,7 @@ def read_tests(root: Path) -> dict[str, SuiteTest]:
     return found
 
 
-def tests_by_falsifier(tests: Mapping[str, SuiteTest]) -> dict[str, list[SuiteTest]]:
+def by_falsifier(tests: Mapping[str, SuiteTest]) -> dict[str, list[SuiteTest]]:
     """The tests that carry each id."""
     found: dict[str, list[SuiteTest]] = {}
     for test in tests.values():

@@ -147,6 +147,7 @@ def _table_problems(table: DecisionTable) -> Iterator[str]:
     inputs = [tuple(repr(v) for k, v in sorted(cell.items()) if k != "outcome") for cell in table.cells]
     if len(set(inputs)) != len(inputs):
         yield "a combination is given twice"
+        return
     combinations = math.prod(len(set(values)) for values in zip(*inputs, strict=True))
     if combinations != len(set(inputs)):
         yield f"{combinations} combinations exist and {len(set(inputs))} are given"

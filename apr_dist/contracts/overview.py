@@ -10,7 +10,7 @@ from enum import StrEnum
 from apr_dist.contracts.binding import SuiteTest
 from apr_dist.contracts.ladder import evidence_problem, supported_level, supported_statuses
 from apr_dist.contracts.repository import Repository
-from apr_dist.contracts.results import Outcome, code_digest, worst
+from apr_dist.contracts.results import Outcome, code_digest, together
 from apr_dist.contracts.schema import Contract, Falsifier, Level, Status
 from apr_dist.errors import UsageError
 
@@ -165,7 +165,7 @@ def _last_result(repository: Repository, tests: Sequence[SuiteTest], code: str) 
     found = [repository.results[test.node] for test in tests if test.node in repository.results]
     if not found:
         return "not run" if tests else "-"
-    outcome = worst([result.outcome for result in found])
+    outcome = together([result.outcome for result in found])
     if outcome is Outcome.PASSED and len(found) < len(tests):
         return f"{len(found)} of {len(tests)} passed, the rest not run"
     return outcome.value + ("" if all(result.code == code for result in found) else ", older code")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from apr_dist.contracts.binding import SuiteTest, read_tests, tests_by_falsifier
+from apr_dist.contracts.binding import SuiteTest, by_falsifier, read_tests
 from apr_dist.contracts.finding import Finding
 from apr_dist.contracts.results import LastResult, Mutant, read_mutants, read_results
 from apr_dist.contracts.schema import Contract, Falsifier, read_contract
@@ -49,7 +49,7 @@ class Repository:
     @cached_property
     def bound(self) -> Mapping[str, list[SuiteTest]]:
         """The tests that carry each id."""
-        return tests_by_falsifier(self.tests)
+        return by_falsifier(self.tests)
 
     def falsifiers(self) -> Iterator[tuple[Contract, int, Falsifier]]:
         """Every falsifier with its contract and its place in the file."""

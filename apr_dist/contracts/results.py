@@ -25,7 +25,7 @@ SCHEMA = "apr-dist-falsifier-results-v1"
 
 
 class Outcome(StrEnum):
-    """How a test ended; with several cases, the worst of them."""
+    """How a test ended; see ``together`` for several cases of one."""
 
     PASSED = "passed"
     SKIPPED = "skipped"
@@ -77,10 +77,10 @@ def code_digest(root: Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def worst(outcomes: Sequence[Outcome]) -> Outcome:
-    """Failed before skipped before passed."""
-    order = list(Outcome)
-    return max(outcomes, key=order.index)
+def together(outcomes: Sequence[Outcome]) -> Outcome:
+    """Failed if one failed; passed if one passed and the others were skipped; skipped if all were."""
+    found = set(outcomes)
+    return next(outcome for outcome in (Outcome.FAILED, Outcome.PASSED, Outcome.SKIPPED) if outcome in found)
 
 
 def read_results(root: Path) -> dict[str, LastResult]:

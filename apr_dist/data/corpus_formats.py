@@ -24,7 +24,7 @@ from apr_dist.errors import CorpusError
 
 STDIN = Path("-")
 # A document is tokenized and split as one; this bounds the memory that one can take.
-MAX_DOCUMENT_BYTES = 32 * 2**20
+MAX_DOCUMENT_BYTES = 16 * 2**20
 
 
 class Kind(Enum):

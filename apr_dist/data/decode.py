@@ -68,7 +68,7 @@ def decode_documents(
             continue
         ids = _ids(manifest, shard)
         starts = _starts(manifest, shard, ids, end_id)
-        ends = np.append(starts[1:], ids.size)
+        ends = np.append(starts, ids.size)[1:]
         for first, end in zip(starts.tolist(), ends.tolist(), strict=True):
             if count is not None and number >= start + count:
                 return

@@ -28,7 +28,7 @@ from apr_dist.data.encode_facts import (
 )
 from apr_dist.data.encoding_pool import EncodingPool
 from apr_dist.data.encoding_run import LOSSY_DOCUMENTS, LOST_BYTES, EncodingRun
-from apr_dist.data.journal import Journal
+from apr_dist.data.journal import Journal, is_publishing
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
 from apr_dist.data.publish import SOURCES_NAME, WORK_FOLDER, publish, refuse_existing
 from apr_dist.data.split_writer import SplitWriter
@@ -104,7 +104,7 @@ def encode_corpus(
         raise UsageError(f"--workers is {workers}", expected="at least 1")
     listed = list_sources(sources, globs=globs)
     loaded = _load_with_document_end(tokenizer, eos_policy)
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite or is_publishing(output / WORK_FOLDER))
     with closing(_open_journal(settings, listed, loaded.identity, overwrite=overwrite)) as journal:
         run = EncodingRun(settings, listed, journal, eos_id=loaded.identity.eos_id)
         if not journal.publishing:

@@ -24,7 +24,7 @@ from apr_dist.errors import CorpusError
 LOSSY_DOCUMENTS = "lossy documents"
 LOST_BYTES = "lost bytes"
 _BATCH_RECORDS = 512
-_CHARACTERS_IN_FLIGHT = 48 * 2**20
+_CHARACTERS_IN_FLIGHT = 16 * 2**20
 _PROGRESS_EVERY_S = 0.5
 _EXAMPLES = 5
 

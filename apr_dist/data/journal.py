@@ -23,6 +23,18 @@ from apr_dist.errors import OutputError
 JOURNAL_NAME = "journal.jsonl"
 
 
+_PUBLISHING = {"publishing": True}
+
+
+def is_publishing(folder: Path) -> bool:
+    """Whether the run in ``folder`` was broken off while it moved its finished files into place."""
+    try:
+        lines = (folder / JOURNAL_NAME).read_bytes().splitlines()
+    except FileNotFoundError:
+        return False
+    return bool(lines) and lines[-1] == json.dumps(_PUBLISHING).encode()
+
+
 @dataclass(frozen=True)
 class SplitProgress:
     """What one split has on disk: its closed shards and how much of the open one is committed."""
@@ -100,7 +112,7 @@ class Journal:
 
     def mark_publishing(self) -> None:
         """From here on the data set is complete and only has to be moved into place."""
-        self._append({"publishing": True})
+        self._append(_PUBLISHING)
         self.publishing = True
 
     def close(self) -> None:
@@ -146,7 +158,7 @@ class Journal:
             raise OutputError(
                 f"an interrupted run with another configuration lies there ({', '.join(differing)} differ)",
                 where=self._path.parent.parent,
-                remedy="run the interrupted command again, or pass --overwrite to drop what it had done",
+                remedy="run the interrupted command again, or pass --force to drop what it had done",
             )
         self._file.truncate(0)
 

@@ -7,20 +7,27 @@ any number of processes, is arithmetic. Reading, order and copying are done by `
 
 from __future__ import annotations
 
+import os
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import get_worker_info
 from torch.utils.dlpack import from_dlpack
 
+from apr_dist.data.documents import Documents, document_begins
 from apr_dist.data.evaluation_loader import EvaluationLoader
+from apr_dist.data.mixture import CYCLE_BATCHES, Mixture, Progress, Source
+from apr_dist.data.prefetch import BufferKind, Course, RunAhead, default_depth
 from apr_dist.data.token_stream import Access, ShardStream, Shuffle, Verify, check_seed, choice, share_of
 from apr_dist.errors import DataError, StreamExhausted, UsageError
 
 if TYPE_CHECKING:
+    from apr_dist._rust_loader import TokenStream
     from apr_dist.data.manifest import Manifest
 
-__all__ = ["Access", "EvaluationLoader", "Shuffle", "TokenLoader", "Verify"]
+__all__ = ["Access", "EvaluationLoader", "Mixture", "Progress", "Shuffle", "Source", "TokenLoader", "Verify"]
 
 STATE_VERSION = 1
 
@@ -32,7 +39,7 @@ class TokenLoader:
     batch, so nothing is dropped there and every rank has the same number of batches.
 
     Args:
-        dataset: the shards.
+        dataset: the shards, or a ``Mixture`` of several data sets.
         seq_length: tokens predicted per sequence; a row holds one more.
         global_batch: sequences per optimizer step, over all ranks.
         micro_batch: sequences per tensor.
@@ -41,10 +48,17 @@ class TokenLoader:
         seed: of the order.
         shuffle: the order, see ``Shuffle``.
         block_sequences: sequences of a block with ``Shuffle.BLOCK``; part of the order, like the seed.
-        max_epochs: passes over the data before ``StreamExhausted``; None: no limit.
+        max_epochs: passes over the data (of a mixture: over any source) before ``StreamExhausted``; None:
+            no limit.
         verify: when shard hashes are checked.
         access: how shards are read.
-        max_open_shards: shards kept open at once.
+        max_open_shards: shards kept open at once; views keep theirs beyond that.
+        recheck_s: an open shard not looked at for this long is compared with its file again.
+        prefetch_batches: global batches made ahead by a thread once batches are taken in order; 0: none;
+            None: by their size, two to eight.
+        pin_memory: gather into page-locked memory; None: where a CUDA device is. Views are never pinned.
+        dtype: of gathered batches: int32, or int64 for a consumer on the CPU that indexes with nothing
+            else. Send int32 to a device and widen there.
 
     Raises:
         UsageError: the batch does not divide into ranks and micro-batches, or a number is impossible.
@@ -55,7 +69,7 @@ class TokenLoader:
 
     def __init__(
         self,
-        dataset: Manifest,
+        dataset: Manifest | Mixture,
         *,
         seq_length: int,
         global_batch: int,
@@ -69,22 +83,18 @@ class TokenLoader:
         verify: Verify | str = Verify.FIRST_TOUCH,
         access: Access | str = Access.MMAP,
         max_open_shards: int = 256,
+        recheck_s: float = 1.0,
+        prefetch_batches: int | None = None,
+        pin_memory: bool | None = None,
+        dtype: torch.dtype = torch.int32,
     ) -> None:
         self.shuffle = choice(Shuffle, shuffle, "shuffle")
         self._dataset, self._seq_length, self._seed = dataset, seq_length, seed
         self._batch_size, self._micro, self._rank = global_batch, micro_batch, rank
         self._share = share_of(global_batch, micro_batch, rank, world_size)
         self._block = block_sequences if self.shuffle is Shuffle.BLOCK else 1
-        cuts = self.shuffle is not Shuffle.BLOCK or self._block % micro_batch == 0
-        if self._block < 1 or not cuts:
-            raise UsageError(
-                f"micro_batch {micro_batch} does not divide block_sequences {block_sequences}",
-                expected="blocks that are cut into whole micro-batches",
-                remedy="choose a multiple of the micro-batch, or shuffle=sequence",
-            )
-        if max_epochs is not None and max_epochs < 1:
-            raise UsageError(f"max_epochs is {max_epochs}", expected="at least 1, or none for no limit")
         check_seed(seed)
+        self._check_order(block_sequences, max_epochs, dtype)
         self._max_epochs = max_epochs
         self._global_batch = 0
         self._options: dict[str, Any] = {
@@ -95,14 +105,26 @@ class TokenLoader:
             "verify": choice(Verify, verify, "verify").value,
             "access": choice(Access, access, "access").value,
             "max_open": max_open_shards,
+            "recheck_s": recheck_s,
+            "wide": dtype == torch.int64,
         }
         self._fingerprint = dataset.fingerprint
-        self._stream = ShardStream(dataset, self._options)
+        self._stream = ShardStream(
+            dataset, self._options, cycle=-(-CYCLE_BATCHES * global_batch // self._block)
+        )
+        self._batches = self._count_batches()
+        self._depth = (
+            default_depth(self._share, seq_length + 1) if prefetch_batches is None else prefetch_batches
+        )
+        self._views = self.shuffle is Shuffle.BLOCK and self._options["access"] == Access.MMAP.value
+        self._pin_memory, self._dtype = pin_memory, dtype
+        self._ahead: RunAhead | None = None
+        self._latest = -1
 
     @property
     def sequences_per_epoch(self) -> int:
-        """Sequences in one pass over the data."""
-        return self._stream.open().sequences(0)
+        """Sequences in one pass over the data; of a mixture: over each source once."""
+        return self._stream.sequences()
 
     @property
     def dropped_tokens(self) -> int:
@@ -116,24 +138,51 @@ class TokenLoader:
 
     @property
     def epoch(self) -> int:
-        """Whole passes over the data done so far."""
-        return self.position // self.sequences_per_epoch
+        """Whole passes over the data done so far; of a mixture: over the source with most of them."""
+        return max(progress.epoch for progress in self.progress().values())
+
+    def progress(self) -> dict[str, Progress]:
+        """How far each source of a mixture has come, by name; a single data set is named by its folder."""
+        found = self._stream.open().progress(self.position)
+        sources = self._dataset.sources if isinstance(self._dataset, Mixture) else ()
+        names = [source.name for source in sources] or [self._dataset.folder.name]
+        return {name: Progress(*one) for name, one in zip(names, found, strict=True)}
 
     def batch(self, k: int) -> list[torch.Tensor]:
         """This rank's micro-batches of global batch ``k``, each int32 [micro_batch, seq_length + 1].
 
         With ``Shuffle.BLOCK`` each is a view of the mapped shard: do not write to it, and do not
-        truncate the file under it.
+        truncate the file under it. Batches taken in order are made ahead of time.
 
         Raises:
             StreamExhausted: batch ``k`` needs more epochs than allowed.
             ShardError: a shard is missing, of another size or content, or changed while in use.
         """
+        tensors = self._prefetched(k)
+        if tensors is None:
+            first, stream = self._first(k), self._stream.open()
+            tensors = self._made_now(first, stream)
+            if k == self._latest + 1 and k > 0:
+                self._run_ahead(k + 1, stream)
+        self._latest = k
+        if self._views or self._micro == self._share:
+            return tensors
+        return list(torch.split(tensors[0], self._micro))
+
+    def documents(self, k: int) -> list[Documents]:
+        """Where documents begin in the inputs of each of this rank's micro-batches of global batch ``k``.
+
+        From the data set's document index where it has one, else from its end-of-document id.
+
+        Raises:
+            DataError: the data set records neither.
+            StreamExhausted, ShardError: as ``batch``.
+        """
         first, stream = self._first(k), self._stream.open()
-        if self.shuffle is Shuffle.BLOCK and self._options["access"] == Access.MMAP.value:
-            return [from_dlpack(view) for view in stream.views(first, self._share, self._micro)]
-        gathered: torch.Tensor = from_dlpack(stream.gather(first, self._share))
-        return list(torch.split(gathered, self._micro))
+        rows: torch.Tensor = from_dlpack(stream.gather(first, self._share))
+        places = [(*self._stream.shard(shard), start) for shard, start in stream.locate(first, self._share)]
+        begins = document_begins(rows, places)
+        return [Documents.from_begins(part) for part in torch.split(begins, self._micro)]
 
     def rows(self, k: int) -> list[torch.Tensor]:
         """This rank's sequences of global batch ``k`` as views of the maps, each int32 [seq_length + 1].
@@ -191,12 +240,98 @@ class TokenLoader:
         self._global_batch = found
 
     def stats(self) -> dict[str, int | float]:
-        """What was read so far: ``bytes``, ``shards_opened``, ``shards_verified``, ``shards_open``."""
-        return dict(self._stream.open().stats())
+        """What was read so far, in this process, and how long batches took to hand over.
+
+        ``bytes``; ``shards_opened``, ``shards_verified``, ``shards_open``; ``batches``; ``waits`` (batches
+        that were not ready); ``next_p50_us``, ``next_p99_us``, ``next_p999_us`` (upper edges of buckets 19 %
+        wide); ``minor_faults``, ``major_faults`` of the prefetch thread, while there is one.
+        """
+        stats = dict(self._stream.open().stats())
+        faults = self._ahead.faults() if self._ahead else None
+        if faults:
+            stats["minor_faults"], stats["major_faults"] = faults
+        return stats
 
     def close(self) -> None:
         """Let go of the shards; tensors that were handed out stay good. Using the loader reopens it."""
+        self._stop_ahead()
         self._stream.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": None, "_latest": -1}
+
+    def _made_now(self, first: int, stream: TokenStream) -> list[torch.Tensor]:
+        if self._views:
+            return [from_dlpack(view) for view in stream.views(first, self._share, self._micro)]
+        return [from_dlpack(stream.gather(first, self._share))]
+
+    def _prefetched(self, k: int) -> list[torch.Tensor] | None:
+        """Batch ``k`` from the thread, when it is the one that the thread has next."""
+        ahead = self._ahead
+        if ahead is None or ahead.k != k or ahead.process != os.getpid():
+            return None
+        try:
+            return ahead.next()
+        except BaseException:
+            self._ahead = None
+            raise
+
+    def _run_ahead(self, k: int, stream: TokenStream) -> None:
+        """Let a thread make the batches from ``k`` on; not in a worker process of a DataLoader."""
+        self._stop_ahead()
+        left = None if self._batches is None else self._batches - k
+        if self._depth < 1 or left == 0 or get_worker_info() is not None:
+            return
+        course = Course(
+            first=k * self._batch_size + self._rank * self._share,
+            share=self._share,
+            stride=self._batch_size,
+            batches=left,
+            rows_per_view=self._micro if self._views else None,
+            depth=self._depth,
+        )
+        pinned = torch.cuda.is_available() if self._pin_memory is None else self._pin_memory
+        kind = BufferKind(width=self._seq_length + 1, dtype=self._dtype, pinned=pinned)
+        self._ahead = RunAhead(stream, course, kind, k=k)
+
+    def _stop_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.process == os.getpid():
+            ahead.close()
+
+    def _check_order(self, block: int, max_epochs: int | None, dtype: torch.dtype) -> None:
+        if block < 1 or (self.shuffle is Shuffle.BLOCK and block % self._micro):
+            raise UsageError(
+                f"micro_batch {self._micro} does not divide block_sequences {block}",
+                expected="blocks that are cut into whole micro-batches",
+                remedy="choose a multiple of the micro-batch, or shuffle=sequence",
+            )
+        if max_epochs is not None and max_epochs < 1:
+            raise UsageError(f"max_epochs is {max_epochs}", expected="at least 1, or none for no limit")
+        if self.shuffle is Shuffle.NONE and isinstance(self._dataset, Mixture):
+            raise UsageError("a mixture cannot be read unshuffled", expected="shuffle=sequence or block")
+        allowed = (torch.int32,) if self.shuffle is Shuffle.BLOCK else (torch.int32, torch.int64)
+        if dtype not in allowed:
+            names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+            raise UsageError(f"dtype is {dtype} with shuffle={self.shuffle}", expected=names)
+
+    def _count_batches(self) -> int | None:
+        """Global batches there are; None: no end."""
+        epochs = 1 if self.shuffle is Shuffle.NONE else self._max_epochs
+        if epochs is None:
+            return None
+        stream = self._stream.open()
+        sizes = [stream.sequences(source) for source in range(len(self._stream.sources))]
+        if len(sizes) == 1:
+            return epochs * sizes[0] // self._batch_size
+
+        def passes_an_end(k: int) -> bool:
+            progress = stream.progress((k + 1) * self._batch_size)
+            return any(done > epochs * size for (done, _), size in zip(progress, sizes, strict=True))
+
+        # No source is left out of a cycle, so the shortest ends before this many batches.
+        bound = (epochs * min(sizes) + 1) * CYCLE_BATCHES
+        return bisect_left(range(bound), True, key=passes_an_end)
 
     def _order_facts(self) -> dict[str, int | str]:
         return {
@@ -210,20 +345,20 @@ class TokenLoader:
         """Position of this rank's first sequence of global batch ``k``."""
         if k < 0:
             raise UsageError(f"global batch {k} was asked for", expected="a number from 0 on")
-        epochs = 1 if self.shuffle is Shuffle.NONE else self._max_epochs
-        if epochs is not None and (k + 1) * self._batch_size > epochs * self.sequences_per_epoch:
+        if self._batches is not None and k >= self._batches:
+            epochs = 1 if self.shuffle is Shuffle.NONE else self._max_epochs
             raise StreamExhausted(
                 f"global batch {k} needs sequences behind the end of epoch {epochs}",
                 where=self._dataset.folder,
-                expected=f"at most {epochs * self.sequences_per_epoch // self._batch_size} global batches of "
-                f"{self._batch_size} from {self.sequences_per_epoch} sequences in {epochs} epochs",
+                expected=f"at most {self._batches} global batches of {self._batch_size}, from "
+                f"{self.sequences_per_epoch} sequences an epoch",
                 remedy="add data, allow more epochs, or train fewer steps",
                 falsifier="FALSIFY-APR-DIST-LOADER-009",
             )
         return k * self._batch_size + self._rank * self._share
 
 
-def _other_order(key: str, found: object, expected: object, dataset: Manifest) -> DataError:
+def _other_order(key: str, found: object, expected: object, dataset: Manifest | Mixture) -> DataError:
     what = "other data" if key == "fingerprint" else f"another {key}"
     return DataError(
         f"the loader state was taken with {what}: {found}",

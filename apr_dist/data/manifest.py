@@ -164,8 +164,12 @@ class Manifest:
         Raises:
             OutputError: the folder cannot be written to.
         """
-        content = json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n"
-        write_atomically(self.folder / MANIFEST_NAME, content.encode())
+        head = self.to_json()
+        shards = head.pop("shards")
+        assert isinstance(shards, list)
+        lines = ",\n".join(f"  {json.dumps(shard)}" for shard in shards)
+        text = json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}")
+        write_atomically(self.folder / MANIFEST_NAME, f'{text},\n "shards": [\n{lines}\n ]\n}}\n'.encode())
 
     def to_json(self) -> dict[str, object]:
         """The manifest as the object that manifest.json holds."""
@@ -189,7 +193,7 @@ class Manifest:
         }
         if self.repaired_at is not None:
             recorded |= {"repair": True, "repaired_at": self.repaired_at, "note": self.note}
-        return recorded | {"shards": [asdict(shard) for shard in self.shards]}
+        return recorded | {"shards": [dict(vars(shard)) for shard in self.shards]}
 
 
 def _read(folder: Path, path: Path) -> bytes:

@@ -36,7 +36,7 @@ def refuse_existing(output: Path, *, overwrite: bool) -> None:
             raise OutputError(
                 "a data set lies there already",
                 where=folder,
-                remedy="choose another output or pass --overwrite",
+                remedy="choose another output or pass --force",
             )
 
 

@@ -12,10 +12,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from apr_dist._rust_loader import TokenStream
+from apr_dist.data.mixture import Mixture, sources_of
 from apr_dist.errors import DataError, ManifestError, UsageError
 
 if TYPE_CHECKING:
-    from apr_dist.data.manifest import Manifest
+    from pathlib import Path
+
+    from apr_dist.data.manifest import Manifest, Shard
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -54,38 +57,58 @@ class Access(StrEnum):
 class ShardStream:
     """A ``TokenStream`` that is opened when used, and anew in a forked or unpickled process.
 
-    A fork may catch another thread of the parent inside the Rust core, so a child never touches the
-    parent's: it is kept, unused, and the operating system shares its pages.
+    A fork may catch another thread of the parent inside the Rust core, so a child never uses the
+    parent's.
+
+    Args:
+        dataset: the shards.
+        cycle: units of a mixture's cycle.
+        options: of ``TokenStream``.
     """
 
-    def __init__(self, dataset: Manifest, options: dict[str, Any]) -> None:
+    def __init__(self, dataset: Manifest | Mixture, options: dict[str, Any], *, cycle: int = 1) -> None:
         if options["seq_length"] < 1 or options.get("max_open", 1) < 1:
             raise UsageError(
                 f"seq_length {options['seq_length']}, max_open_shards {options.get('max_open', 1)}",
                 expected="at least 1 of each",
             )
-        _check_size(dataset, options["seq_length"] * options.get("block", 1) + 1)
-        self._dataset, self._options = dataset, options
+        self.sources = sources_of(dataset, cycle)
+        for source, _, _ in self.sources:
+            _check_size(source, options["seq_length"] * options.get("block", 1) + 1)
+        self._arguments = (dataset, options, cycle)
         self._opened: TokenStream | None = None
-        self._of_parents: list[TokenStream] = []
-        self._pid = os.getpid()
+        self._process = os.getpid()
         self.open()
 
     def open(self) -> TokenStream:
         """The stream of this process."""
-        if self._pid != os.getpid():
-            self._of_parents += [self._opened] if self._opened else []
-            self._opened, self._pid = None, os.getpid()
-        if self._opened is None:
-            self._opened = TokenStream([_source(self._dataset)], **self._options)
+        if self._opened is None or self._process != os.getpid():
+            sources = [_source(*source) for source in self.sources]
+            self._opened, self._process = TokenStream(sources, **self._arguments[1]), os.getpid()
         return self._opened
+
+    def sequences(self) -> int:
+        """Sequences of all sources together."""
+        return sum(self.open().sequences(source) for source in range(len(self.sources)))
+
+    def shard(self, index: int) -> tuple[Manifest, Shard]:
+        """The data set and the shard that ``TokenStream.locate`` gives the number of."""
+        for source, _, _ in self.sources:
+            if index < len(source.shards):
+                return source, source.shards[index]
+            index -= len(source.shards)
+        raise IndexError(index)
 
     def close(self) -> None:
         """Let go of the shards until the next use."""
         self._opened = None
 
-    def __reduce__(self) -> tuple[Callable[..., ShardStream], tuple[Manifest, dict[str, Any]]]:
-        return ShardStream, (self._dataset, self._options)
+    def __reduce__(self) -> tuple[Callable[..., ShardStream], tuple[Manifest | Mixture, dict[str, Any], int]]:
+        return _reopened, self._arguments
+
+
+def _reopened(dataset: Manifest | Mixture, options: dict[str, Any], cycle: int) -> ShardStream:
+    return ShardStream(dataset, options, cycle=cycle)
 
 
 def share_of(global_batch: int, micro_batch: int, rank: int, world_size: int) -> int:
@@ -119,12 +142,14 @@ def choice(kind: type[_Choice], value: str, name: str) -> _Choice:
         raise UsageError(f"{name} is {value!r}", expected=f"one of {', '.join(kind)}") from error
 
 
-def _source(dataset: Manifest) -> tuple[Any, list[tuple[str, int, int | None]], int, int]:
+def _source(
+    dataset: Manifest, key: int, units: int
+) -> tuple[Path, list[tuple[str, int, int | None]], int, int]:
     shards = [
         (shard.file, shard.tokens, int(shard.xxh3_64, 16) if shard.xxh3_64 else None)
         for shard in dataset.shards
     ]
-    return dataset.folder, shards, 0, 1
+    return dataset.folder, shards, key, units
 
 
 def _check_size(dataset: Manifest, needed: int) -> None:

@@ -143,7 +143,7 @@ def write_tokenizer_folder(
     target = folder / TOKENIZER_NAME
     if target.exists() and not overwrite and target.read_bytes() != content:
         raise OutputError(
-            "another tokenizer lies there", where=folder, remedy="choose another folder or pass --overwrite"
+            "another tokenizer lies there", where=folder, remedy="choose another folder or pass --force"
         )
     vocabulary = facts.effective_vocabulary if include_added_tokens else facts.vocabulary
     by_id = dict(sorted(vocabulary.items(), key=lambda entry: entry[1]))
@@ -223,7 +223,7 @@ def _check_info(folder: Path, identity: TokenizerIdentity) -> None:
             f"tokenizer.json changed after its import (sha256 {identity.sha256[:16]}...)",
             where=folder,
             expected=f"sha256 {str(recorded.get('sha256'))[:16]}..., as {INFO_NAME} says",
-            remedy=f"import it again: apr-dist tokenize import-hf SRC -o {folder} --overwrite",
+            remedy=f"import it again: apr-dist tokenize import-hf SRC -o {folder} --force",
         )
 
 

@@ -18,7 +18,7 @@ def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
     Args:
         folder: the run folder, which may not exist yet.
         overwrite: whether files of an earlier run may be replaced.
-        needed_bytes: size of one checkpoint; the old and the new one exist together while saving.
+        needed_bytes: what the step folders take while one more than is kept is being written.
 
     Raises:
         OutputError: a file stands there, it is occupied, not writable, or the disk is too full.
@@ -36,16 +36,19 @@ def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
             falsifier=OCCUPIED,
         )
     standing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not os.access(standing, os.W_OK | os.X_OK, effective_ids=True) or os.statvfs(standing).f_flag & os.ST_RDONLY:
+    if (
+        not os.access(standing, os.W_OK | os.X_OK, effective_ids=True)
+        or os.statvfs(standing).f_flag & os.ST_RDONLY
+    ):
         raise OutputError(
             "is not writable", where=standing, expected="a writable folder", remedy="choose another --run-dir"
         )
     free = shutil.disk_usage(standing).free
-    if free < 2 * needed_bytes:
+    if free < needed_bytes:
         raise OutputError(
-            f"{free / 1e6:,.0f} MB are free and saving needs {2 * needed_bytes / 1e6:,.0f} MB",
+            f"{free / 1e6:,.0f} MB are free and saving needs {needed_bytes / 1e6:,.0f} MB",
             where=standing,
-            expected="room for the checkpoint before it and the one being written",
+            expected="room for the step folders that are kept and the one being written",
             remedy="free space or choose a --run-dir on another disk",
             falsifier=NO_ROOM,
         )

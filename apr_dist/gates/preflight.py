@@ -24,8 +24,8 @@ from apr_dist.gates.output import check_run_dir
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
 
-BYTES_PER_WEIGHT = 4
-"""Checkpoints are written in f32, so that what is read back is what was trained."""
+BYTES_PER_WEIGHT = 12
+"""A step folder holds a weight and its two AdamW moments, each in f32."""
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Preflight:
         provenance: digests for the checkpoint and the verdict.
         warnings: what could not be checked, one sentence each.
         recorded_val_loss: what the init file says this same evaluation gave when it was saved.
+        given_init_digest: digest of ``--init`` when weights come from a checkpoint to resume instead.
     """
 
     model_config: TransformerConfig
@@ -47,6 +48,7 @@ class Preflight:
     provenance: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     recorded_val_loss: float | None = None
+    given_init_digest: str | None = None
 
     def close(self) -> None:
         """Unmap the init file."""
@@ -54,25 +56,37 @@ class Preflight:
             self.reader.close()
 
 
-def run_preflight(config: TrainConfig, *, world_size: int, say: Callable[[str], None]) -> Preflight:
+def run_preflight(
+    config: TrainConfig, *, world_size: int, say: Callable[[str], None], resume_from: Path | None = None
+) -> Preflight:
     """Run every gate in order and stop at the first that says no.
 
     Args:
         config: the resolved configuration.
         world_size: processes that will share the global batch.
         say: told each gate's line as it passes.
+        resume_from: checkpoint of this run to go on from; its weights are loaded instead of the init's.
 
     Raises:
         AprDistError: the first gate's refusal; the file is closed again.
     """
     check_batch(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, world_size=world_size)
     with ExitStack() as stack:
-        found = _init_file(config, stack, say) if config.init else _from_scratch(config)
+        path = resume_from or config.init
+        found = _model_file(path, stack, say) if path else _from_scratch(config)
+        if resume_from is not None:
+            _identify_init(found, config)
         _note(found, say, _positions(found, config))
         if not config.synthetic:
             _check_data(found, config, say)
         size = found.model_config.parameter_count() * BYTES_PER_WEIGHT
-        check_run_dir(config.run_dir, overwrite=config.overwrite, needed_bytes=size)
+        # Begun and stopped before its first checkpoint, a run that resumes by itself begins again.
+        begun = config.resume == "auto" and not (config.run_dir / "checkpoint.apr").exists()
+        check_run_dir(
+            config.run_dir,
+            overwrite=config.overwrite or resume_from is not None or begun,
+            needed_bytes=size * (config.checkpoint.keep_last + 1),
+        )
         stack.pop_all()
     return found
 
@@ -104,9 +118,7 @@ def model_from_name(name: str) -> TransformerConfig:
     return TransformerConfig.from_metadata(keys, family=family, where=name, tie_word_embeddings=tied)
 
 
-def _init_file(config: TrainConfig, stack: ExitStack, say: Callable[[str], None]) -> Preflight:
-    assert config.init is not None
-    path = config.init
+def _model_file(path: Path, stack: ExitStack, say: Callable[[str], None]) -> Preflight:
     reader = stack.enter_context(AprReader(path))
     metadata, shapes = reader.metadata.to_mapping(), {n: t.shape for n, t in reader.tensors.items()}
     intact = GateResult(
@@ -130,6 +142,15 @@ def _init_file(config: TrainConfig, stack: ExitStack, say: Callable[[str], None]
     count = weights.check_values(reader, list(expected))
     _note(found, say, _weights_result(expected, count))
     return found
+
+
+def _identify_init(found: Preflight, config: TrainConfig) -> None:
+    """A resumed run's init is the file it began with; the checkpoint it goes on from remembers which."""
+    assert found.reader is not None
+    found.provenance["init_digest"] = found.reader.metadata.custom.get("apr_dist.init_digest")
+    if config.init is not None and config.init.exists():
+        with AprReader(config.init) as given:
+            found.given_init_digest = given.digest()
 
 
 def _same_head(reader: AprReader, shapes: dict[str, tuple[int, ...]]) -> bool | None:
@@ -241,7 +262,7 @@ def _check_tokenizer(found: Preflight, config: TrainConfig, training: Manifest, 
             remedy="pass --tokenizer FOLDER",
             falsifier=vocabulary.NOT_EQUAL,
         )
-    from_init = found.reader is not None
+    from_init = config.init is not None
     vocabulary.check_tokenizer(effective=tokens, model_vocab=rows, from_init=from_init, where=where)
     vocabulary.check_same_tokenizer(
         shards_sha256=recorded.sha256 if recorded else None,

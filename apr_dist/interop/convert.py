@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from apr_dist.apr.layout import DType, payload_bytes
+from apr_dist.apr.layout import ELEMENT_BYTES, DType, payload_bytes
+from apr_dist.apr.reader import AprReader, widen_bfloat16
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import UnsupportedModelFile
 
@@ -20,6 +21,9 @@ Progress = Callable[[int, int], None]
 
 CHUNK_ELEMENTS: Final = 1 << 17
 """Values converted at a time: small enough that the temporaries stay in the processor's cache."""
+
+COPY_BYTES: Final = 4 * 1024 * 1024
+"""Bytes copied at a time where nothing is converted."""
 
 _F16_INFINITY = 0x7C00
 
@@ -84,6 +88,21 @@ def encode(values: npt.NDArray[np.float32], dtype: DType, *, name: str, where: P
             remedy="import with --dtype bf16 or --dtype f32",
         )
     return half
+
+
+def converted_pieces(reader: AprReader, name: str, dtype: DType) -> Iterator[npt.NDArray[Any] | memoryview]:
+    """A tensor's elements in another dtype, in order, a piece at a time; the same dtype is not touched."""
+    entry = reader.tensors[name]
+    if entry.dtype is dtype:
+        raw = reader.raw(name)
+        yield from (raw[first : first + COPY_BYTES] for first in range(0, len(raw), COPY_BYTES))
+        return
+    plain = entry.dtype in ELEMENT_BYTES
+    values: npt.NDArray[Any] = (reader.array(name) if plain else reader.float32(name)).reshape(-1)
+    for first in range(0, values.size, CHUNK_ELEMENTS):
+        chunk = values[first : first + CHUNK_ELEMENTS]
+        wide = widen_bfloat16(chunk) if entry.dtype is DType.BF16 else chunk.astype(np.float32, copy=False)
+        yield encode(wide, dtype, name=name, where=reader.path)
 
 
 def narrow_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.errors import DamagedModelFile, UnsupportedModelFile, UsageError
+from apr_dist.errors import DamagedModelFile, TokenizerError, UnsupportedModelFile, UsageError
 from apr_dist.interop.convert import (
     CHUNK_ELEMENTS,
     ImportSummary,
@@ -23,6 +23,7 @@ from apr_dist.interop.convert import (
     encode,
     total_bytes,
 )
+from apr_dist.interop.embedding import embed_text
 from apr_dist.interop.gguf_file import GgufFile, GgufTensor
 from apr_dist.interop.gguf_metadata import read_metadata
 from apr_dist.interop.gguf_names import (
@@ -34,6 +35,7 @@ from apr_dist.interop.gguf_names import (
     split_halves,
     to_huggingface,
 )
+from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 
 _KEPT = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
 
@@ -55,6 +57,7 @@ def import_gguf(
     tie: bool | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    with_tokenizer: bool = True,
 ) -> ImportSummary:
     """Write the model of a GGUF file as an APR file.
 
@@ -65,6 +68,7 @@ def import_gguf(
         tie: whether the head is the embedding; None decides by comparing the two.
         overwrite: whether ``target`` may exist.
         progress: told how far the writing is.
+        with_tokenizer: put the file's tokenizer into the metadata; one that cannot be is a note.
 
     Raises:
         ModelFileError: the source is missing, damaged, or something in it is not supported.
@@ -78,6 +82,9 @@ def import_gguf(
         plans = _plan(file, metadata, dtype, tied)
         specs = [plan.spec for plan in plans]
         metadata = metadata.with_custom({"tie_word_embeddings": tied})
+        if with_tokenizer:
+            metadata, more = _embed(metadata, file.path)
+            notes = (*notes, *more)
         with AprWriter(target, metadata=metadata, tensors=specs, overwrite=overwrite) as writer:
             _write_all(file, plans, writer, progress)
     return ImportSummary(
@@ -89,8 +96,16 @@ def import_gguf(
         size_bytes=Path(target).stat().st_size,
         dtypes=count_dtypes(specs),
         tied=tied,
-        notes=(*notes, *note),
+        notes=(*note, *notes),
     )
+
+
+def _embed(metadata: AprMetadata, source: Path) -> tuple[AprMetadata, tuple[str, ...]]:
+    try:
+        content, _ = tokenizer_json_from_gguf(source)
+        return embed_text(metadata, content, where=source)
+    except TokenizerError as error:
+        return metadata, (f"the tokenizer was not embedded: {error}",)
 
 
 def _write_all(file: GgufFile, plans: list[_Plan], writer: AprWriter, progress: Progress | None) -> None:

@@ -130,6 +130,20 @@ def _state_rope(config: dict[str, Any], metadata: AprMetadata) -> None:
         config["rope_scaling"] = dict(scaling)
 
 
+def tokenizer_config(metadata: AprMetadata) -> dict[str, Any]:
+    """A ``tokenizer_config.json`` for a file that carries only the tokenizer itself."""
+    special = {role: token for role, token in (metadata.special_tokens or {}).items() if token is not None}
+    known = ("bos_token", "eos_token", "unk_token", "pad_token")
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {role: special[role] for role in known if role in special}
+    config |= {"clean_up_tokenization_spaces": False}
+    if metadata.max_position_embeddings:
+        config["model_max_length"] = metadata.max_position_embeddings
+    if metadata.chat_template:
+        config["chat_template"] = metadata.chat_template
+    return config
+
+
 def config_text(config: Mapping[str, Any]) -> bytes:
     """The configuration as a file's bytes: indented JSON, keys as given."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -9,26 +9,22 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import Final
 
 from apr_dist.apr.files import AtomicFile, output_errors, sync_folder
-from apr_dist.apr.layout import ELEMENT_BYTES, WRITABLE, DType, payload_bytes
-from apr_dist.apr.reader import AprReader, widen_bfloat16
+from apr_dist.apr.layout import WRITABLE, DType, payload_bytes
+from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import ArchitectureRefused, OutputError
-from apr_dist.interop.convert import CHUNK_ELEMENTS, Progress, count_dtypes, encode, total_bytes
+from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, total_bytes
 from apr_dist.interop.embedding import embedded_files, token_ids
-from apr_dist.interop.hf_config import config_from_metadata, config_text
+from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
 from apr_dist.interop.tie import tied_head
 
 MAX_SHARD_BYTES: Final = 5_000_000_000
 HEAD = "lm_head.weight"
-_PIECE_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,27 +185,15 @@ def _write_weights(
             reader.forget(spec.name)
 
 
-def converted_pieces(reader: AprReader, name: str, dtype: DType) -> Iterator[npt.NDArray[Any] | memoryview]:
-    """A tensor's elements in another dtype, in order, a piece at a time; the same dtype is not touched."""
-    entry = reader.tensors[name]
-    if entry.dtype is dtype:
-        raw = reader.raw(name)
-        yield from (raw[first : first + _PIECE_BYTES] for first in range(0, len(raw), _PIECE_BYTES))
-        return
-    plain = entry.dtype in ELEMENT_BYTES
-    values: npt.NDArray[Any] = (reader.array(name) if plain else reader.float32(name)).reshape(-1)
-    for first in range(0, values.size, CHUNK_ELEMENTS):
-        chunk = values[first : first + CHUNK_ELEMENTS]
-        wide = widen_bfloat16(chunk) if entry.dtype is DType.BF16 else chunk.astype(np.float32, copy=False)
-        yield encode(wide, dtype, name=name, where=reader.path)
-
-
 def _texts(reader: AprReader, specs: Sequence[TensorSpec], tied: bool) -> dict[str, bytes]:
     weights = [spec.dtype for spec in specs if len(spec.shape) > 1] or [DType.F32]
     common = max(set(weights), key=weights.count)
     ids = token_ids(reader.metadata)
     config = config_from_metadata(reader.metadata, tied=tied, dtype=common, token_ids=ids)
-    return {"config.json": config_text(config), "README.md": model_card(reader.metadata).encode()}
+    texts = {"config.json": config_text(config), "README.md": model_card(reader.metadata).encode()}
+    if "tokenizer.json" in embedded_files(reader.metadata, where=reader.path):
+        texts["tokenizer_config.json"] = config_text(tokenizer_config(reader.metadata))
+    return texts
 
 
 def _index(shards: dict[str, list[TensorSpec]]) -> bytes:

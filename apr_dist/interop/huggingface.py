@@ -29,6 +29,7 @@ from apr_dist.errors import (
 )
 from apr_dist.interop.convert import (
     CHUNK_ELEMENTS,
+    COPY_BYTES,
     ImportSummary,
     Progress,
     count_dtypes,
@@ -42,7 +43,6 @@ from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_COPY_BYTES = 4 * 1024 * 1024
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
@@ -200,14 +200,14 @@ def _same_bytes(left: _Plan, right: _Plan) -> bool:
     if (left.tensor.dtype, left.tensor.shape) != (right.tensor.dtype, right.tensor.shape):
         return False
     pairs = zip(
-        left.file.pieces(left.tensor, _COPY_BYTES), right.file.pieces(right.tensor, _COPY_BYTES), strict=True
+        left.file.pieces(left.tensor, COPY_BYTES), right.file.pieces(right.tensor, COPY_BYTES), strict=True
     )
     return all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)
 
 
 def _pieces(plan: _Plan) -> Iterator[npt.NDArray[Any] | memoryview]:
     if plan.tensor.dtype is plan.spec.dtype:
-        yield from plan.file.pieces(plan.tensor, _COPY_BYTES)
+        yield from plan.file.pieces(plan.tensor, COPY_BYTES)
         return
     numbers = NUMPY_TYPES[plan.tensor.dtype]
     for piece in plan.file.pieces(plan.tensor, CHUNK_ELEMENTS * numbers.itemsize):

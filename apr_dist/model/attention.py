@@ -1,10 +1,14 @@
 """Causal self-attention with grouped queries, one module for every family.
 
 Keys and values are never repeated in memory: the kernel reads each KV head for its whole group of
-query heads. Which kernel runs is decided by ``torch``'s scaled dot-product attention.
+query heads. Which kernel runs is decided by ``torch``'s scaled dot-product attention; packed documents
+are in ``packing``.
 """
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,7 +16,32 @@ from torch import Tensor, nn
 
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.layers import Linear, RMSNorm
+from apr_dist.model.packing import Documents, attend_documents
 from apr_dist.model.rotary import Rotation, rotate
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of the positions one block has seen, for generating token by token.
+
+    ``capacity`` is the number of positions there is room for; ``length`` how many are filled.
+    """
+
+    capacity: int
+    length: int = 0
+    _keys: Tensor | None = field(default=None, repr=False)
+    _values: Tensor | None = field(default=None, repr=False)
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ``[batch, new, kv_heads, head_dim]``; returns all there is."""
+        if self._keys is None or self._values is None:
+            shape = (key.shape[0], self.capacity, *key.shape[2:])
+            self._keys, self._values = key.new_empty(shape), value.new_empty(shape)
+        end = self.length + key.shape[1]
+        self._keys[:, self.length : end] = key
+        self._values[:, self.length : end] = value
+        self.length = end
+        return self._keys[:, :end], self._values[:, :end]
 
 
 class Attention(nn.Module):
@@ -30,43 +59,67 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """``[batch, seq, hidden]`` to the same shape; position ``i`` sees positions up to ``i``."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """``[batch, seq, hidden]`` to the same shape; position ``i`` sees positions up to ``i``.
+
+        Args:
+            x: hidden states.
+            rotation: of the positions of ``x``.
+            documents: keep positions within their document.
+            cache: positions before those of ``x``, which are appended to it.
+        """
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key, value = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
-        mixed = causal_attention(query, key, value, window=self.sliding_window)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        window = self.sliding_window
+        if documents is None:
+            mixed = causal_attention(query, key, value, window=window)
+        else:
+            causal = functools.partial(causal_attention, window=window)
+            mixed = attend_documents(query, key, value, documents=documents, causal=causal, window=window)
         return self.o_proj(mixed.flatten(2))  # type: ignore[no-any-return]
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None) -> Tensor:
-    """Causal attention of ``[batch, seq, heads, head_dim]`` over keys and values with fewer heads.
+    """Causal attention of ``[batch, new, heads, head_dim]`` over keys and values with fewer heads.
 
     Args:
-        query: ``[batch, seq, heads, head_dim]``.
+        query: ``[batch, new, heads, head_dim]``, the last positions of the sequence.
         key: ``[batch, seq, kv_heads, head_dim]``; head ``h`` of the query reads KV head
             ``h // (heads / kv_heads)``.
         value: like ``key``.
-        window: position ``i`` sees only the last ``window`` positions up to its own.
+        window: a position sees only the last ``window`` positions up to its own.
 
     Returns:
-        ``[batch, seq, heads, head_dim]``.
+        ``[batch, new, heads, head_dim]``.
     """
-    length = query.shape[1]
-    masked = window is not None and window < length
+    new, length = query.shape[1], key.shape[1]
+    if new == 1 and window is not None:
+        key, value = key[:, -window:], value[:, -window:]
+    windowed = new > 1 and window is not None and window < length
+    masked = windowed or 1 < new < length
     mixed = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=_band(length, window or length, query.device) if masked else None,
-        is_causal=not masked,
+        attn_mask=_band(new, length, window or length, query.device) if masked else None,
+        is_causal=not masked and new > 1,
         enable_gqa=key.shape[2] != query.shape[2],
     )
     return mixed.transpose(1, 2)
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """``[length, length]``, true where a query may look: the last ``window`` positions."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+def _band(new: int, length: int, window: int, device: torch.device) -> Tensor:
+    """``[new, length]``, true where a query may look: the last ``window`` positions up to its own."""
+    full = torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+    return full[length - new :]

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from apr_dist.model.matmul import mm, uses_onednn
+from apr_dist.model.matmul import linear, mm
 
 
 class Linear(nn.Linear):
@@ -27,8 +27,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        if _own_backward(x) and uses_onednn(x) and not torch.is_autocast_enabled("cpu"):
-            return _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+        if _own_backward(x):
+            return _Linear.apply(x.to(compute_dtype(x)), self.weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
         return F.linear(x, self.weight, self.bias)
 
 
@@ -50,11 +50,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., size]`` to the same shape and type."""
-        weight = self.weight.to(x.dtype)
-        if _own_backward(x) and x.device.type == "cpu":
-            return _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-any-return,no-untyped-call]
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        """``[..., size]`` to the same shape, in the type products are computed in."""
+        if _own_backward(x):
+            return _RMSNorm.apply(x, self.weight, self.eps, compute_dtype(x))  # type: ignore[no-any-return,no-untyped-call]
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
         """Size and eps, for printing the network."""
@@ -74,9 +73,8 @@ class GatedMLP(nn.Module):
         """``[..., hidden_size]`` to the same shape."""
         if not _own_backward(x):
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
-        dtype = compute_dtype(x)
-        weights = (w.to(dtype) for w in (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight))
-        return _GatedMLP.apply(x.to(dtype), *weights)  # type: ignore[no-any-return,no-untyped-call]
+        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return _GatedMLP.apply(x.to(compute_dtype(x)), *weights)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -89,9 +87,23 @@ def _own_backward(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """``[n, out]`` and ``[n, in]`` to ``[out, in]``."""
-    return mm(gradient.t(), x)
+def _project(rows: Tensor, weight: Tensor) -> Tensor:
+    """``[n, in]`` and ``[out, in]`` to ``[n, out]``; the weight is cast to the type of the rows."""
+    return linear(rows, weight.to(rows.dtype))
+
+
+def _project_back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``[n, out]`` and ``[out, in]`` to ``[n, in]``: the gradient of the rows."""
+    return mm(gradient, weight.to(gradient.dtype))
+
+
+def _weight_gradient(gradient: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """``[n, out]`` and ``[n, in]`` to ``[out, in]``, in the type of the weight."""
+    return mm(gradient.t(), rows).to(weight.dtype)
+
+
+# Each function below casts weights where it uses them and keeps the originals: a copy of every weight
+# in the compute type, held from forward to backward, would be half the model again.
 
 
 class _Linear(torch.autograd.Function):
@@ -100,9 +112,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        product = mm(x.reshape(-1, x.shape[-1]), weight.t())
-        if bias is not None:
-            product.add_(bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        product = linear(
+            x.reshape(-1, x.shape[-1]), weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
         return product.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -110,9 +123,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, weight.shape[0])
-        dx = mm(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        db = rows.sum(0) if ctx.needs_input_grad[2] else None
+        dx = _project_back(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        dw = _weight_gradient(rows, x.reshape(-1, x.shape[-1]), weight) if ctx.needs_input_grad[1] else None
+        db = rows.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db
 
 
@@ -120,13 +133,13 @@ class _RMSNorm(torch.autograd.Function):
     """RMSNorm that keeps its input and one number per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        normed: Tensor = (wide * scale).to(x.dtype)
-        return normed.mul_(weight)
+        normed: Tensor = (wide * scale).mul_(weight)
+        return normed.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -138,8 +151,8 @@ class _RMSNorm(torch.autograd.Function):
         product = wide * unit
         dw = product.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         along = torch.mv(product, weight.float()).div_(size).unsqueeze(1)
-        dx = torch.mul(wide, weight.float(), out=product).sub_(unit.mul_(along)).mul_(scale.view(-1, 1))
-        return dx.view(x.shape).to(x.dtype), dw, None
+        dx = torch.mul(wide, weight, out=product).sub_(unit.mul_(along)).mul_(scale.view(-1, 1))
+        return dx.view(x.shape).to(x.dtype), dw, None, None
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -148,9 +161,9 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        gate, up = mm(rows, gate_weight.t()), mm(rows, up_weight.t())
+        gate, up = _project(rows, gate_weight), _project(rows, up_weight)
         ctx.save_for_backward(rows, gate, up, gate_weight, up_weight, down_weight)
-        return mm(F.silu(gate).mul_(up), down_weight.t()).view(x.shape)
+        return _project(F.silu(gate).mul_(up), down_weight).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -159,12 +172,14 @@ class _GatedMLP(torch.autograd.Function):
         needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad
         shape = gradient.shape
         gradient = gradient.reshape(-1, shape[-1])
-        inner = mm(gradient, down_weight)
+        inner = _project_back(gradient, down_weight)
         activated = F.silu(gate)
         d_up = inner * activated
-        d_down = _weight_gradient(gradient, activated.mul_(up)) if needs_down else None
+        d_down = _weight_gradient(gradient, activated.mul_(up), down_weight) if needs_down else None
         d_gate = torch.ops.aten.silu_backward(inner.mul_(up), gate)
-        dx = mm(d_gate, gate_weight).add_(mm(d_up, up_weight)).view(shape) if needs_x else None
-        d_gate_weight = _weight_gradient(d_gate, x) if needs_gate else None
-        d_up_weight = _weight_gradient(d_up, x) if needs_up else None
+        dx = None
+        if needs_x:
+            dx = _project_back(d_gate, gate_weight).add_(_project_back(d_up, up_weight)).view(shape)
+        d_gate_weight = _weight_gradient(d_gate, x, gate_weight) if needs_gate else None
+        d_up_weight = _weight_gradient(d_up, x, up_weight) if needs_up else None
         return dx, d_gate_weight, d_up_weight, d_down

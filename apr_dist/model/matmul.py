@@ -39,7 +39,7 @@ def cpu_matmul_backend() -> MatmulBackend:
 
 
 def uses_onednn(tensor: Tensor) -> bool:
-    """Whether products of this tensor should go through `onednn_mm`."""
+    """Whether products of this tensor go through oneDNN directly."""
     return (
         tensor.device.type == "cpu"
         and tensor.dtype is torch.float32
@@ -49,15 +49,15 @@ def uses_onednn(tensor: Tensor) -> bool:
 
 def mm(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` for matrices ``[m, k]`` and ``[k, n]`` of any strides; not differentiable."""
-    if uses_onednn(left) and left.shape[0] > 0:
-        return onednn_mm(left, right)
-    return left @ right
+    return linear(left, right.t())
 
 
-def onednn_mm(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` by oneDNN in full f32 precision, for CPU matrices with at least one row."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
-    return product
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``rows @ weight.T + bias`` for ``[m, k]`` and ``[n, k]`` of any strides; not differentiable."""
+    if uses_onednn(rows) and rows.shape[0] > 0:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        return product
+    return torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
 
 
 def _onednn_is_there() -> bool:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from apr_dist.model.attention import Attention
+from apr_dist.model.attention import Attention, LayerCache
+from apr_dist.model.checkpointing import Checkpointing, run_checkpointed
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.layers import Embedding, GatedMLP, Linear, RMSNorm
-from apr_dist.model.loss import cross_entropy_sum
+from apr_dist.model.layers import Embedding, GatedMLP, Linear, RMSNorm, compute_dtype
+from apr_dist.model.loss import LossBackend, cross_entropy_sum
+from apr_dist.model.packing import Documents, find_documents
 from apr_dist.model.rotary import RotaryEmbedding, Rotation
 
 INITIAL_STD = 0.02
@@ -33,10 +36,22 @@ class DecoderBlock(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.checkpointing = Checkpointing.OFF
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """``[batch, seq, hidden]`` to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """``[batch, seq, hidden]`` to the same shape; arguments as `Attention.forward`."""
+        return run_checkpointed(self.checkpointing, self._compute, x, rotation, documents, cache)
+
+    def _compute(
+        self, x: Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, documents, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -45,19 +60,37 @@ class Backbone(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        self.sliding_window = config.sliding_window
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Token ids ``[batch, seq]`` to hidden states ``[batch, seq, hidden]`` after the final norm."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Token ids ``[batch, seq]`` to hidden states ``[batch, seq, hidden]`` after the final norm.
+
+        Args:
+            input_ids: the tokens.
+            position_ids: ``[1 or batch, seq]``; by default counted on from what the caches hold.
+            document_ids: ``[batch, seq]``, runs of equal ids are documents that see only themselves.
+            caches: one per block, for generating.
+        """
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            first = caches[0].length if caches else 0
+            position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
         rotation = self.rotary(position_ids)
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, rotation)
+        documents = None
+        if document_ids is not None:
+            documents = find_documents(document_ids, dtype=compute_dtype(x), window=self.sliding_window)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, documents, caches[index] if caches else None)
         return self.norm(x)  # type: ignore[no-any-return]
 
 
@@ -71,6 +104,7 @@ class Decoder(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+        self.loss_backend: LossBackend | None = None
 
     @property
     def head_weight(self) -> Tensor:
@@ -83,6 +117,8 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
         z_loss: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or with targets the summed loss; the head is only ever used inside this call.
@@ -90,21 +126,40 @@ class Decoder(nn.Module):
         Args:
             input_ids: int32 or int64 ``[batch, seq]``.
             targets: next tokens ``[batch, seq]``, -100 where there is none.
-            position_ids: ``[1 or batch, seq]``; counted from 0 when absent.
+            position_ids: ``[1 or batch, seq]``; counted from 0 (or the caches' length) when absent.
+            document_ids: ``[batch, seq]``; runs of equal ids are documents that see only themselves.
+            caches: see `empty_caches`; the tokens are appended to what they hold.
             z_loss: see `cross_entropy_sum`; only with targets.
 
         Returns:
             without targets logits ``[batch, seq, vocab]``; with targets ``(loss sum in nats, f32;
             number of targets, int64)``.
         """
-        hidden = self.model(input_ids, position_ids)
+        hidden = self.model(input_ids, position_ids, document_ids, caches)
         if targets is None:
             return self.logits(hidden)
-        return cross_entropy_sum(hidden, self.head_weight, targets, z_loss=z_loss)
+        return cross_entropy_sum(hidden, self.head_weight, targets, z_loss=z_loss, backend=self.loss_backend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` to logits ``[..., vocab]``."""
         return F.linear(hidden, self.head_weight)
+
+    def empty_caches(self, capacity: int) -> list[LayerCache]:
+        """One empty cache per block, for up to ``capacity`` positions."""
+        return [LayerCache(capacity) for _ in self.model.layers]
+
+    def set_checkpointing(self, mode: Checkpointing) -> None:
+        """Choose what every block keeps for its backward pass."""
+        for layer in self.model.layers:
+            layer.checkpointing = mode  # type: ignore[assignment]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each block as one graph (``torch.compile``'s options); a graph break is an error.
+
+        All blocks share their code, so it is compiled once per shape.
+        """
+        for layer in self.model.layers:
+            layer.compile(fullgraph=True, **options)
 
     def reset_buffers(self) -> None:
         """Recompute every buffer that is not in the state dict (RoPE); needed after ``to_empty``."""

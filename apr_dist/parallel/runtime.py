@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import StrEnum
 from typing import Any
 
 import psutil
@@ -25,39 +24,32 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from apr_dist.errors import AprDistError, DistributedError, UsageError
-
-
-class Strategy(StrEnum):
-    """The strategy that is really active."""
-
-    SINGLE = "single"
-    DDP = "ddp"
-
+from apr_dist.parallel.strategy import (
+    NOT_AS_ASKED,
+    Strategy,
+    choose,
+    group_size,
+    launched_world_size,
+    prepare_for_deepspeed,
+)
 
 _DISTRIBUTED_TYPES = {
-    Strategy.SINGLE: (DistributedType.NO,),
-    Strategy.DDP: (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
+    False: (DistributedType.NO,),
+    True: (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
 }
-
-
-def launched_world_size() -> int:
-    """How many processes the launcher started (``WORLD_SIZE``; 1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_rank() -> int:
-    """This process's rank as the launcher set it (``RANK``; 0 without a launcher)."""
-    return int(os.environ.get("RANK", "0"))
+"""What Accelerate may report, by whether there are several processes. It only joins them: sharding is
+done in ``sharding`` and ``zero``, because Accelerate turns it off in silence on CPU."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One rank's view of the run."""
+    """One rank's view of the run; ``shard_size`` ranks together hold one copy of the parameters."""
 
     accelerator: Accelerator
     strategy: Strategy
     rank: int
     world_size: int
+    shard_size: int
     device: torch.device
     cpu_threads: int
 
@@ -70,6 +62,12 @@ class Runtime:
         """Element-wise sum of a tensor over all ranks, in place; returns it."""
         if self.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        return values
+
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values in every rank's tensor, in place; returns it."""
+        if self.world_size > 1:
+            dist.broadcast(values, src=0)
         return values
 
     def broadcast_json(self, value: Any) -> Any:
@@ -113,19 +111,26 @@ class Runtime:
 
 
 def start(
-    *, device: str, strategy: str, precision: str, cpu_threads: int | None, timeout_s: float
+    *,
+    device: str,
+    strategy: str,
+    precision: str,
+    cpu_threads: int | None,
+    timeout_s: float,
+    shard_size: int | None = None,
 ) -> Runtime:
     """Join the launched processes and prove that they are the ones that were asked for.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        strategy: ``auto``, ``single`` or ``ddp``.
+        strategy: ``auto`` or one of `Strategy`.
         precision: ``f32`` or ``bf16``.
         cpu_threads: threads per process on CPU; None divides the cores among local processes.
         timeout_s: longest a collective may wait, in seconds.
+        shard_size: ranks that share one copy of the parameters under ``hsdp``; None: those of one machine.
 
     Raises:
-        UsageError: CUDA was asked for and there is none.
+        UsageError: CUDA was asked for and there is none, or the shard size does not fit.
         DistributedError: the world size or strategy that is active is not the wanted one.
     """
     use_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
@@ -136,6 +141,9 @@ def start(
             expected="a visible CUDA device",
             remedy="use --device cpu, or check the driver with nvidia-smi",
         )
+    wanted = choose(strategy)
+    if wanted.zero_stage:
+        prepare_for_deepspeed(use_cpu=use_cpu)
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
     limits = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s))
     accelerator = Accelerator(
@@ -145,10 +153,11 @@ def start(
         step_scheduler_with_optimizer=False,
     )
     threads = _set_threads(cpu_threads)
-    active = _assert_as_asked(accelerator, strategy)
+    _assert_as_asked(accelerator, wanted)
     return Runtime(
         accelerator=accelerator,
-        strategy=active,
+        strategy=wanted,
+        shard_size=group_size(wanted, accelerator.num_processes, shard_size),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
@@ -168,7 +177,7 @@ def assert_wrapped(model: nn.Module, strategy: Strategy) -> None:
             f"the model is wrapped as {type(model).__name__} under strategy {strategy}",
             expected="DistributedDataParallel" if strategy is Strategy.DDP else "the bare decoder",
             remedy="launch with accelerate launch or torchrun, and check parallel.strategy",
-            falsifier="FALSIFY-APR-DIST-DISTRIBUTED-001",
+            falsifier=NOT_AS_ASKED,
         )
 
 
@@ -205,22 +214,21 @@ def _set_threads(cpu_threads: int | None) -> int:
     return threads
 
 
-def _assert_as_asked(accelerator: Accelerator, wanted: str) -> Strategy:
+def _assert_as_asked(accelerator: Accelerator, wanted: Strategy) -> None:
     world = launched_world_size()
     if accelerator.num_processes != world:
         raise DistributedError(
             f"the launcher started {world} processes and {accelerator.num_processes} joined",
             expected=f"{world} processes in one group",
             remedy="launch with torchrun or accelerate launch --multi_gpu; on CPU, ACCELERATE_USE_CPU=true",
-            falsifier="FALSIFY-APR-DIST-DISTRIBUTED-001",
+            falsifier=NOT_AS_ASKED,
         )
-    active = Strategy.SINGLE if world == 1 else Strategy.DDP
-    asked = active if wanted == "auto" else Strategy(wanted)
-    if asked is not active or accelerator.distributed_type not in _DISTRIBUTED_TYPES[active]:
+    several = world > 1
+    fits = (wanted is not Strategy.SINGLE) == several
+    if not fits or accelerator.distributed_type not in _DISTRIBUTED_TYPES[several]:
         raise DistributedError(
             f"{accelerator.distributed_type.value} over {world} process(es) is active",
-            expected=f"strategy {asked}",
+            expected=f"strategy {wanted}",
             remedy="start as many processes as the strategy needs, or set parallel.strategy to auto",
-            falsifier="FALSIFY-APR-DIST-DISTRIBUTED-001",
+            falsifier=NOT_AS_ASKED,
         )
-    return active

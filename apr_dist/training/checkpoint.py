@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``checkpoint.apr`` with its identity, and the facts beside it.
+"""What a checkpoint says about itself: the metadata in ``checkpoint.apr`` and the facts beside it.
 
 The file is a complete APR v2 model: dimensions, family, tie and provenance travel in its metadata,
 and nothing in it depends on the clock or on where it was written.
@@ -9,18 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from apr_dist.apr.metadata import AprMetadata
-from apr_dist.data.storage import write_atomically
 from apr_dist.model.config import TransformerConfig
-from apr_dist.parallel.weights import save_weights
 
-CHECKPOINT_NAME = "checkpoint.apr"
 FACTS_NAME = "checkpoint.metadata.json"
 
 
@@ -66,18 +60,6 @@ def checkpoint_metadata(
 
 _DERIVED = {"tie_word_embeddings", "head_dim", "rope_type"}
 """Keys where what was really trained wins over what the init file said or left out."""
-
-
-def write_checkpoint(model: nn.Module, folder: Path, metadata: AprMetadata, facts: CheckpointFacts) -> Path:
-    """Write model and facts into the run folder, each atomically; rank 0 alone.
-
-    Raises:
-        OutputError: the folder is read-only or the disk full; the previous checkpoint is untouched.
-    """
-    target = folder / CHECKPOINT_NAME
-    save_weights(model, target, metadata, overwrite=True)
-    write_atomically(folder / FACTS_NAME, json_bytes(asdict(facts)))
-    return target
 
 
 def json_bytes(value: Any) -> bytes:

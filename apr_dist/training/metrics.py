@@ -11,6 +11,7 @@ from typing import IO, Any, Self
 
 import torch
 
+from apr_dist.data.storage import write_atomically
 from apr_dist.errors import NumericalInstability, OutputError
 
 
@@ -47,17 +48,23 @@ class MetricsFile:
     """Appends lines to metrics.jsonl on rank 0; elsewhere it does nothing.
 
     Args:
-        path: the file, replaced when it exists; None writes nothing.
+        path: the file; None writes nothing.
         common: keys put on every line (``synthetic`` marks a run on made-up data).
+        after_step: a resumed run keeps the lines up to this step; None replaces the file.
     """
 
-    def __init__(self, path: Path | None, *, common: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | None, *, common: Mapping[str, Any], after_step: int | None = None
+    ) -> None:
         self._common = dict(common)
         self._path = path
         self._file: IO[bytes] | None = None
         if path is not None:
-            try:
-                self._file = path.open("wb", buffering=0)  # a line is on its way or an error
+            kept = b"" if after_step is None else _lines_up_to(path, after_step)
+            if kept:
+                write_atomically(path, kept)
+            try:  # unbuffered: a line is on its way or an error
+                self._file = path.open("ab" if kept else "wb", buffering=0)
             except OSError as error:
                 raise OutputError(f"cannot be written ({error.strerror})", where=path) from error
 
@@ -101,6 +108,14 @@ class MetricsFile:
                 where=self._path,
                 remedy="free space on that disk, then start again from the last checkpoint",
             ) from error
+
+
+def _lines_up_to(path: Path, step: int) -> bytes:
+    """What an earlier part of this run wrote, without steps that are about to be done again."""
+    if not path.exists():
+        return b""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step)
 
 
 def gpu_utilisation(device: torch.device) -> float:

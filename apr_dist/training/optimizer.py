@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
 from apr_dist.errors import WeightsRefused
+from apr_dist.parallel.sharding import whole_shape
 
 
 def build_optimizer(
@@ -22,8 +20,8 @@ def build_optimizer(
         WeightsRefused: a trainable parameter is in no group or in two.
     """
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
-    matrices = [weight for weight in parameters if weight.ndim >= 2]
-    vectors = [weight for weight in parameters if weight.ndim < 2]
+    matrices = [weight for weight in parameters if len(whole_shape(weight)) >= 2]
+    vectors = [weight for weight in parameters if len(whole_shape(weight)) < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=lr,
@@ -57,21 +55,3 @@ def apply_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
     return float(optimizer.param_groups[0]["lr"])
-
-
-def optimizer_state_digest(optimizer: torch.optim.Optimizer) -> str:
-    """``sha256:...`` over every moment and step counter, in parameter order (INV-TRAIN-003)."""
-    digest = hashlib.sha256()
-    for weight in _parameters(optimizer):
-        state = optimizer.state.get(weight, {})
-        for key in sorted(state):
-            value = state[key]
-            digest.update(key.encode())
-            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return "sha256:" + digest.hexdigest()
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from apr_dist import __version__
+from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
 from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
@@ -21,13 +23,18 @@ from apr_dist.gates.output import create_run_dir
 from apr_dist.gates.preflight import Preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import Family, TransformerConfig
-from apr_dist.model.transformer import Decoder, init_weights
+from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.weights import load_weights, prove_weights, weight_digests
-from apr_dist.training.checkpoint import CHECKPOINT_NAME, json_bytes
+from apr_dist.parallel.sharding import build_decoder
+from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.training.checkpoint import json_bytes
 from apr_dist.training.metrics import MetricsFile
-from apr_dist.training.trainer import Start, Trainer, TrainingData
+from apr_dist.training.progress import Start
+from apr_dist.training.resume import ResumePoint
+from apr_dist.training.saving import Saver
+from apr_dist.training.step_folders import CHECKPOINT_NAME, OPTIMIZER_NAME, SavedState
+from apr_dist.training.trainer import Trainer, TrainingData
 from apr_dist.training.verdict import Status, Verdict
 
 CONFIG_NAME = "config.yaml"
@@ -38,13 +45,18 @@ Say = Callable[[str], None]
 
 
 def execute(
-    config: TrainConfig, preflight: Preflight | None, refusal: AprDistError | None, say: Say
+    config: TrainConfig,
+    preflight: Preflight | None,
+    point: ResumePoint | None,
+    refusal: AprDistError | None,
+    say: Say,
 ) -> Verdict:
     """Start the processes, let all of them know what rank 0 found, train, and judge.
 
     Args:
         config: the resolved configuration.
         preflight: rank 0's proven inputs; None on other ranks, and where it was refused.
+        point: the step folder to go on from, on rank 0; None begins at step 0.
         refusal: rank 0's refusal, raised on every rank.
         say: prints one line on rank 0.
 
@@ -58,9 +70,10 @@ def execute(
         precision=options.precision,
         cpu_threads=options.cpu_threads,
         timeout_s=options.timeout_s,
+        shard_size=options.shard_size,
     )
     runtime.agree(refusal)
-    facts = runtime.broadcast_json(None if preflight is None else _shared(preflight))
+    facts = runtime.broadcast_json(None if preflight is None else _shared(preflight, point))
     model_config = TransformerConfig.from_metadata(
         facts["architecture"],
         family=Family(facts["family"]),
@@ -71,20 +84,45 @@ def execute(
         f"running on {runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"
         f" {config.parallel.precision}, {runtime.cpu_threads} CPU thread(s) each"
     )
-    runtime.on_main(lambda: _open_run_dir(config))
-    model, arrived = _build_model(model_config, preflight, config, runtime, say)
-    results = [GateResult(**gate) for gate in facts["gates"]] + [arrived]
+    resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
+    runtime.on_main(lambda: _open_run_dir(config, fresh=resumed is None))
+    reader = preflight.reader if preflight else None
+    model, arrived = _build_model(model_config, reader, facts["weights_from"], config.seed, runtime, say)
     start = Start(
         model_config=model_config,
         from_init=config.init is not None,
-        metadata=preflight.reader.metadata if preflight and preflight.reader else None,
+        metadata=reader.metadata if reader else None,
         provenance={**facts["provenance"], "tool_version": __version__, "seed": config.seed},
         recorded_val_loss=facts["recorded_val_loss"],
     )
-    return _train(config, runtime, model, start, results, say)
+    session = _Session(
+        config=config,
+        runtime=runtime,
+        model=model,
+        start=start,
+        results=[GateResult(**gate) for gate in facts["gates"]] + [arrived],
+        resumed=resumed,
+        moments=point.folder / OPTIMIZER_NAME if point else None,
+        say=say,
+    )
+    return _train(session)
 
 
-def _shared(preflight: Preflight) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _Session:
+    """What one run holds while it trains; ``moments`` is the optimizer file to resume, on rank 0 only."""
+
+    config: TrainConfig
+    runtime: Runtime
+    model: Decoder
+    start: Start
+    results: list[GateResult]
+    resumed: SavedState | None
+    moments: Path | None
+    say: Say
+
+
+def _shared(preflight: Preflight, point: ResumePoint | None) -> dict[str, Any]:
     config = preflight.model_config
     return {
         "architecture": config.to_metadata(),
@@ -93,12 +131,14 @@ def _shared(preflight: Preflight) -> dict[str, Any]:
         "gates": [result.to_json() for result in preflight.results],
         "provenance": preflight.provenance,
         "recorded_val_loss": preflight.recorded_val_loss,
+        "resumed": asdict(point.state) if point else None,
+        "weights_from": str(preflight.reader.path) if preflight.reader else None,
     }
 
 
-def _open_run_dir(config: TrainConfig) -> None:
+def _open_run_dir(config: TrainConfig, *, fresh: bool) -> None:
     create_run_dir(config.run_dir)
-    for name in (VERDICT_NAME, METRICS_NAME):
+    for name in (VERDICT_NAME, METRICS_NAME) if fresh else (VERDICT_NAME,):
         try:
             (config.run_dir / name).unlink(missing_ok=True)
         except OSError as error:
@@ -110,28 +150,23 @@ def _open_run_dir(config: TrainConfig) -> None:
 
 def _build_model(
     model_config: TransformerConfig,
-    preflight: Preflight | None,
-    config: TrainConfig,
+    reader: AprReader | None,
+    weights_from: str | None,
+    seed: int,
     runtime: Runtime,
     say: Say,
 ) -> tuple[Decoder, GateResult]:
     began = time.perf_counter()
-    with torch.device("meta"):
-        model = Decoder(model_config)
-    model.to_empty(device=runtime.device)
-    model.reset_buffers()
-    if config.init is not None:
-        digests = load_weights(model, preflight.reader if preflight else None, runtime)
-        source = f"from {config.init}"
+    model = build_decoder(model_config, runtime)
+    if weights_from is not None:
+        digests = load_weights(model, reader, runtime)
     else:
-        init_weights(model, seed=config.seed)
-        digests = runtime.broadcast_json(weight_digests(model) if runtime.is_main else None)
-        prove_weights(model, digests, runtime)
-        source = f"from seed {config.seed}"
+        digests = draw_weights(model, model_config, runtime, seed=seed)
     arrived = GateResult(
         id="FALSIFY-APR-DIST-TRAINER-001",
         gate="weights arrived in the network",
-        measured=f"{len(digests)} tensors {source}, digests equal on {runtime.world_size} rank(s)",
+        measured=f"{len(digests)} tensors from {weights_from or f'seed {seed}'}, digests equal on"
+        f" {runtime.world_size} rank(s)",
         required="every digest equal to its source's, on every rank",
     )
     took = time.perf_counter() - began
@@ -139,33 +174,19 @@ def _build_model(
     return model, arrived
 
 
-def _train(
-    config: TrainConfig, runtime: Runtime, model: Decoder, start: Start, results: list[GateResult], say: Say
-) -> Verdict:
-    metrics_path = config.run_dir / METRICS_NAME if runtime.is_main else None
-    common = {"synthetic": True} if config.synthetic else {}
+def _train(session: _Session) -> Verdict:
+    config, runtime, start = session.config, session.runtime, session.start
     with contextlib.ExitStack() as stack:
-        train_data, eval_data = _open_data(config, start.model_config, runtime, stack, say)
-        metrics = stack.enter_context(MetricsFile(metrics_path, common=common))
         try:
-            trainer = Trainer(
-                config=config,
-                runtime=runtime,
-                model=model,
-                start=start,
-                train_data=train_data,
-                eval_data=eval_data,
-                metrics=metrics,
-                say=say,
-            )
-            outcome = trainer.fit(config.run_dir)
+            trainer = _trainer(session, stack)
+            outcome = trainer.fit()
         except AprDistError as error:
-            _record_abort(config, runtime, results, start, error)
+            _record_abort(session, error)
             raise
     verdict = Verdict(
         status=outcome.status,
         detail=outcome.detail,
-        gates=tuple(results + outcome.gates),
+        gates=tuple(session.results + outcome.gates),
         facts={**start.provenance, **outcome.facts, "checkpoint": str(config.run_dir / CHECKPOINT_NAME)},
         synthetic=config.synthetic,
     )
@@ -173,21 +194,50 @@ def _train(
     return verdict
 
 
-def _record_abort(
-    config: TrainConfig, runtime: Runtime, results: list[GateResult], start: Start, error: AprDistError
-) -> None:
+def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
+    config, runtime, resumed = session.config, session.runtime, session.resumed
+    train_data, eval_data = _open_data(config, session.start.model_config, runtime, stack, session.say)
+    metrics = MetricsFile(
+        config.run_dir / METRICS_NAME if runtime.is_main else None,
+        common={"synthetic": True} if config.synthetic else {},
+        after_step=resumed.step if resumed else None,
+    )
+    stack.enter_context(metrics)
+    trainer = Trainer(
+        config=config,
+        runtime=runtime,
+        model=session.model,
+        start=session.start,
+        train_data=train_data,
+        eval_data=eval_data,
+        metrics=metrics,
+        saver=Saver(config, runtime, session.start, config.run_dir, session.say),
+        say=session.say,
+        resumed=resumed,
+    )
+    if resumed is not None:
+        trainer.restore_optimizer(session.moments)
+        session.say(f"going on after step {resumed.step}, with the optimizer state of that step")
+    return trainer
+
+
+def _record_abort(session: _Session, error: AprDistError) -> None:
     """Leave a verdict of what stopped the run; the error itself matters more than failing to."""
-    if not runtime.is_main:
+    if not session.runtime.is_main:
         return
     verdict = Verdict(
         status=Status.ABORTED,
         detail=str(error),
-        gates=tuple(results),
-        facts={**start.provenance, "exit_code": int(error.exit_code), "falsifier": error.falsifier},
-        synthetic=config.synthetic,
+        gates=tuple(session.results),
+        facts={
+            **session.start.provenance,
+            "exit_code": int(error.exit_code),
+            "falsifier": error.falsifier,
+        },
+        synthetic=session.config.synthetic,
     )
     with contextlib.suppress(OutputError):
-        write_atomically(config.run_dir / VERDICT_NAME, json_bytes(verdict.to_json()))
+        write_atomically(session.config.run_dir / VERDICT_NAME, json_bytes(verdict.to_json()))
 
 
 def _open_data(

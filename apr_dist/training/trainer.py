@@ -6,34 +6,32 @@ verdict live in their own rooms; nothing here opens a model file or parses a fla
 
 from __future__ import annotations
 
-import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
 
-from apr_dist.apr.metadata import AprMetadata
 from apr_dist.config import TrainConfig
 from apr_dist.gates.result import GateResult
-from apr_dist.model.config import TransformerConfig
-from apr_dist.parallel.runtime import Runtime, assert_wrapped
+from apr_dist.model.transformer import Decoder
+from apr_dist.parallel.engine import prepare
+from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.state import load_optimizer
 from apr_dist.parallel.weights import model_digest
-from apr_dist.training.checkpoint import (
-    CheckpointFacts,
-    checkpoint_metadata,
-    perplexity,
-    write_checkpoint,
-)
+from apr_dist.training.checkpoint import perplexity
 from apr_dist.training.evaluation import Evaluation, evaluate, split_sequences
 from apr_dist.training.guards import EarlyStop, check_finite, check_validation
 from apr_dist.training.metrics import MetricsFile, StepMetrics, gpu_utilisation
-from apr_dist.training.optimizer import apply_lr, build_optimizer, optimizer_state_digest
+from apr_dist.training.optimizer import apply_lr, build_optimizer
+from apr_dist.training.progress import Progress, Start
+from apr_dist.training.saving import Saver
 from apr_dist.training.schedule import Schedule
+from apr_dist.training.signals import SIGNALS, StopRequest
+from apr_dist.training.step_folders import SavedState
 from apr_dist.training.verdict import (
     Agreement,
     Status,
@@ -58,39 +56,6 @@ class TrainingData(Protocol):
         """This rank's micro-batches of global batch ``k``."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from, as rank 0 proved it.
-
-    Attributes:
-        model_config: architecture of the decoder.
-        from_init: whether its weights came from a file.
-        metadata: metadata of that file (None from scratch and on other ranks).
-        provenance: facts for the checkpoint's metadata.
-        recorded_val_loss: what the file says the same evaluation gave when it was saved, if it does.
-    """
-
-    model_config: TransformerConfig
-    from_init: bool
-    metadata: AprMetadata | None
-    provenance: dict[str, Any]
-    recorded_val_loss: float | None = None
-
-
-@dataclass
-class Progress:
-    """Where a run is; the only state of the loop besides model and optimizer."""
-
-    step: int = 0
-    epoch: int = 0
-    tokens_seen: int = 0
-    train_loss: float | None = None
-    grad_norm_max: float = 0.0
-    data_epoch: int = 0
-    evaluations: list[Evaluation] = field(default_factory=list)
-    agreements: list[Agreement] = field(default_factory=list)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How the loop ended."""
@@ -112,7 +77,9 @@ class Trainer:
         train_data: global batches by number.
         eval_data: this rank's share of the held-out sequences, iterated once an evaluation.
         metrics: where lines go.
+        saver: writes step folders.
         say: prints one line on rank 0.
+        resumed: state of the step folder to go on from; None begins at step 0.
     """
 
     def __init__(
@@ -120,18 +87,20 @@ class Trainer:
         *,
         config: TrainConfig,
         runtime: Runtime,
-        model: nn.Module,
+        model: Decoder,
         start: Start,
         train_data: TrainingData,
         eval_data: Iterable[torch.Tensor],
         metrics: MetricsFile,
+        saver: Saver,
         say: Callable[[str], None],
+        resumed: SavedState | None = None,
     ) -> None:
         self.config, self.runtime, self.start = config, runtime, start
         self.train_data, self.eval_data = train_data, eval_data
-        self.metrics, self.say = metrics, say
-        self.model = model
-        self.progress = Progress()
+        self.metrics, self.saver, self.say = metrics, saver, say
+        self.model, self.stop_request = model, StopRequest()
+        self.progress = Progress() if resumed is None else Progress.from_saved(resumed)
         self.began = time.perf_counter()
         options = config.optimizer
         optimizer = build_optimizer(
@@ -147,93 +116,100 @@ class Trainer:
             total_steps=config.num_steps,
             lr_min=max(config.peak_lr * options.lr_min_ratio, LR_FLOOR),
         )
-        self.wrapped, self.optimizer = self._prepare(model, optimizer)
+        micro_batch = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
+        self.engine = prepare(model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
 
-    def fit(self, run_dir: Path) -> Outcome:
+    def restore_optimizer(self, path: Path | None) -> None:
+        """Take the moments of a step folder's file, which only rank 0 needs to see."""
+        load_optimizer(self.model, self.engine.optimizer, path, self.runtime)
+
+    def fit(self) -> Outcome:
         """Train to the end of the steps, the target, or the patience, saving at every evaluation.
 
         Raises:
             LossRefused, Divergence, NumericalInstability, DataError, OutputError: see ``guards`` and
-                ``verdict``; the last checkpoint that was written stays whole.
+                ``verdict``; the last step folder that was written stays whole.
+            Interrupted, Terminated: a signal came to any rank; the step just finished was saved.
         """
-        gates = self._step_zero()
-        stop = EarlyStop(self.config.early_stop.patience, self.config.early_stop.min_epochs)
-        status, detail = Status.COMPLETED, f"all {self.config.num_steps} steps done"
-        stop = stop.after(self.progress.evaluations[0].loss)
-        if self.config.num_steps == 0:
-            self._save(run_dir)
-        while self.progress.step < self.config.num_steps:
-            self._epoch()
-            stop = stop.after(self._evaluate().loss)
-            self._save(run_dir)
-            ended = self._ended(stop)
-            if ended is not None:
-                status, detail = ended
-                break
-        return self._outcome(status, detail, gates)
-
-    def _prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, AcceleratedOptimizer]:
-        wrapped, prepared = self.runtime.accelerator.prepare(model, optimizer)
-        assert_wrapped(wrapped, self.runtime.strategy)
-        return wrapped, prepared
-
-    def _step_zero(self) -> list[GateResult]:
-        first = self._evaluate()
-        if self.config.synthetic:
-            return []
-        gates = step_zero_gates(
-            first.loss,
-            vocab_size=self.start.model_config.vocab_size,
-            from_init=self.start.from_init,
-            recorded=self.start.recorded_val_loss,
+        state, stop = (
+            self.progress,
+            EarlyStop(self.config.early_stop.patience, self.config.early_stop.min_epochs),
         )
-        refuse_failed(gates, where=str(self.config.init or self.config.model))
-        return gates
+        with self.stop_request:
+            if not state.evaluations:
+                self._step_zero()
+            for done in state.evaluations:
+                stop = stop.after(done.loss)
+            ended = self._ended(stop) if state.epoch else None
+            while ended is None and state.step < self.config.num_steps:
+                self._epoch()
+                stop = stop.after(self._evaluate().loss)
+                self._save()
+                ended = self._ended(stop)
+        status, detail = ended or (Status.COMPLETED, f"all {self.config.num_steps} steps done")
+        return self._outcome(status, detail)
+
+    def _step_zero(self) -> None:
+        first = self._evaluate()
+        if not self.config.synthetic:
+            self.progress.first_gates = step_zero_gates(
+                first.loss,
+                vocab_size=self.start.model_config.vocab_size,
+                from_init=self.start.from_init,
+                recorded=self.start.recorded_val_loss,
+            )
+            refuse_failed(self.progress.first_gates, where=str(self.config.init or self.config.model))
+        if self.config.num_steps == 0:
+            self._save()
 
     def _epoch(self) -> None:
-        last = min(self.progress.step + self.config.steps_per_epoch, self.config.num_steps)
-        while self.progress.step < last:
-            self._step(compare=self.progress.step in (0, self.config.num_steps - 1))
-        self.progress.epoch += 1
+        """Steps up to the next multiple of ``steps_per_epoch``, wherever the run stands."""
+        state, length = self.progress, self.config.steps_per_epoch
+        last = min((state.step // length + 1) * length, self.config.num_steps)
+        while state.step < last:
+            signal_number = self._step(compare=state.step in (0, self.config.num_steps - 1))
+            if signal_number:
+                self._save()
+                raise self.stop_request.as_error(signal_number, step=state.step)
+        state.epoch += 1
 
-    def _step(self, *, compare: bool) -> None:
+    def _step(self, *, compare: bool) -> int:
+        """One optimizer step; returns the number of a signal that came to any rank, or 0."""
         began = time.perf_counter()
-        step, config = self.progress.step, self.config
+        step = self.progress.step
         micro_batches = self.train_data.batch(step)
         data_wait_s = time.perf_counter() - began
-        eval_loss = evaluate(self.model, micro_batches, self.runtime).loss if compare else None
+        eval_loss = evaluate(self.engine.evaluated, micro_batches, self.runtime).loss if compare else None
         computed = time.perf_counter()
-        lr = apply_lr(self.optimizer, self.schedule.lr_at(step))
-        train_loss = self._forward_backward(micro_batches)
-        norm = self.runtime.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.optimizer.grad_clip)
-        grad_norm = float(norm)
-        check_finite(step=step + 1, train_loss=train_loss, grad_norm=grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        lr = apply_lr(self.engine.optimizer, self.schedule.lr_at(step))
+        train_loss, signal_number = self._forward_backward(micro_batches)
+        grad_norm = self.engine.step(
+            lambda norm: check_finite(step=step + 1, train_loss=train_loss, grad_norm=norm)
+        )
         wall_s = time.perf_counter() - computed + data_wait_s
         self._record(train_loss, grad_norm, lr, wall_s, data_wait_s)
         if eval_loss is not None:
             self.progress.agreements.append(
                 Agreement(step=step + 1, train_loss=train_loss, eval_loss=eval_loss)
             )
+        return signal_number
 
-    def _forward_backward(self, micro_batches: Sequence[torch.Tensor]) -> float:
-        # Gradients are those of (sum of token losses) / (tokens of the global batch). DDP averages
+    def _forward_backward(self, micro_batches: Sequence[torch.Tensor]) -> tuple[float, int]:
+        # Gradients are those of (sum of token losses) / (tokens of the global batch). Engines average
         # over ranks, so each rank's share is scaled by the world size first.
         global_tokens = self.config.batch_size * self.config.seq_length
         scale = self.runtime.world_size / global_tokens
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        self.wrapped.train()
         for index, tokens in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            no_sync = self.runtime.accelerator.no_sync(self.wrapped)
-            with contextlib.nullcontext() if last else no_sync:
-                loss_sum, _ = self.wrapped(*split_sequences(tokens, self.runtime.device))
-                self.runtime.accelerator.backward(loss_sum * scale)
-            total += loss_sum.detach().double()
-        return float(self.runtime.sum(total)) / global_tokens
+            inputs, targets = split_sequences(tokens, self.runtime.device)
+            total += self.engine.accumulate(inputs, targets, scale=scale, last=last).double()
+        # A signal to one rank stops all: it travels with the loss, at no further collective.
+        asked = [float(self.stop_request.received == number) for number in SIGNALS]
+        sums = torch.cat([total.view(1), torch.tensor(asked, dtype=total.dtype, device=total.device)])
+        loss, *signals = self.runtime.sum(sums).tolist()
+        asked_by = dict(zip(SIGNALS, signals, strict=True))
+        return loss / global_tokens, next((number for number, ranks in asked_by.items() if ranks), 0)
 
     def _record(
         self, train_loss: float, grad_norm: float, lr: float, wall_s: float, data_wait_s: float
@@ -269,7 +245,7 @@ class Trainer:
     def _evaluate(self) -> Evaluation:
         state = self.progress
         result = evaluate(
-            self.model,
+            self.engine.evaluated,
             self.eval_data,
             self.runtime,
             progress=lambda done, of: self.say(f"  evaluating: {done} of {of} batches"),
@@ -279,7 +255,7 @@ class Trainer:
             {
                 "step": state.step,
                 "epoch": state.epoch,
-                "val_loss": result.loss if torch.isfinite(torch.tensor(result.loss)) else None,
+                "val_loss": result.loss if math.isfinite(result.loss) else None,
                 "val_ppl": perplexity(result.loss),
                 "tokens": result.tokens,
                 "wall_ms": result.wall_s * 1e3,
@@ -294,11 +270,12 @@ class Trainer:
             epoch=len(state.evaluations),
         )
         state.evaluations.append(result)
+        state.evaluated_at = state.step
         return result
 
     def _ended(self, stop: EarlyStop) -> tuple[Status, str] | None:
         state = self.progress
-        loss = state.evaluations[-1].loss
+        loss = state.val_loss
         if loss <= self.config.target and state.epoch >= self.config.early_stop.min_epochs:
             return Status.OK, f"validation loss {loss:.4f} reached the target {self.config.target}"
         if stop.stops(state.epoch):
@@ -308,46 +285,17 @@ class Trainer:
             )
         return None
 
-    def _save(self, run_dir: Path) -> None:
-        state, start = self.progress, self.start
-        val_loss = state.evaluations[-1].loss
-        facts = CheckpointFacts(
-            epoch=state.epoch,
-            step=state.step,
-            train_loss=state.train_loss,
-            val_loss=val_loss,
-            train_ppl=perplexity(state.train_loss),
-            val_ppl=perplexity(val_loss),
-            optimizer_state_sha=optimizer_state_digest(self.optimizer.optimizer),
-            wall_seconds=time.perf_counter() - self.began,
-            tokens_seen=state.tokens_seen,
-            grad_norm_max=state.grad_norm_max,
-        )
-        provenance = {
-            **start.provenance,
-            "step": state.step,
-            "tokens_seen": state.tokens_seen,
-            "train_loss": state.train_loss,
-            "val_loss": val_loss,
-            "config_digest": self.config.digest(),
-            "synthetic": True if self.config.synthetic else None,
-        }
+    def _save(self) -> None:
+        self.saver.save(self.model, self.engine.optimizer, self.progress)
 
-        def write() -> None:
-            metadata = checkpoint_metadata(start.model_config, start.metadata, provenance)
-            path = write_checkpoint(self.model, run_dir, metadata, facts)
-            self.say(f"step {state.step:>6}  checkpoint {path} written and read back")
-
-        self.runtime.on_main(write)
-
-    def _outcome(self, status: Status, detail: str, gates: list[GateResult]) -> Outcome:
+    def _outcome(self, status: Status, detail: str) -> Outcome:
         state, config = self.progress, self.config
+        gates = list(state.first_gates)
         if not config.synthetic:
-            val_loss = state.evaluations[-1].loss
-            gates = gates + evaluation_gates(state.agreements, val_loss=val_loss, train_loss=state.train_loss)
-            gates = gates + final_gates(
+            gates += evaluation_gates(state.agreements, val_loss=state.val_loss, train_loss=state.train_loss)
+            gates += final_gates(
                 first_val_loss=state.evaluations[0].loss,
-                val_loss=val_loss,
+                val_loss=state.val_loss,
                 target=config.target,
                 finetune=self.start.from_init,
                 steps=state.step,
@@ -360,6 +308,7 @@ class Trainer:
             "wall_seconds": time.perf_counter() - self.began,
             "weights_digest": model_digest(self.model),
             "strategy": self.runtime.strategy.value,
+            **self.engine.evidence,
             "world_size": self.runtime.world_size,
         }
         return Outcome(status=status, detail=detail, gates=gates, facts=facts)

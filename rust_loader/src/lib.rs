@@ -6,15 +6,19 @@
 //! `python` is the face that `apr_dist.data.loader` imports; nothing here knows about ranks,
 //! configuration or manifests.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic"))]
+
 #[cfg(not(all(target_endian = "little", target_pointer_width = "64")))]
 compile_error!("shards are little-endian and larger than a 32-bit address space");
 
 pub mod batch;
 pub mod error;
+pub mod latency;
 pub mod mapping;
 pub mod order;
 #[cfg(feature = "python")]
 mod python;
+pub mod ring;
 pub mod shard;
 pub mod stream;
 

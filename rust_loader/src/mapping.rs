@@ -11,7 +11,9 @@ use memmap2::{Advice, Mmap, MmapOptions};
 
 const WORD: usize = size_of::<u32>();
 const CACHE_LINE_WORDS: usize = 16;
+/// Maps begin on a multiple of this; a larger page of the machine is a multiple of it too.
 const PAGE: usize = 4096;
+const RESIDENCY_PAGES: usize = 64;
 
 /// A shard, mapped read-only for as long as this value lives.
 #[derive(Debug)]
@@ -90,6 +92,27 @@ impl Mapping {
     /// Starts reading `len` tokens from `start` on, without waiting. Only advice.
     pub fn will_need(&self, start: usize, len: usize) {
         let _ = self.map.advise_range(Advice::WillNeed, start * WORD, len * WORD);
+    }
+
+    /// True when the pages of `len` tokens from `start` on are in memory, so that touching them needs no
+    /// storage. False also when the system does not tell.
+    #[must_use]
+    pub fn resident(&self, start: usize, len: usize) -> bool {
+        let from = self.pointer(start, len).addr();
+        let first = from / PAGE * PAGE;
+        let bytes = from + len * WORD - first;
+        let mut pages = [0_u8; RESIDENCY_PAGES];
+        for chunk in (0..bytes).step_by(RESIDENCY_PAGES * PAGE) {
+            let size = (bytes - chunk).min(RESIDENCY_PAGES * PAGE);
+            let place = self.map.as_ptr().with_addr(first + chunk).cast_mut().cast();
+            // SAFETY: mincore only looks at page tables; the range lies in the map, begins on a page,
+            // and `pages` has a byte for each of its pages.
+            let told = unsafe { libc::mincore(place, size, pages.as_mut_ptr()) };
+            if told != 0 || pages[..size.div_ceil(PAGE)].iter().any(|page| page & 1 == 0) {
+                return false;
+            }
+        }
+        true
     }
 
     /// Reads and maps `len` tokens from `start` on.

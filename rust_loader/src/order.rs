@@ -134,9 +134,9 @@ mod tests {
     }
 
     fn is_bijection(seed: u64, n: u64) -> bool {
-        let mut seen = vec![false; usize::try_from(n).unwrap()];
+        let mut hit = vec![false; usize::try_from(n).unwrap()];
         order(seed, 0, n).into_iter().all(|value| {
-            let slot = &mut seen[usize::try_from(value).unwrap()];
+            let slot = &mut hit[usize::try_from(value).unwrap()];
             !std::mem::replace(slot, true)
         })
     }
@@ -190,11 +190,11 @@ mod tests {
 
     #[test]
     fn one_flipped_bit_of_the_seed_changes_half_of_the_output() {
-        let n = 1 << 32;
+        let (seed, n) = (0x63_u64, 1 << 32);
         let (mut flipped, mut total) = (0, 0);
         for bit in 0..64 {
-            let one = Permutation::new(Purpose::Sequences, 0, 99, 3, n);
-            let other = Permutation::new(Purpose::Sequences, 0, 99 ^ (1 << bit), 3, n);
+            let one = Permutation::new(Purpose::Sequences, 0, seed, 3, n);
+            let other = Permutation::new(Purpose::Sequences, 0, seed ^ (1 << bit), 3, n);
             for index in 0..64 {
                 flipped += (one.apply(index) ^ other.apply(index)).count_ones();
                 total += 32;

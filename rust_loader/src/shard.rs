@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::error::{Error, Result};
+use crate::latency::Latencies;
 use crate::mapping::Mapping;
 
 const WORD: u64 = size_of::<u32>() as u64;
@@ -89,6 +90,10 @@ pub struct Counters {
     pub opened: AtomicU64,
     /// Shards whose hash was compared.
     pub verified: AtomicU64,
+    /// Times a prefetched batch was not ready when it was asked for.
+    pub waits: AtomicU64,
+    /// How long the consumer was held up for each batch.
+    pub latencies: Latencies,
 }
 
 /// What tells a file from one that took its place or was written to.
@@ -180,10 +185,24 @@ impl OpenShard {
     /// A view trusts the storage: a file that is truncated afterwards takes the pages away. None when
     /// rows are read with `pread`.
     pub fn view(self: Arc<Self>, start: u64, len: usize) -> Result<Option<View>> {
-        let Some(map) = &self.map else { return Ok(None) };
-        self.check_size()?;
-        map.populate(to_usize(start), len).map_err(|error| self.read_error(error))?;
+        if self.map.is_none() {
+            return Ok(None);
+        }
+        self.ensure_resident(start, len)?;
         Ok(Some(View { shard: self, start: to_usize(start), len }))
+    }
+
+    /// As [`Self::populate`], unless the tokens are in memory: one system call that only looks.
+    fn ensure_resident(&self, start: u64, len: usize) -> Result<()> {
+        let known = self.map.as_ref().is_some_and(|map| map.resident(to_usize(start), len));
+        if known { self.check_size() } else { self.populate(start, len) }
+    }
+
+    /// Reads and maps a row. What a later access would turn into a signal is an error here.
+    pub fn populate(&self, start: u64, len: usize) -> Result<()> {
+        let Some(map) = &self.map else { return Ok(()) };
+        self.check_size()?;
+        map.populate(to_usize(start), len).map_err(|error| self.read_error(error))
     }
 
     /// Looks at the file's size: a map of a truncated file must not be touched.
@@ -239,6 +258,11 @@ pub struct View {
 }
 
 impl View {
+    /// Looks at the file's size again: a view may have waited before it is handed out.
+    pub fn check(&self) -> Result<()> {
+        self.shard.check_size()
+    }
+
     /// Address of the first token. Null only for shards without a map, which give no views.
     #[must_use]
     pub fn pointer(&self) -> *const u32 {
@@ -256,6 +280,34 @@ struct Entry {
 struct Cache {
     entries: HashMap<u32, Entry>,
     clock: u64,
+}
+
+impl Cache {
+    /// The open shard, or None when it is not open or its file is no longer the one that was opened.
+    fn find(&mut self, index: u32, now: Instant, recheck: Duration) -> Option<Arc<OpenShard>> {
+        self.clock += 1;
+        let entry = self.entries.get_mut(&index)?;
+        entry.used = self.clock;
+        if now.saturating_duration_since(entry.checked) >= recheck {
+            let metadata = std::fs::metadata(&entry.shard.path);
+            if !metadata.is_ok_and(|metadata| Stamp::of(&metadata) == entry.shard.stamp) {
+                self.entries.remove(&index);
+                return None;
+            }
+            entry.checked = now;
+        }
+        Some(Arc::clone(&entry.shard))
+    }
+
+    fn insert(&mut self, index: u32, shard: Arc<OpenShard>, max_open: usize) {
+        self.clock += 1;
+        while self.entries.len() >= max_open.max(1) {
+            let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.used).map(|(&key, _)| key);
+            oldest.and_then(|key| self.entries.remove(&key));
+        }
+        let entry = Entry { shard, used: self.clock, checked: Instant::now() };
+        self.entries.insert(index, entry);
+    }
 }
 
 /// All shards of a stream, at most `max_open` of them open.
@@ -316,10 +368,29 @@ impl ShardSet {
 
     /// Shard `index`, opened, checked and verified.
     pub fn get(&self, index: u32) -> Result<Arc<OpenShard>> {
-        if let Some(shard) = self.cached(index)? {
-            return Ok(shard);
+        let known = self.cache.lock()?.find(index, Instant::now(), self.options.recheck);
+        known.map_or_else(|| self.get_anew(index), Ok)
+    }
+
+    /// The shards at `indices`, in that order.
+    pub fn get_all(&self, indices: impl ExactSizeIterator<Item = u32>) -> Result<Vec<Arc<OpenShard>>> {
+        let now = Instant::now();
+        let mut shards = Vec::with_capacity(indices.len());
+        let mut cache = self.cache.lock()?;
+        for index in indices {
+            if let Some(shard) = cache.find(index, now, self.options.recheck) {
+                shards.push(shard);
+            } else {
+                drop(cache);
+                shards.push(self.get_anew(index)?);
+                cache = self.cache.lock()?;
+            }
         }
-        // Opened without the lock: hashing a shard must not keep others from their open ones.
+        Ok(shards)
+    }
+
+    /// Opens without holding the lock: hashing a shard must not keep others from their open ones.
+    fn get_anew(&self, index: u32) -> Result<Arc<OpenShard>> {
         let facts = &self.facts[index as usize];
         let opened = match self.open(facts, index as usize) {
             Err(Error::Limit { .. }) => {
@@ -329,36 +400,8 @@ impl ShardSet {
             other => other?,
         };
         let shard = Arc::new(opened);
-        let mut cache = self.cache.lock()?;
-        cache.clock += 1;
-        let used = cache.clock;
-        while cache.entries.len() >= self.options.max_open.max(1) {
-            let oldest = cache.entries.iter().min_by_key(|(_, entry)| entry.used).map(|(&key, _)| key);
-            oldest.and_then(|key| cache.entries.remove(&key));
-        }
-        let entry = Entry { shard: Arc::clone(&shard), used, checked: Instant::now() };
-        cache.entries.insert(index, entry);
+        self.cache.lock()?.insert(index, Arc::clone(&shard), self.options.max_open);
         Ok(shard)
-    }
-
-    /// The open shard, or None when it is not open or its file is no longer the one that was opened.
-    fn cached(&self, index: u32) -> Result<Option<Arc<OpenShard>>> {
-        let mut cache = self.cache.lock()?;
-        cache.clock += 1;
-        let used = cache.clock;
-        let Some(entry) = cache.entries.get_mut(&index) else { return Ok(None) };
-        entry.used = used;
-        if entry.checked.elapsed() < self.options.recheck {
-            return Ok(Some(Arc::clone(&entry.shard)));
-        }
-        let unchanged =
-            std::fs::metadata(&entry.shard.path).is_ok_and(|m| Stamp::of(&m) == entry.shard.stamp);
-        if unchanged {
-            entry.checked = Instant::now();
-            return Ok(Some(Arc::clone(&entry.shard)));
-        }
-        cache.entries.remove(&index);
-        Ok(None)
     }
 
     fn open(&self, facts: &ShardFacts, index: usize) -> Result<OpenShard> {
@@ -426,4 +469,159 @@ fn open_error(path: &Path, source: io::Error) -> Error {
 #[allow(clippy::cast_possible_truncation, reason = "usize has 64 bits, see lib.rs")]
 pub(crate) const fn to_usize(value: u64) -> usize {
     value as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    struct Fixture {
+        folder: tempfile::TempDir,
+        facts: Vec<ShardFacts>,
+    }
+
+    impl Fixture {
+        /// Shards of the given sizes; token n of shard s is `s * 1000 + n`.
+        fn new(sizes: &[u32]) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let mut facts = Vec::new();
+            for (shard, &size) in (0_u32..).zip(sizes) {
+                let words: Vec<u32> = (0..size).map(|n| shard * 1000 + n).collect();
+                let bytes: &[u8] = bytemuck::cast_slice(&words);
+                let file = format!("shard-{shard:05}.bin");
+                fs::write(folder.path().join(&file), bytes).unwrap();
+                let (words, xxh3) = (u64::from(size), Some(xxh3_64(bytes)));
+                facts.push(ShardFacts { folder: 0, file: file.into(), words, xxh3 });
+            }
+            Self { folder, facts }
+        }
+
+        fn set(&self, options: Options) -> ShardSet {
+            ShardSet::new(vec![self.folder.path().to_path_buf()], self.facts.clone(), options).unwrap()
+        }
+
+        fn path(&self, shard: usize) -> PathBuf {
+            self.folder.path().join(&*self.facts[shard].file)
+        }
+    }
+
+    fn both_ways(mut check: impl FnMut(Options)) {
+        for access in [Access::Mmap, Access::Pread] {
+            check(Options { access, recheck: Duration::ZERO, ..Options::default() });
+        }
+    }
+
+    #[test]
+    fn rows_are_read_narrow_and_wide() {
+        both_ways(|options| {
+            let set = Fixture::new(&[50, 80]);
+            let shard = set.set(options).get(1).unwrap();
+            let (mut narrow, mut wide) = ([0; 3], [0; 3]);
+            shard.read(77, &mut narrow).unwrap();
+            shard.read_wide(77, &mut wide).unwrap();
+            assert_eq!(narrow, [1077, 1078, 1079]);
+            assert_eq!(wide, [1077, 1078, 1079]);
+        });
+    }
+
+    #[test]
+    fn a_truncated_shard_is_an_error_of_the_open_one_and_of_the_next_one() {
+        both_ways(|options| {
+            let fixture = Fixture::new(&[50_000]);
+            let set = fixture.set(options);
+            let shard = set.get(0).unwrap();
+            File::options().write(true).open(fixture.path(0)).unwrap().set_len(100).unwrap();
+            let mut row = [0; 10];
+            assert!(matches!(shard.read(49_000, &mut row), Err(Error::Changed { .. })));
+            assert!(matches!(shard.populate(49_000, 10), Err(Error::Changed { .. }) | Ok(())));
+            assert!(matches!(set.get(0), Err(Error::Size { found: 100, .. })));
+        });
+    }
+
+    #[test]
+    fn a_replaced_shard_is_judged_by_its_content() {
+        both_ways(|options| {
+            let fixture = Fixture::new(&[50]);
+            let set = fixture.set(options);
+            let content = fs::read(fixture.path(0)).unwrap();
+            let old = set.get(0).unwrap();
+            for (content, fits) in [(content, true), (vec![0; 200], false)] {
+                let fresh = fixture.folder.path().join("fresh");
+                fs::write(&fresh, content).unwrap();
+                fs::rename(&fresh, fixture.path(0)).unwrap();
+                assert_eq!(set.get(0).is_ok(), fits);
+            }
+            let mut row = [0; 2];
+            old.read(48, &mut row).unwrap();
+            assert_eq!(row, [48, 49], "the replaced file lives on for those who hold it");
+        });
+    }
+
+    #[test]
+    fn without_a_hash_a_replaced_shard_is_refused() {
+        let mut fixture = Fixture::new(&[50]);
+        fixture.facts[0].xxh3 = None;
+        let set = fixture.set(Options { recheck: Duration::ZERO, ..Options::default() });
+        set.get(0).unwrap();
+        fs::remove_file(fixture.path(0)).unwrap();
+        fs::write(fixture.path(0), vec![0; 200]).unwrap();
+        assert!(matches!(set.get(0), Err(Error::Changed { .. })));
+    }
+
+    #[test]
+    fn a_wrong_hash_is_an_error_unless_nobody_looks() {
+        let mut fixture = Fixture::new(&[50]);
+        fixture.facts[0].xxh3 = Some(1);
+        let folders = vec![fixture.folder.path().to_path_buf()];
+        let open = Options { verify: Verify::Open, ..Options::default() };
+        assert!(matches!(ShardSet::new(folders, fixture.facts.clone(), open), Err(Error::Hash { .. })));
+        assert!(matches!(fixture.set(Options::default()).get(0), Err(Error::Hash { expected: 1, .. })));
+        assert!(fixture.set(Options { verify: Verify::Off, ..Options::default() }).get(0).is_ok());
+    }
+
+    #[test]
+    fn the_least_recently_used_shard_makes_room() {
+        let fixture = Fixture::new(&[50; 4]);
+        let set = fixture.set(Options { max_open: 2, ..Options::default() });
+        for index in [0, 1, 0, 2, 0, 3] {
+            set.get(index).unwrap();
+            assert!(set.open_count().unwrap() <= 2);
+        }
+        let opened = set.counters.opened.load(Ordering::Relaxed);
+        set.get(0).unwrap();
+        assert_eq!(set.counters.opened.load(Ordering::Relaxed), opened, "0 was used most recently but one");
+        assert_eq!(opened, 4);
+        assert_eq!(set.counters.verified.load(Ordering::Relaxed), 4);
+    }
+
+    #[test]
+    fn a_view_holds_its_map_when_the_set_is_gone() {
+        let fixture = Fixture::new(&[50]);
+        let view = fixture.set(Options::default()).get(0).unwrap().view(10, 5).unwrap().unwrap();
+        drop(fixture);
+        let shard = &view.shard;
+        let mut row = [0; 5];
+        shard.map.as_ref().unwrap().copy_to(view.start, &mut row);
+        assert_eq!(row, [10, 11, 12, 13, 14]);
+        assert_eq!(view.pointer(), shard.map.as_ref().unwrap().pointer(10, 5));
+    }
+
+    #[test]
+    fn rows_read_with_pread_have_no_views() {
+        let fixture = Fixture::new(&[50]);
+        let set = fixture.set(Options { access: Access::Pread, ..Options::default() });
+        assert!(set.get(0).unwrap().view(0, 5).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_missing_shard_and_a_folder_in_its_place_are_errors() {
+        let fixture = Fixture::new(&[50, 50]);
+        fs::remove_file(fixture.path(0)).unwrap();
+        fs::remove_file(fixture.path(1)).unwrap();
+        fs::create_dir(fixture.path(1)).unwrap();
+        let set = fixture.set(Options::default());
+        assert!(matches!(set.get(0), Err(Error::Missing { .. })));
+        assert!(set.get(1).is_err());
+    }
 }

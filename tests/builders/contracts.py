@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apr_dist.contracts.results import Outcome, record_results, worst
+from apr_dist.contracts.results import Outcome, record_results, together
 
 ID = "FALSIFY-SUM-001"
 
@@ -142,7 +142,7 @@ class FalsifierRecorder:
         """Take a phase of a bound test: its call, or what went wrong before or after it."""
         bound = any(name == "falsifies" for name, _ in report.user_properties)
         if bound and (report.when == "call" or not report.passed):
-            # Several phases and several cases of one test make one result: the worst of them.
+            # Several phases and several cases of one test make one result.
             node = report.nodeid.split("[", 1)[0]
             self._seen.setdefault(node, []).append((Outcome(report.outcome), report.duration))
 
@@ -150,7 +150,7 @@ class FalsifierRecorder:
         """Put what was seen over what earlier sessions recorded."""
         if self._seen:
             runs = {
-                node: (worst([outcome for outcome, _ in seen]), sum(seconds for _, seconds in seen))
+                node: (together([outcome for outcome, _ in seen]), sum(seconds for _, seconds in seen))
                 for node, seen in self._seen.items()
             }
             record_results(self._root, runs)

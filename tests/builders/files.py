@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import struct
 import tempfile
@@ -165,3 +166,99 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MIDDLE, LAYERS, VOCABULARY = 64, 4, 2, 16, 96, 2, 40
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def tiny_tensors(*, bias: bool = False, norms: bool = False, head: bool = False) -> Arrays:
+    """Hugging Face tensors of a tiny decoder, values exact in F16."""
+    random = np.random.default_rng(5)
+
+    def values(*shape: int) -> npt.NDArray[np.float32]:
+        return random.integers(-512, 512, shape).astype(np.float32) / 64
+
+    tensors: Arrays = {
+        "model.embed_tokens.weight": values(VOCABULARY, HIDDEN),
+        "model.norm.weight": values(HIDDEN),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        shapes = {
+            "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+            "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+            "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+            "mlp.gate_proj": (MIDDLE, HIDDEN),
+            "mlp.up_proj": (MIDDLE, HIDDEN),
+            "mlp.down_proj": (HIDDEN, MIDDLE),
+        }
+        tensors |= {f"{prefix}{name}.weight": values(*shape) for name, shape in shapes.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = values(HIDDEN)
+        for name in ("q", "k", "v") if bias else ():
+            tensors[f"{prefix}self_attn.{name}_proj.bias"] = values(shapes[f"self_attn.{name}_proj"][0])
+        for name in ("q", "k") if norms else ():
+            tensors[f"{prefix}self_attn.{name}_norm.weight"] = values(HEAD_DIM)
+    if head:
+        tensors["lm_head.weight"] = values(VOCABULARY, HIDDEN)
+    return tensors
+
+
+TINY_METADATA: Mapping[str, Any] = {
+    "model_type": "llama",
+    "name": "tiny",
+    "architecture": "llama",
+    "hf_architecture": "LlamaForCausalLM",
+    "hf_model_type": "llama",
+    "hidden_size": HIDDEN,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "num_kv_heads": KV_HEADS,
+    "vocab_size": VOCABULARY,
+    "intermediate_size": MIDDLE,
+    "max_position_embeddings": 128,
+    "rope_theta": 50000.0,
+    "rope_type": 2,
+    "rms_norm_eps": 1e-06,
+    "head_dim": HEAD_DIM,
+    "tie_word_embeddings": True,
+    "special_tokens": {"bos_token": "<s>", "eos_token": "<e>"},
+}
+"""Metadata that fit ``tiny_tensors``."""
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A model folder's tokenizer files: a byte-level BPE of 34 tokens with its companions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(ord("a") + i) for i in range(26)] + list("01234")
+    vocabulary = {token: i for i, token in enumerate(["ab", *letters])}
+    added = [
+        {"id": 32 + i, "content": token, "special": True, "single_word": False, "lstrip": False}
+        | {"rstrip": False, "normalized": False}
+        for i, token in enumerate(("<s>", "<e>"))
+    ]
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b"], "unk_token": None},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(description, indent=2))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<e>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=4))
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>",\n "eos_token": "<e>"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": 33}')
+    (folder / "tokenizer.model").write_bytes(bytes(range(256)))
+    return folder

@@ -6,8 +6,10 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from apr_dist.data import Manifest
 from apr_dist.data.corpus import standard_library_sources
 from apr_dist.data.encode import encode_corpus
 from apr_dist.data.tokenizer import import_tokenizer
@@ -71,3 +73,24 @@ def packaged(package: str, name: str) -> Path:
     assert spec is not None
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / name
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by name; manifests without the time they record."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.name == "manifest.json":
+            recorded = json.loads(content)
+            recorded.pop("created_at")
+            content = json.dumps(recorded).encode()
+        found[str(path.relative_to(folder))] = content
+    return found
+
+
+def ids_of(folder: Path) -> list[int]:
+    """All ids of a shard folder, in order."""
+    manifest = Manifest.load(folder)
+    return np.concatenate(
+        [np.fromfile(manifest.path_of(one), dtype="<u4") for one in manifest.shards]
+    ).tolist()

@@ -2,44 +2,45 @@
 
 mod dlpack;
 mod errors;
+mod prefetch;
+mod sources;
 
-use std::any::Any;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
-use crate::batch::{Buffer, Pool, gather};
+use crate::batch::{Buffer, Pool, Width, views};
 use crate::error::Result;
-use crate::shard::{Access, Options, ShardFacts, ShardSet, Verify, View, to_usize};
-use crate::stream::{Order, Row, SourceFacts, Stream};
+use crate::shard::{Options, ShardSet, View, to_usize};
+use crate::stream::{Order, Row, Stream};
 use dlpack::Memory;
+use sources::{Parts, SourceTuple, parse_access, parse_verify};
 
 /// Free buffers kept for the next batches.
 const KEPT_BUFFERS: usize = 8;
 
-/// Name, tokens and hash of one shard.
-type ShardTuple = (String, u64, Option<u64>);
-
-/// Folder, shards, identity and units per cycle of one source.
-type SourceTuple = (PathBuf, Vec<ShardTuple>, u64, u64);
-
 #[pyclass(frozen)]
 struct TokenStream {
+    core: Arc<Core>,
+}
+
+/// What the stream and its prefetchers share.
+struct Core {
     shards: Arc<ShardSet>,
     stream: Arc<Stream>,
-    pool: Arc<Pool<u32>>,
+    pool: Arc<Pool>,
+    element: Width,
 }
 
 #[pymethods]
 impl TokenStream {
     #[new]
-    #[pyo3(signature = (sources, *, seq_length, shuffle, seed=0, block=1, sample=0,
-                        verify="first-touch", access="mmap", max_open=256, recheck_s=1.0))]
+    #[pyo3(signature = (sources, *, seq_length, shuffle, seed=0, block=1, sample=0, verify="first-touch",
+                        access="mmap", max_open=256, recheck_s=1.0, wide=false))]
     #[allow(clippy::too_many_arguments, reason = "keywords, named at every call")]
     fn new(
         py: Python<'_>,
@@ -53,6 +54,7 @@ impl TokenStream {
         access: &str,
         max_open: usize,
         recheck_s: f64,
+        wide: bool,
     ) -> PyResult<Self> {
         let order = match shuffle {
             "sequence" => Order::Shuffled { seed, block: 1 },
@@ -72,43 +74,49 @@ impl TokenStream {
         if seq_length == 0 || block == 0 {
             return Err(PyValueError::new_err("a sequence and a block hold at least one element"));
         }
-        let (folders, facts, parts) = flatten(sources)?;
-        py.detach(|| {
-            let stream = Stream::new(&facts, &parts, seq_length, order)?;
-            let shards = ShardSet::new(folders, facts, options)?;
-            Ok(Self { shards: Arc::new(shards), stream: Arc::new(stream), pool: Pool::new(KEPT_BUFFERS) })
-        })
+        let parts = Parts::of(sources)?;
+        let core = py.detach(|| -> Result<Core> {
+            Ok(Core {
+                stream: Arc::new(Stream::new(&parts.facts, &parts.sources, seq_length, order)?),
+                shards: Arc::new(ShardSet::new(parts.folders, parts.facts, options)?),
+                pool: Pool::new(KEPT_BUFFERS),
+                element: if wide { Width::Wide } else { Width::Narrow },
+            })
+        })?;
+        Ok(Self { core: Arc::new(core) })
     }
 
     #[getter]
     fn dropped_tokens(&self) -> u64 {
-        self.stream.dropped_tokens()
+        self.core.stream.dropped_tokens()
     }
 
     #[getter]
     fn length(&self) -> Option<u64> {
-        self.stream.length()
+        self.core.stream.length()
     }
 
     fn sequences(&self, source: usize) -> u64 {
-        self.stream.sequences(source)
+        self.core.stream.sequences(source)
     }
 
     fn progress(&self, positions: u64) -> Vec<(u64, u64)> {
-        let progress = self.stream.progress(positions);
+        let progress = self.core.stream.progress(positions);
         progress.into_iter().map(|one| (one.sequences, one.epoch)).collect()
     }
 
     fn locate(&self, first: u64, count: u64) -> PyResult<Vec<(u32, u64)>> {
-        Ok(self.rows(first, count)?.into_iter().map(|row| (row.shard, row.start)).collect())
+        Ok(self.core.rows(first, count)?.into_iter().map(|row| (row.shard, row.start)).collect())
     }
 
     fn gather(&self, py: Python<'_>, first: u64, count: u64) -> PyResult<Py<PyAny>> {
-        let buffer = py.detach(|| self.gathered(first, count))?;
-        buffer_memory(buffer, &[count, self.stream.width()]).into_capsule(py)
+        let begun = Instant::now();
+        let buffer = py.detach(|| self.core.gathered(&self.core.rows(first, count)?))?;
+        let capsule = self.core.buffer_memory(buffer, count).into_capsule(py);
+        self.core.shards.counters.latencies.record(begun.elapsed());
+        capsule
     }
 
-    /// Views of `count` sequences: rows `[width]`, or blocks `[rows_per_view, width]`.
     #[pyo3(signature = (first, count, rows_per_view=None))]
     fn views<'py>(
         &self,
@@ -117,115 +125,99 @@ impl TokenStream {
         count: u64,
         rows_per_view: Option<u64>,
     ) -> PyResult<Bound<'py, PyList>> {
-        let views = py.detach(|| self.view_all(first, count, rows_per_view.unwrap_or(1)))?;
-        let list = PyList::empty(py);
-        for view in views {
-            list.append(self.view_memory(view, rows_per_view).into_capsule(py)?)?;
-        }
-        Ok(list)
+        let begun = Instant::now();
+        let rows_each = rows_per_view.unwrap_or(1);
+        let views = py.detach(|| self.core.viewed(&self.core.rows(first, count)?, rows_each))?;
+        let list = self.core.view_list(py, views, rows_per_view);
+        self.core.shards.counters.latencies.record(begun.elapsed());
+        list
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let counters = &self.shards.counters;
+        let counters = &self.core.shards.counters;
         let stats = PyDict::new(py);
         stats.set_item("bytes", counters.bytes.load(Ordering::Relaxed))?;
         stats.set_item("shards_opened", counters.opened.load(Ordering::Relaxed))?;
         stats.set_item("shards_verified", counters.verified.load(Ordering::Relaxed))?;
-        stats.set_item("shards_open", self.shards.open_count()?)?;
+        stats.set_item("shards_open", self.core.shards.open_count()?)?;
+        stats.set_item("batches", counters.latencies.len())?;
+        stats.set_item("waits", counters.waits.load(Ordering::Relaxed))?;
+        for (name, per_mille) in [("next_p50_us", 500), ("next_p99_us", 990), ("next_p999_us", 999)] {
+            stats.set_item(name, counters.latencies.quantile(per_mille).as_secs_f64() * 1e6)?;
+        }
         Ok(stats)
     }
 }
 
-impl TokenStream {
+impl Core {
     fn rows(&self, first: u64, count: u64) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
         self.stream.rows(first, count, &mut rows)?;
         Ok(rows)
     }
 
-    fn gathered(&self, first: u64, count: u64) -> Result<Buffer<u32>> {
-        let rows = self.rows(first, count)?;
-        let width = to_usize(self.stream.width());
-        let mut buffer = self.pool.take(rows.len() * width)?;
-        gather(&self.shards, &rows, width, buffer.words())?;
+    fn gathered(&self, rows: &[Row]) -> Result<Buffer> {
+        let mut buffer = self.pool.take(rows.len() * to_usize(self.stream.width()) * self.element.bytes())?;
+        self.gather_into(rows, buffer.elements())?;
         Ok(buffer)
     }
 
-    fn view_all(&self, first: u64, count: u64, rows_per_view: u64) -> Result<Vec<View>> {
-        let step = self.stream.width() - 1;
-        let len = to_usize(rows_per_view * step + 1);
-        let mut views = Vec::new();
-        for row in self.rows(first, count)?.into_iter().step_by(to_usize(rows_per_view)) {
-            let view = self.shards.get(row.shard)?.view(row.start, len)?;
-            views.extend(view);
-            self.shards.counters.bytes.fetch_add(len as u64 * 4, Ordering::Relaxed);
-        }
-        Ok(views)
+    fn gather_into(&self, rows: &[Row], out: &mut [u8]) -> Result<()> {
+        self.element.gather(&self.shards, rows, self.stream.width(), out)
     }
 
-    fn view_memory(&self, view: View, rows_per_view: Option<u64>) -> Memory {
+    fn viewed(&self, rows: &[Row], rows_per_view: u64) -> Result<Vec<View>> {
+        views(&self.shards, rows, to_usize(self.stream.width()), to_usize(rows_per_view))
+    }
+
+    fn buffer_memory(&self, mut buffer: Buffer, count: u64) -> Memory {
         let width = self.stream.width();
-        let (shape, strides) = match rows_per_view {
-            None => (vec![width], vec![1]),
-            Some(rows) => (vec![rows, width], vec![width - 1, 1]),
-        };
         Memory {
-            data: view.pointer().cast(),
-            bits: 32,
-            shape: signed(&shape),
-            strides: signed(&strides),
-            writable: false,
-            owner: Box::new(view),
+            data: buffer.elements::<u8>().as_ptr().cast(),
+            bits: self.element_bits(),
+            shape: signed([count, width]),
+            strides: signed([width, 1]),
+            writable: true,
+            owner: Box::new(buffer),
+        }
+    }
+
+    /// Capsules of views: of rows `[width]`, or of blocks `[rows_per_view, width]`.
+    fn view_list<'py>(
+        &self,
+        py: Python<'py>,
+        views: Vec<View>,
+        rows_per_view: Option<u64>,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let width = self.stream.width();
+        let list = PyList::empty(py);
+        for view in views {
+            let (shape, strides) = match rows_per_view {
+                None => (signed([width]), signed([1])),
+                Some(rows) => (signed([rows, width]), signed([width - 1, 1])),
+            };
+            view.check()?;
+            let data = view.pointer().cast();
+            let memory = Memory { data, bits: 32, shape, strides, writable: false, owner: Box::new(view) };
+            list.append(memory.into_capsule(py)?)?;
+        }
+        Ok(list)
+    }
+
+    fn element_bits(&self) -> u8 {
+        match self.element {
+            Width::Narrow => 32,
+            Width::Wide => 64,
         }
     }
 }
 
-fn buffer_memory(mut buffer: Buffer<u32>, shape: &[u64]) -> Memory {
-    let data = buffer.words().as_ptr().cast();
-    let owner: Box<dyn Any + Send> = Box::new(buffer);
-    Memory { data, bits: 32, shape: signed(shape), strides: signed(&[shape[1], 1]), writable: true, owner }
-}
-
-fn signed(values: &[u64]) -> Box<[i64]> {
-    values.iter().map(|value| value.cast_signed()).collect()
-}
-
-fn parse_verify(verify: &str) -> PyResult<Verify> {
-    match verify {
-        "first-touch" => Ok(Verify::FirstTouch),
-        "open" => Ok(Verify::Open),
-        "off" => Ok(Verify::Off),
-        other => Err(PyValueError::new_err(format!("unknown verify {other:?}"))),
-    }
-}
-
-fn parse_access(access: &str) -> PyResult<Access> {
-    match access {
-        "mmap" => Ok(Access::Mmap),
-        "pread" => Ok(Access::Pread),
-        other => Err(PyValueError::new_err(format!("unknown access {other:?}"))),
-    }
-}
-
-fn flatten(sources: Vec<SourceTuple>) -> PyResult<(Vec<PathBuf>, Vec<ShardFacts>, Vec<SourceFacts>)> {
-    let mut folders = Vec::new();
-    let mut facts = Vec::new();
-    let mut parts = Vec::new();
-    for (folder, shards, id, units_per_cycle) in sources {
-        let index = u32::try_from(folders.len())?;
-        folders.push(folder);
-        parts.push(SourceFacts { id, shard_count: u32::try_from(shards.len())?, units_per_cycle });
-        facts.extend(shards.into_iter().map(|(file, words, xxh3)| ShardFacts {
-            folder: index,
-            file: file.into_boxed_str(),
-            words,
-            xxh3,
-        }));
-    }
-    Ok((folders, facts, parts))
+fn signed<const N: usize>(values: [u64; N]) -> Box<[i64]> {
+    Box::new(values.map(u64::cast_signed))
 }
 
 #[pymodule]
 fn _rust_loader(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<TokenStream>()
+    module.add_class::<TokenStream>()?;
+    module.add_class::<prefetch::Prefetcher>()
 }

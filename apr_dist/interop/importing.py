@@ -1,0 +1,72 @@
+"""Any supported source to APR: what it is decides which importer runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from apr_dist.apr import legacy
+from apr_dist.apr.files import open_regular
+from apr_dist.apr.layout import DType
+from apr_dist.errors import NotAModelFile, UsageError
+from apr_dist.interop import gguf_file
+from apr_dist.interop.convert import ImportSummary, Progress
+from apr_dist.interop.gguf import import_gguf
+from apr_dist.interop.huggingface import import_huggingface
+from apr_dist.interop.legacy import import_apr1
+
+
+def import_model(
+    source: Path,
+    target: Path,
+    *,
+    dtype: DType | None = None,
+    tie: bool | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ImportSummary:
+    """Write the model at ``source`` as an APR file, its tokenizer inside.
+
+    Args:
+        source: Hugging Face folder, safetensors file with ``config.json`` beside it, GGUF file, or
+            an "APR1" file.
+        target: APR file to make.
+        dtype: element type of every tensor; None keeps the source's, and F16 for what was quantised.
+        tie: whether the head is the embedding; None decides from the source.
+        overwrite: whether ``target`` may exist.
+        progress: told how far the writing is.
+
+    Raises:
+        ModelFileError: the source is missing, damaged, or not supported.
+        UsageError: an option that this kind of source does not have.
+        OutputError: the target cannot be written.
+    """
+    if Path(source).is_dir():
+        return import_huggingface(
+            source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress
+        )
+    head = _head(Path(source))
+    if head[:4] == gguf_file.MAGIC:
+        return import_gguf(source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress)
+    if head[:4] == legacy.MAGIC:
+        if dtype is not None or tie is not None:
+            raise UsageError("an APR1 file is converted as it is", where=source, expected="no other option")
+        return import_apr1(source, target, overwrite=overwrite, progress=progress)
+    if head[8:9] == b"{":
+        return import_huggingface(
+            source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress
+        )
+    raise NotAModelFile(
+        f"the file begins with {head[:4]!r}" if head else "the file is empty",
+        where=source,
+        expected="a GGUF file, a safetensors file, an APR1 file, or a Hugging Face folder",
+        remedy="check the path",
+    )
+
+
+def _head(path: Path) -> bytes:
+    descriptor = open_regular(path)
+    try:
+        return os.read(descriptor, 9)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,277 @@
+"""What a file is (``inspect``) and whether it is right (``validate``), as facts for a front door to print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apr_dist.apr.finite import count_non_finite
+from apr_dist.apr.layout import VOCABULARY, Flag, TensorEntry
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.quality import Quality, QualityFacts, score_quality
+from apr_dist.apr.reader import AprReader
+from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.errors import ArchitectureRefused, TokenizerError, WeightsRefused
+from apr_dist.interop.tie import EMBEDDING, tied_head
+from apr_dist.model.families import UNKNOWN, family_from_tensor_names, normalize_metadata_family
+
+_CLAIMS = ("hf_architecture", "architecture", "hf_model_type")
+_HF_CLAIMS = ("hf_architecture", "hf_model_type")
+_MISMATCH = "FALSIFY-INIT-ARCH-MATCH-001"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """The tokenizer of a file: where it is (``"embedded"`` or a path) and how many tokens it has."""
+
+    where: str
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReport:
+    """What a file is.
+
+    Attributes:
+        path: the file.
+        size_bytes: its length.
+        version: of the format, such as ``"2.0"``.
+        flags: names of the header flags that are set.
+        checksum: ``"valid"``, ``"wrong"`` or ``"absent"`` (no footer).
+        metadata: everything the file says.
+        family_claimed: family of the metadata's claim; None without a claim that is known.
+        family_shown: family that the tensor names show; ``"unknown"`` when they cannot tell.
+        tensor_count: number of tensors.
+        param_count: elements of all tensors, counted.
+        dtypes: (tensors, bytes) by dtype name, largest first.
+        tied: whether the head is the embedding; None when metadata and tensors contradict each other.
+        tokenizer: inside the file or beside it; None without one.
+        tensors: the index, sorted by name.
+        quality: the score, where it was asked for.
+    """
+
+    path: Path
+    size_bytes: int
+    version: str
+    flags: tuple[str, ...]
+    checksum: str
+    metadata: AprMetadata
+    family_claimed: str | None
+    family_shown: str
+    tensor_count: int
+    param_count: int
+    dtypes: dict[str, tuple[int, int]]
+    tied: bool | None
+    tokenizer: TokenizerFacts | None
+    tensors: tuple[TensorEntry, ...]
+    quality: Quality | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values; large metadata values are replaced by their size."""
+        quality = self.quality
+        return {
+            "path": str(self.path),
+            "size_bytes": self.size_bytes,
+            "version": self.version,
+            "flags": list(self.flags),
+            "checksum": self.checksum,
+            "family_claimed": self.family_claimed,
+            "family_shown": self.family_shown,
+            "tensor_count": self.tensor_count,
+            "param_count": self.param_count,
+            "dtypes": {name: {"tensors": n, "bytes": size} for name, (n, size) in self.dtypes.items()},
+            "tied": self.tied,
+            "tokenizer": self.tokenizer and {"where": self.tokenizer.where, "tokens": self.tokenizer.tokens},
+            "metadata": shortened(self.metadata),
+            "quality": quality
+            and {
+                "score": quality.score,
+                "ship_ready": quality.ship_ready,
+                "breakdown": {part.name: part.points for part in quality.parts},
+                "remedies": [remedy for part in quality.parts for remedy in part.remedies],
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationReport:
+    """A file that passed: what was checked, each with what was found."""
+
+    path: Path
+    size_bytes: int
+    tensor_count: int
+    checks: tuple[tuple[str, str], ...]
+
+
+def inspect_file(path: Path, *, quality: bool = False) -> FileReport:
+    """Facts about an APR file; a wrong checksum is reported, not raised.
+
+    Args:
+        path: the file.
+        quality: also scan every tensor and score the file.
+
+    Raises:
+        ModelFileError: no APR v2 file whose structure can be read.
+    """
+    with AprReader(path, verify="structure", footer_required=False) as reader:
+        checksum = "absent" if not reader.has_footer else "valid" if reader.footer_matches() else "wrong"
+        tokenizer = _tokenizer(reader)
+        try:
+            tied: bool | None = tied_head(reader)
+        except ArchitectureRefused:
+            tied = None
+        return FileReport(
+            path=reader.path,
+            size_bytes=reader.size_bytes,
+            version=".".join(map(str, reader.header.version)),
+            flags=tuple(str(flag.name) for flag in Flag if flag in reader.header.flags),
+            checksum=checksum,
+            metadata=reader.metadata,
+            family_claimed=_claim(reader.metadata, _CLAIMS),
+            family_shown=family_from_tensor_names(reader.tensors),
+            tensor_count=len(reader.tensors),
+            param_count=sum(entry.num_elements for entry in reader.tensors.values()),
+            dtypes=_histogram(reader),
+            tied=tied,
+            tokenizer=tokenizer,
+            tensors=tuple(reader.tensors.values()),
+            quality=_quality(reader, checksum == "valid", tokenizer) if quality else None,
+        )
+
+
+def validate_file(path: Path, *, progress: Callable[[int, int], None] | None = None) -> ValidationReport:
+    """Check everything that can be wrong with a file by itself.
+
+    Structure and checksums, every value finite, the claimed family against the names, the tie.
+
+    Args:
+        path: the file.
+        progress: called with (bytes scanned, bytes in all).
+
+    Raises:
+        ModelFileError: missing, another format, damaged.
+        WeightsRefused: a tensor holds values that are not finite.
+        ArchitectureRefused: family or tie contradict the tensors.
+    """
+    with AprReader(path) as reader:
+        checks = [
+            ("structure", f"{len(reader.tensors)} tensors, sorted, aligned, apart, inside the file"),
+            ("checksums", "header and footer match"),
+        ]
+        done, total = 0, sum(entry.size_bytes for entry in reader.tensors.values())
+        for name, entry in reader.tensors.items():
+            _check_finite(reader, name)
+            done += entry.size_bytes
+            if progress:
+                progress(done, total)
+        checks.append(("values", "all finite"))
+        checks.append(("family", _check_family(reader)))
+        checks.append(("head", "tied to the embedding" if tied_head(reader) else "its own"))
+        return ValidationReport(
+            path=reader.path,
+            size_bytes=reader.size_bytes,
+            tensor_count=len(reader.tensors),
+            checks=tuple(checks),
+        )
+
+
+def _check_finite(reader: AprReader, name: str) -> None:
+    count = count_non_finite(reader, name)
+    if count:
+        raise WeightsRefused(
+            f"tensor {name!r} holds {count} values that are NaN or infinite",
+            where=reader.path,
+            expected="finite values",
+            remedy="start from an earlier checkpoint, or import the model again",
+        )
+
+
+def _check_family(reader: AprReader) -> str:
+    shown, claimed = family_from_tensor_names(reader.tensors), _claim(reader.metadata, _CLAIMS)
+    claims = {normalize_metadata_family(getattr(reader.metadata, key) or "") for key in _CLAIMS} - {None}
+    if len(claims) > 1 or (shown != UNKNOWN and claimed is not None and shown != claimed):
+        raise ArchitectureRefused(
+            f"the metadata claim {' and '.join(sorted(map(str, claims)))}, the tensor names show {shown}",
+            where=reader.path,
+            expected="one family",
+            remedy=f"apr-dist stamp {reader.path} --architecture {shown} -o stamped.apr, "
+            "with --hf-architecture and --hf-model-type to match",
+            falsifier=_MISMATCH,
+        )
+    return shown if shown != UNKNOWN else claimed or "not stated"
+
+
+def _claim(metadata: AprMetadata, keys: tuple[str, ...]) -> str | None:
+    claims = (normalize_metadata_family(getattr(metadata, key) or "") for key in keys)
+    return next((claim for claim in claims if claim is not None), None)
+
+
+def _histogram(reader: AprReader) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for entry in reader.tensors.values():
+        count, size = found.get(entry.dtype.name, (0, 0))
+        found[entry.dtype.name] = (count + 1, size + entry.size_bytes)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def _tokenizer(reader: AprReader) -> TokenizerFacts | None:
+    tokens = reader.metadata.custom.get(VOCABULARY)
+    if isinstance(tokens, list):
+        return TokenizerFacts(where="embedded", tokens=len(tokens))
+    beside = reader.path.with_suffix(".tokenizer") / "tokenizer.json"
+    if not beside.is_file():
+        return None
+    try:
+        facts = parse_tokenizer_json(beside.read_bytes(), where=beside)
+    except (OSError, TokenizerError):
+        return None
+    return TokenizerFacts(where=str(beside.parent), tokens=len(facts.effective_vocabulary))
+
+
+def _quality(reader: AprReader, checksums_valid: bool, tokenizer: TokenizerFacts | None) -> Quality:
+    shown = family_from_tensor_names(reader.tensors)
+    bad = next((name for name in reader.tensors if count_non_finite(reader, name)), None)
+    return score_quality(
+        QualityFacts(
+            metadata=reader.metadata,
+            checksums_valid=checksums_valid,
+            non_finite=bad,
+            contradictions=_contradictions(reader),
+            family_shown=None if shown == UNKNOWN else shown,
+            family_claimed=_claim(reader.metadata, _HF_CLAIMS),
+            tokenizer_tokens=None if tokenizer is None else tokenizer.tokens,
+        )
+    )
+
+
+def _contradictions(reader: AprReader) -> frozenset[str]:
+    """Stated dimensions that the shapes contradict, where the names say which tensor to look at."""
+    metadata, tensors, wrong = reader.metadata, reader.tensors, set[str]()
+    embedding, query = tensors.get(EMBEDDING), tensors.get("model.layers.0.self_attn.q_proj.weight")
+    if embedding is not None and embedding.shape[1:] != (metadata.hidden_size,):
+        wrong.add("hidden_size")
+    layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+    if layers and len(layers) != metadata.num_layers:
+        wrong.add("num_layers")
+    if query is not None and query.shape and metadata.num_heads:
+        width = metadata.head_dim or (metadata.hidden_size or 0) // metadata.num_heads
+        if metadata.num_heads * width != query.shape[0]:
+            wrong.add("num_heads")
+    return frozenset(wrong)
+
+
+_LONG = 2000
+
+
+def shortened(metadata: AprMetadata) -> dict[str, Any]:
+    """Metadata for showing: texts, lists and tables beyond 2,000 characters become a note of their size."""
+    return {key: _brief(value) for key, value in metadata.to_mapping().items()}
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, str | list | dict) and len(repr(value)) > _LONG:
+        unit = {str: "characters", list: "values", dict: "keys"}[type(value)]
+        return f"<{len(value):,} {unit}>"
+    return value

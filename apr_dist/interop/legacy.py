@@ -1,0 +1,42 @@
+"""APR v1 to APR v2: tensor bytes copied, metadata carried over."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from apr_dist.apr.legacy import Apr1File
+from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.interop.convert import ImportSummary, Progress, count_dtypes, total_bytes
+
+
+def import_apr1(
+    source: Path, target: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> ImportSummary:
+    """Write the tensors and metadata of an "APR1" file as APR v2.
+
+    Raises:
+        ModelFileError: the source is missing, damaged, or cannot be read without guessing.
+        OutputError: the target cannot be written.
+    """
+    with Apr1File(source) as file:
+        specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in file.tensors.values()]
+        metadata = file.metadata.replace(total_size=None, param_count=None)
+        done, total = 0, total_bytes(specs)
+        with AprWriter(target, metadata=metadata, tensors=specs, overwrite=overwrite) as writer:
+            for spec in specs:
+                writer.write(spec.name, file.raw(spec.name))
+                done += file.tensors[spec.name].size_bytes
+                if progress:
+                    progress(done, total)
+    return ImportSummary(
+        source=Path(source),
+        target=Path(target),
+        original_format="apr-v1",
+        tensor_count=len(specs),
+        param_count=sum(math.prod(spec.shape) for spec in specs),
+        size_bytes=Path(target).stat().st_size,
+        dtypes=count_dtypes(specs),
+        tied="lm_head.weight" not in {spec.name for spec in specs},
+        notes=("converted from APR v1: dimensions that it did not state are not stated now either",),
+    )

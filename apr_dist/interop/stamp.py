@@ -1,0 +1,133 @@
+"""Rewriting what a file says about itself (``stamp``): metadata changed, tensor bytes copied unread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+from apr_dist.apr.layout import Flag
+from apr_dist.apr.metadata import KEYS, AprMetadata
+from apr_dist.apr.reader import AprReader
+from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.errors import UsageError
+from apr_dist.interop.convert import Progress
+from apr_dist.interop.embedding import embed_tokenizer
+
+_LICENSES = ("license", "data_license")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StampSummary:
+    """What a stamping changed: key, value before (None when absent), value after."""
+
+    source: Path
+    target: Path
+    changes: tuple[tuple[str, Any, Any], ...]
+    tokenizer_embedded: bool
+    tensor_count: int
+    size_bytes: int
+    notes: tuple[str, ...]
+
+
+def stamp_file(
+    source: Path,
+    target: Path,
+    *,
+    changes: Mapping[str, Any],
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> StampSummary:
+    """Write ``source`` again with some metadata changed.
+
+    Args:
+        source: APR file.
+        target: APR file to make.
+        changes: typed metadata keys and their new values; None values are left alone.
+        tokenizer: folder whose tokenizer is put into the file.
+        overwrite: whether ``target`` may exist.
+        progress: told how far the writing is.
+
+    Raises:
+        UsageError: nothing would change, a key is not a typed one, or a license is no SPDX expression.
+        ModelFileError: the source cannot be read.
+        TokenizerError: the folder holds no tokenizer that can be embedded.
+        OutputError: the target cannot be written.
+    """
+    wanted = _checked(changes)
+    with AprReader(source) as reader:
+        before = reader.metadata
+        merged = before.to_mapping() | wanted
+        after = AprMetadata.from_mapping(merged).replace(custom=before.custom)
+        changed = tuple(
+            (key, getattr(before, key), getattr(after, key))
+            for key in wanted
+            if getattr(before, key) != getattr(after, key)
+        )
+        notes: tuple[str, ...] = ()
+        if tokenizer is not None:
+            after, notes = embed_tokenizer(after, tokenizer)
+        if after == before:
+            raise UsageError(
+                "there is nothing to change" if not wanted else "the file says all of this already",
+                where=source,
+                expected="at least one key with another value, or a tokenizer",
+            )
+        _copy(reader, target, after, overwrite, progress)
+    return StampSummary(
+        source=Path(source),
+        target=Path(target),
+        changes=changed,
+        tokenizer_embedded=tokenizer is not None,
+        tensor_count=len(reader.tensors),
+        size_bytes=Path(target).stat().st_size,
+        notes=notes,
+    )
+
+
+def _copy(
+    reader: AprReader, target: Path, metadata: AprMetadata, overwrite: bool, progress: Progress | None
+) -> None:
+    specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in reader.tensors.values()]
+    done, total = 0, sum(entry.size_bytes for entry in reader.tensors.values())
+    flags = reader.header.flags | Flag.ROW_MAJOR
+    with AprWriter(
+        target, metadata=metadata, tensors=specs, flags=flags, overwrite=overwrite, verbatim=True
+    ) as writer:
+        for name, entry in reader.tensors.items():
+            writer.write(name, reader.raw(name))
+            reader.forget(name)
+            done += entry.size_bytes
+            if progress:
+                progress(done, total)
+
+
+def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = {key: value for key, value in changes.items() if value is not None}
+    for key in wanted:
+        if key not in KEYS:
+            raise UsageError(f"{key!r} is no metadata key of the format", expected=", ".join(KEYS))
+    for key in _LICENSES:
+        if key in wanted:
+            wanted[key] = spdx(wanted[key], key=key)
+    return wanted
+
+
+def spdx(expression: str, *, key: str) -> str:
+    """A license as the canonical spelling of its SPDX expression.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return str(canonicalize_license_expression(expression))
+    except InvalidLicenseExpression as error:
+        raise UsageError(
+            f"{key} {expression!r} is no SPDX license expression",
+            expected="an identifier of the SPDX list, such as Apache-2.0, MIT or CC-BY-4.0",
+            remedy="for a license of its own kind, name it LicenseRef-something",
+        ) from error

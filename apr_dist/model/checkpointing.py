@@ -1,0 +1,64 @@
+"""Activation checkpointing: which results of a block are kept and which computed again in its backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+
+class Checkpointing(StrEnum):
+    """How much of a block is computed twice.
+
+    ``off``: nothing. ``full``: everything but the block's input. ``selective``: attention and every
+    second matrix product are kept, the rest is computed again.
+    """
+
+    OFF = "off"
+    FULL = "full"
+    SELECTIVE = "selective"
+
+
+def run_checkpointed(mode: Checkpointing, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``compute(*args)``, keeping for the backward pass only what the mode keeps."""
+    if mode is Checkpointing.OFF or not torch.is_grad_enabled():
+        return compute(*args)
+    options: dict[str, Any] = {}
+    if mode is Checkpointing.SELECTIVE:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _every_second())
+    result: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **options)
+    return result
+
+
+def _operators(namespace: Any, *names: str) -> set[Any]:
+    return {getattr(namespace, name).default for name in names if hasattr(namespace, name)}
+
+
+_PRODUCTS = _operators(torch.ops.aten, "mm", "addmm") | _operators(torch.ops.mkldnn, "_linear_pointwise")
+_ATTENTION = _operators(
+    torch.ops.aten,
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+def _every_second() -> Callable[..., CheckpointPolicy]:
+    """Keep attention, and of the matrix products the first, third, fifth of the forward and of its repeat."""
+    seen = {"forward": 0, "recompute": 0}
+
+    def policy(context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        keep = operator in _ATTENTION
+        if operator in _PRODUCTS:
+            phase = "recompute" if context.is_recompute else "forward"
+            seen[phase] += 1
+            keep = seen[phase] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

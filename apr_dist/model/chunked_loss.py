@@ -1,0 +1,141 @@
+"""The project's own linear cross-entropy: chunk by chunk, gradients in the forward pass.
+
+The head's product, the softmax and both gradients are computed for a chunk of tokens at a time, so the
+largest temporary is one chunk of logits. Entry and choice between implementations are in ``loss``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from apr_dist.model.matmul import mm
+
+IGNORE_INDEX: Final = -100
+"""Target of a position that does not count."""
+
+CHUNK_BYTES: Final = 128 << 20
+"""Largest chunk of logits held at once."""
+
+CACHE_BYTES: Final = 4 << 20
+"""Logits in f32 that a processor's cache holds while several passes go over them."""
+
+VOCAB_BLOCK: Final = 8192
+"""Rows of the head's gradient that are computed at once when it is summed over chunks."""
+
+
+def chunked_cross_entropy(
+    rows: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float, chunk_tokens: int | None = None
+) -> Tensor:
+    """Summed loss in f32 of rows ``[tokens, hidden]`` and head ``[vocab, hidden]`` of one type.
+
+    Targets are int64 ``[tokens]``. For the other arguments see `apr_dist.model.loss.cross_entropy_sum`.
+    """
+    chunk = chunk_tokens or max(1, CHUNK_BYTES // (rows.element_size() * weight.shape[0]))
+    plan = _Plan(z_loss=z_loss, chunk_tokens=chunk, gradients=torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(rows, weight, targets, plan)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    z_loss: float
+    chunk_tokens: int
+    gradients: bool
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradients together, one chunk of tokens after another."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, plan: _Plan) -> Tensor:
+        wants_rows = plan.gradients and rows.requires_grad
+        wants_weight = plan.gradients and weight.requires_grad
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        d_rows = torch.empty_like(rows) if wants_rows else None
+        d_weight = None
+        for start in range(0, rows.shape[0], plan.chunk_tokens):
+            chunk = slice(start, start + plan.chunk_tokens)
+            logits = mm(rows[chunk], weight.t())
+            wants = wants_rows or wants_weight
+            total += _chunk_loss(logits, targets[chunk], z_loss=plan.z_loss, gradient_in_place=wants)
+            if d_rows is not None:
+                d_rows[chunk] = mm(logits, weight)
+            if wants_weight:
+                d_weight = _accumulate(d_weight, logits, rows[chunk])
+        ctx.gradients = (d_rows, None if d_weight is None else d_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were already handed on by an earlier backward")
+        gradients, ctx.gradients = ctx.gradients, None
+        if upstream.device.type != "cpu" or upstream.item() != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(upstream)
+        return *gradients, None, None
+
+
+def _chunk_loss(logits: Tensor, targets: Tensor, *, z_loss: float, gradient_in_place: bool) -> Tensor:
+    """Summed f32 loss of ``[tokens, vocab]`` logits, which become their own gradient where asked.
+
+    On the CPU the rows are worked on a few at a time, so that every pass but the first finds them in
+    the cache, and bf16 logits are never held in f32 all at once.
+    """
+    rows = logits.shape[0]
+    if logits.device.type == "cpu":
+        rows = max(1, CACHE_BYTES // (4 * logits.shape[1]))
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
+    for part, part_targets in parts:
+        wide = part.float()
+        if gradient_in_place:
+            total += _to_gradient(wide, part_targets, z_loss)
+            if wide is not part:
+                part.copy_(wide)
+        else:
+            total += _sum_loss(
+                wide.logsumexp(dim=1), _target_logits(wide, part_targets), part_targets, z_loss
+            )
+    return total
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+    """Summed loss; the f32 logits become its gradient in place: ``softmax (1 + 2 z lse) - onehot``."""
+    chosen = _target_logits(logits, targets)
+    largest = logits.amax(dim=1)
+    torch.softmax(logits, dim=1, out=logits)
+    # The largest probability is at least 1 / vocab, so its logarithm is exact where the target's may not be.
+    lse = largest - logits.amax(dim=1).log_()
+    counts = targets != IGNORE_INDEX
+    if z_loss or logits.device.type != "cpu" or not bool(counts.all()):
+        logits.mul_((counts * (1.0 + 2.0 * z_loss * lse)).unsqueeze(1))
+    logits.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -counts.to(logits.dtype).unsqueeze(1))
+    return _sum_loss(lse, chosen, targets, z_loss)
+
+
+def _target_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+
+
+def _sum_loss(lse: Tensor, chosen: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+    loss = lse - chosen
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    return loss.masked_fill_(targets == IGNORE_INDEX, 0.0).sum()
+
+
+def _accumulate(total: Tensor | None, d_logits: Tensor, rows: Tensor) -> Tensor:
+    """Add ``d_logits.T @ rows`` to the f32 ``[vocab, hidden]`` total, a block of the vocabulary at a time."""
+    if total is None:
+        return mm(d_logits.t(), rows).float()
+    for start in range(0, total.shape[0], VOCAB_BLOCK):
+        block = slice(start, start + VOCAB_BLOCK)
+        total[block] += mm(d_logits[:, block].contiguous().t(), rows)
+    return total

@@ -1,0 +1,99 @@
+"""Arithmetic of a training step: operations per token, and what devices can do at most.
+
+Model FLOPs utilisation (MFU) is ``flops_per_token * tokens_per_second / (devices * peak_flops)``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from apr_dist.model.config import TransformerConfig
+
+FORMULA: Final = "6 * matrix parameters + 12 * layers * heads * head_dim * sequence length"
+"""`flops_per_token` in words, to print beside an MFU."""
+
+
+def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: bool = True) -> int:
+    """Floating-point operations the model needs per token (PaLM, arXiv:2204.02311, appendix B).
+
+    Each weight of a matrix is one multiplication and one addition forward and twice that backward: 6
+    per weight, the head included, the embedding lookup not. Scores and mixing add
+    ``12 * layers * heads * head_dim * seq_length``, or with a sliding window its length; as in that
+    convention, the causal half that is not computed counts. Recomputation is not counted.
+
+    Args:
+        config: the model.
+        seq_length: tokens per sequence.
+        backward: whether the backward pass counts too; if not, a third of it all.
+    """
+    shapes = config.parameter_shapes()
+    matrices = sum(
+        rows * columns for rows, columns in (shape for shape in shapes.values() if len(shape) == 2)
+    )
+    if not config.tie_word_embeddings:
+        matrices -= config.vocab_size * config.hidden_size
+    seen = seq_length if config.sliding_window is None else min(seq_length, config.sliding_window)
+    forward = 2 * matrices + 4 * config.num_layers * config.query_size * seen
+    return 3 * forward if backward else forward
+
+
+_16BIT: Final[tuple[tuple[str, float], ...]] = (
+    ("B200", 2250e12),
+    ("H200 NVL", 835.5e12),
+    ("H200", 989.4e12),
+    ("GH200", 989.4e12),
+    ("H100 NVL", 835.5e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989.4e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12),
+    ("MI300X", 1307.4e12),
+)
+_F32: Final[tuple[tuple[str, float], ...]] = (
+    ("H200 NVL", 60e12),
+    ("H200", 67e12),
+    ("GH200", 67e12),
+    ("H100 NVL", 60e12),
+    ("H100 PCIe", 51e12),
+    ("H100", 67e12),
+    ("A100", 19.5e12),
+    ("L40S", 91.6e12),
+    ("L4", 30.3e12),
+    ("RTX 5090", 104.8e12),
+    ("RTX 4090", 82.6e12),
+    ("RTX 3090", 35.6e12),
+    ("MI300X", 163.4e12),
+)
+_NOT_THESE: Final = ("L40", "H800", "A800", "H20", "Laptop", "MIG", "RTX 4090 D", "RTX 5090 D")
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Dense peak of one device in FLOP/s as its maker states it; None for a device or type not listed.
+
+    16-bit figures are without sparsity and, on consumer cards, with f32 accumulation; f32 figures are
+    of the ordinary units, not TF32.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` gives it.
+        dtype: type of the products.
+    """
+    words = device_name.replace("-", " ").split()
+    if _is_excluded(words):
+        return None
+    table = {torch.bfloat16: _16BIT, torch.float16: _16BIT, torch.float32: _F32}.get(dtype, ())
+    return next((peak for name, peak in table if _names(name, words)), None)
+
+
+def _names(name: str, words: list[str]) -> bool:
+    return all(any(word == part for word in words) for part in name.split())
+
+
+def _is_excluded(words: list[str]) -> bool:
+    return any(_names(name, words) for name in _NOT_THESE)

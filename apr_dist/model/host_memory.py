@@ -1,0 +1,23 @@
+"""What the C library does with freed memory, for training on the CPU.
+
+A step frees its activations and asks for as many again. By default glibc gives large blocks back to
+the kernel at once and gets them again page by page, zeroed: a tenth of a step and more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Make this process keep what it frees for its next allocation; returns whether that is possible here.
+
+    The process then stays as large as its largest moment. Only glibc can be told; see mallopt(3).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))

@@ -1,0 +1,226 @@
+"""One way to take a step, whatever the strategy: forward, backward, norm, clip, update.
+
+An engine holds the prepared network and optimizer. The trainer sees only this face; every engine
+averages gradients over the ranks, returns the global norm before clipping, and leaves the weights
+alone when that norm, or the loss, is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from apr_dist.errors import DistributedError
+from apr_dist.model.transformer import Decoder
+from apr_dist.parallel.runtime import Runtime, assert_wrapped
+from apr_dist.parallel.sharding import assert_spread
+from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
+from apr_dist.parallel.zero import vector_elements, zero_config
+
+Check = Callable[[float], None]
+"""Called with a gradient norm; raises when the step must not happen."""
+
+
+class Engine(ABC):
+    """A prepared network and optimizer.
+
+    Attributes:
+        optimizer: AdamW whose ``param_groups`` carry the rate that is used.
+        evaluated: the network to evaluate through, which reads the weights being trained.
+        evidence: what was found in memory: elements of the model and of each rank's share.
+    """
+
+    optimizer: torch.optim.Optimizer
+    evaluated: nn.Module
+    evidence: dict[str, Any]
+
+    @abstractmethod
+    def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch, adding its gradients to those before it.
+
+        Args:
+            inputs: token ids ``[batch, seq]``.
+            targets: next tokens ``[batch, seq]``.
+            scale: factor of the loss sum before backward; gradients are averaged over the ranks.
+            last: whether it is the step's last one; its gradients are then complete over all ranks.
+
+        Returns:
+            the loss sum in nats, unscaled and without a graph.
+        """
+
+    @abstractmethod
+    def step(self, check: Check) -> float:
+        """Clip, update and forget the gradients.
+
+        Returns:
+            the global gradient norm before clipping.
+
+        Raises:
+            whatever ``check`` raises, before a weight is touched.
+        """
+
+
+class _TorchEngine(Engine):
+    """What one process, DDP and FSDP2 have in common: PyTorch's own optimizer over local parameters."""
+
+    def __init__(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime, grad_clip: float
+    ) -> None:
+        self._network, self._runtime, self.optimizer = network, runtime, optimizer
+        self._grad_clip = grad_clip
+
+    def step(self, check: Check) -> float:
+        """See `Engine.step`."""
+        parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        gradients = [weight.grad for weight in parameters if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        check(float(norm))
+        torch.nn.utils.clip_grads_with_norm_(parameters, self._grad_clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+
+class ReplicaEngine(_TorchEngine):
+    """One process, or DDP: Accelerate prepares the network."""
+
+    def __init__(
+        self, decoder: Decoder, optimizer: torch.optim.Optimizer, runtime: Runtime, grad_clip: float
+    ) -> None:
+        network = runtime.accelerator.prepare_model(decoder)
+        assert_wrapped(network, runtime.strategy)
+        super().__init__(network, optimizer, runtime, grad_clip)
+        self.evaluated, self.evidence = decoder, assert_spread(decoder, runtime)
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
+        """See `Engine.accumulate`."""
+        self._network.train()
+        with contextlib.nullcontext() if last else self._runtime.accelerator.no_sync(self._network):
+            loss_sum, _ = self._network(inputs, targets)
+            (loss_sum * scale).backward()
+        return loss_sum.detach()  # type: ignore[no-any-return]
+
+
+class FsdpEngine(_TorchEngine):
+    """FSDP2. Every micro-batch reduces its gradients, so they are never held whole."""
+
+    def __init__(
+        self, decoder: Decoder, optimizer: torch.optim.Optimizer, runtime: Runtime, grad_clip: float
+    ) -> None:
+        super().__init__(decoder, optimizer, runtime, grad_clip)
+        self._fsdp = _as_fsdp(decoder)
+        self.evaluated, self.evidence = decoder, assert_spread(decoder, runtime)
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
+        """See `Engine.accumulate`."""
+        self._network.train()
+        self._fsdp.set_is_last_backward(last)
+        with self._runtime.accelerator.autocast():
+            loss_sum, _ = self._network(inputs, targets)
+        (loss_sum * scale).backward()
+        return loss_sum.detach()  # type: ignore[no-any-return]
+
+
+def _as_fsdp(decoder: nn.Module) -> FSDPModule:
+    if not isinstance(decoder, FSDPModule):
+        raise DistributedError(
+            f"the network is a {type(decoder).__name__}, which FSDP2 does not manage",
+            expected="a module that fully_shard was applied to",
+            remedy="check that the installed PyTorch is a supported version",
+            falsifier=NOT_AS_ASKED,
+        )
+    return decoder
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed, which clips and updates in one call, and skips the update of a norm that is not finite."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        optimizer: torch.optim.Optimizer,
+        runtime: Runtime,
+        *,
+        micro_batch: int,
+        grad_clip: float,
+    ) -> None:
+        import deepspeed  # noqa: PLC0415  (takes seconds, and only ZeRO needs it)
+
+        stage = runtime.strategy.zero_stage
+        deepspeed.init_distributed(dist_backend="gloo" if runtime.device.type == "cpu" else "nccl")
+        settings = zero_config(
+            stage,
+            runtime,
+            micro_batch=micro_batch,
+            grad_clip=grad_clip,
+            kept_whole=vector_elements(decoder.config),
+        )
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=decoder, optimizer=optimizer, config=settings
+        )
+        self._assert_active(stage, grad_clip)
+        # Under ZeRO-3 only the engine's forward knows that a head may be the embedding's weight.
+        self.evaluated = self._engine if runtime.strategy is Strategy.ZERO3 else decoder
+        self.evidence = {**assert_spread(decoder, runtime), "zero_stage": stage}
+
+    def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
+        """See `Engine.accumulate`."""
+        self._engine.train()
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss_sum, _ = self._engine(inputs, targets)
+        self._engine.backward(loss_sum * scale)
+        return loss_sum.detach()  # type: ignore[no-any-return]
+
+    def step(self, check: Check) -> float:
+        """See `Engine.step`."""
+        check(0.0)  # the loss alone; a norm that is not finite makes DeepSpeed itself skip the update
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        check(norm)
+        return norm
+
+    def _assert_active(self, stage: int, grad_clip: float) -> None:
+        found = (self._engine.zero_optimization_stage(), self._engine.gradient_clipping())
+        if found != (stage, grad_clip):
+            raise DistributedError(
+                f"DeepSpeed runs with stage and clipping {found}",
+                expected=f"{(stage, grad_clip)}",
+                remedy="check that the installed DeepSpeed is a supported version",
+                falsifier=NOT_AS_ASKED,
+            )
+
+
+def prepare(
+    decoder: Decoder,
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+    *,
+    micro_batch: int,
+    grad_clip: float,
+) -> Engine:
+    """The engine of the run's strategy, proven to be active; a collective.
+
+    Args:
+        decoder: as ``sharding.build_decoder`` made it.
+        optimizer: over its parameters, without state.
+        runtime: this rank's view of the run.
+        micro_batch: sequences per forward.
+        grad_clip: largest global gradient norm that is applied.
+
+    Raises:
+        DistributedError: another strategy is active than the one asked for.
+    """
+    if runtime.strategy.zero_stage:
+        return ZeroEngine(decoder, optimizer, runtime, micro_batch=micro_batch, grad_clip=grad_clip)
+    if runtime.strategy.is_fsdp:
+        return FsdpEngine(decoder, optimizer, runtime, grad_clip)
+    return ReplicaEngine(decoder, optimizer, runtime, grad_clip)

@@ -1,0 +1,133 @@
+"""Which strategy a run has: the names, what the launcher asked for, and what the machine must offer.
+
+Whether the strategy is really active is proven by ``runtime``, ``sharding`` and ``engine``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+
+from apr_dist.errors import DistributedError, UsageError
+
+NOT_AS_ASKED = "FALSIFY-APR-DIST-DISTRIBUTED-001"
+"""Falsifier of every refusal of processes or a strategy that are not the ones asked for."""
+
+
+class Strategy(StrEnum):
+    """How parameters, gradients and optimizer state lie over the ranks."""
+
+    SINGLE = "single"
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+    SHARD_GRAD_OP = "shard-grad-op"
+    HSDP = "hsdp"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether PyTorch's FSDP2 shards parameters, gradients and optimizer state."""
+        return self in {Strategy.FSDP2, Strategy.SHARD_GRAD_OP, Strategy.HSDP}
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 where DeepSpeed is not used."""
+        return int(self.value.removeprefix("zero")) if self.value.startswith("zero") else 0
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether a rank holds a part of the parameters only, so that reading one is a collective."""
+        return self.is_fsdp or self is Strategy.ZERO3
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether a rank holds a part of the optimizer state only."""
+        return self.is_fsdp or self.zero_stage > 0
+
+
+def launched_world_size() -> int:
+    """How many processes the launcher started (``WORLD_SIZE``; 1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose(asked: str) -> Strategy:
+    """The strategy to run: the one asked for, else the one the launcher's own configuration names.
+
+    ``accelerate launch`` with an FSDP or DeepSpeed configuration says so in the environment, from where
+    Accelerate would build its own plugins; those are not used, so what it says is taken out.
+
+    Raises:
+        DistributedError: both name a strategy, and not the same one.
+    """
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    launched = None
+    if fsdp:
+        reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+        launched = Strategy.FSDP2 if reshards else Strategy.SHARD_GRAD_OP
+    elif deepspeed:
+        launched = Strategy(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}")
+    if asked == "auto":
+        alone = Strategy.SINGLE if launched_world_size() == 1 else Strategy.DDP
+        return launched or alone
+    wanted = Strategy(asked)
+    if launched is not None and launched is not wanted and not (fsdp and wanted.is_fsdp):
+        raise DistributedError(
+            f"the launcher's configuration says {launched} and parallel.strategy says {wanted}",
+            expected="one strategy",
+            remedy="set parallel.strategy to auto, or launch with a configuration that names no strategy",
+            falsifier=NOT_AS_ASKED,
+        )
+    return wanted
+
+
+def group_size(strategy: Strategy, world: int, asked: int | None) -> int:
+    """How many ranks together hold one copy of the parameters.
+
+    Raises:
+        UsageError: a size was asked for that does not divide the world, or without hsdp.
+    """
+    if strategy is not Strategy.HSDP:
+        if asked is not None:
+            raise UsageError(
+                f"parallel.shard_size is {asked} under strategy {strategy}",
+                expected="no such key: only hsdp has groups of ranks",
+                remedy="remove it, or use --parallel.strategy hsdp",
+            )
+        return world if strategy.shards_parameters else 1
+    size = asked if asked is not None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world % size:
+        raise UsageError(
+            f"{world} processes do not divide into groups of {size}",
+            where="--parallel.shard-size",
+            expected=f"a divisor of {world}",
+            remedy="give a number of processes that each hold one part of the parameters",
+        )
+    return size
+
+
+def prepare_for_deepspeed(*, use_cpu: bool) -> None:
+    """Let DeepSpeed find the device and its build tools; call before the first process group.
+
+    Raises:
+        DistributedError: on CPU DeepSpeed builds a communication module, and there is no C++ compiler.
+    """
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*", category=FutureWarning)
+    if not use_cpu:
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if shutil.which("ninja") is None:  # installed beside this Python, whose folder need not be on the path
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise DistributedError(
+            f"DeepSpeed builds a module for CPU ranks, and the C++ compiler {compiler} is not there",
+            expected="a C++ compiler on the path",
+            remedy="install g++ or name a compiler in CXX, or use --parallel.strategy fsdp2",
+        )

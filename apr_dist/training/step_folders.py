@@ -1,0 +1,148 @@
+"""The step folders of a run: which are whole, which is newest, which may go.
+
+``run_dir/steps/000120/`` holds ``checkpoint.apr``, ``optimizer.safetensors`` and, written last,
+``state.json`` with the digests of both: a folder without it was never finished and is never picked.
+``run_dir/checkpoint.apr`` is the newest whole folder's file under a second name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apr_dist.data.storage import flush_folder, write_atomically, writing_to
+from apr_dist.errors import DamagedModelFile
+from apr_dist.parallel.state import STATE_DAMAGED, file_digest
+
+CHECKPOINT_NAME = "checkpoint.apr"
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+STEPS = "steps"
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """Everything a resumed run needs besides weights and moments.
+
+    Attributes:
+        step: optimizer steps done; also the number of the next global batch.
+        epoch: evaluations after step 0 done.
+        tokens_seen: target tokens trained on.
+        train_loss: of the last step.
+        grad_norm_max: largest norm so far.
+        evaluations: every evaluation so far as [loss, tokens, seconds].
+        agreements: every comparison so far as [step, training loss, evaluation loss].
+        config: the resolved configuration.
+        config_digest: digest of the keys that change the mathematics.
+        data_fingerprint: identity of the training shards; None for made-up data.
+        init_digest: digest of the init file the run began with; None from scratch.
+        checkpoint_digest: of checkpoint.apr's bytes.
+        optimizer_digest: of optimizer.safetensors' bytes.
+        first_gates: the gates of step 0, as they were judged then.
+    """
+
+    step: int
+    epoch: int
+    tokens_seen: int
+    train_loss: float | None
+    grad_norm_max: float
+    evaluations: list[list[float]]
+    agreements: list[list[float]]
+    config: dict[str, Any]
+    config_digest: str
+    data_fingerprint: str | None
+    init_digest: str | None
+    checkpoint_digest: str = ""
+    optimizer_digest: str = ""
+    first_gates: list[dict[str, Any]] = field(default_factory=list)
+    version: int = STATE_VERSION
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where step ``step`` is saved."""
+    return run_dir / STEPS / f"{step:06d}"
+
+
+def finish(folder: Path, run_dir: Path, state: SavedState) -> None:
+    """Declare a step folder whole, and let ``run_dir/checkpoint.apr`` be its model.
+
+    Raises:
+        OutputError: the marker or the second name cannot be written; the previous one stands.
+    """
+    write_atomically(folder / STATE_NAME, (json.dumps(asdict(state), indent=2) + "\n").encode())
+    flush_folder(folder.parent)
+    temporary = run_dir / f".{CHECKPOINT_NAME}.{os.getpid()}.tmp"
+    with writing_to(run_dir / CHECKPOINT_NAME):
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.hardlink_to(folder / CHECKPOINT_NAME)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(folder / CHECKPOINT_NAME, temporary)
+        temporary.replace(run_dir / CHECKPOINT_NAME)
+
+
+def whole_folders(run_dir: Path) -> list[Path]:
+    """Step folders that were finished, oldest first."""
+    return sorted(path.parent for path in (run_dir / STEPS).glob(f"[0-9]*/{STATE_NAME}"))
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest step folder whose files are what its marker says; damaged ones are passed over."""
+    for folder in reversed(whole_folders(run_dir)):
+        with contextlib.suppress(DamagedModelFile):
+            read_state(folder)
+            return folder
+    return None
+
+
+def read_state(folder: Path) -> SavedState:
+    """The state of a step folder, after comparing both files with their digests.
+
+    Raises:
+        DamagedModelFile: the marker is missing or malformed, or a file is not the one it names.
+    """
+    path = folder / STATE_NAME
+    try:
+        state = SavedState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, f"the state cannot be read ({error})") from error
+    if state.version != STATE_VERSION:
+        raise _damaged(path, f"it is of version {state.version}, and {STATE_VERSION} is read here")
+    for name, digest in (
+        (CHECKPOINT_NAME, state.checkpoint_digest),
+        (OPTIMIZER_NAME, state.optimizer_digest),
+    ):
+        file = folder / name
+        if not file.is_file() or file_digest(file) != digest:
+            raise _damaged(file, "it is missing or not the file that was saved")
+    return state
+
+
+def retire(run_dir: Path, *, keep_last: int, keep_every: int | None) -> None:
+    """Remove whole folders beyond the newest ``keep_last``, and every unfinished one; rank 0 alone.
+
+    Called after a newer folder was finished and read back, so the last good one is never the victim.
+    """
+    whole = whole_folders(run_dir)
+    kept = set(whole[-keep_last:])
+    kept |= {folder for folder in whole if keep_every and int(folder.name) % keep_every == 0}
+    for folder in (run_dir / STEPS).iterdir():
+        if folder not in kept:
+            (folder / STATE_NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _damaged(path: Path, what: str) -> DamagedModelFile:
+    return DamagedModelFile(
+        what,
+        where=path,
+        expected="a step folder as it was saved",
+        remedy="resume from an earlier one with --resume PATH",
+        falsifier=STATE_DAMAGED,
+    )

@@ -1,0 +1,150 @@
+"""APR to GGUF: the gguf package reads what was meant, and importing it again gives the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from builders.files import TINY_METADATA, VOCABULARY, tiny_tensors, write_apr, write_tokenizer
+
+from apr_dist.apr.reader import AprReader
+from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.errors import ArchitectureRefused, OutputError, UnsupportedModelFile
+from apr_dist.interop.gguf import import_gguf
+from apr_dist.interop.gguf_export import GgufType, export_gguf
+from apr_dist.interop.stamp import stamp_file
+from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
+
+FAMILIES: dict[str, dict[str, bool]] = {
+    "llama": {},
+    "qwen2": {"bias": True},
+    "qwen3": {"norms": True},
+    "mistral": {},
+}
+
+
+def tiny_file(path: Path, family: str = "llama", *, head: bool = False, **changes: Any) -> Path:
+    claims = {
+        "architecture": family,
+        "hf_architecture": f"{family.capitalize()}ForCausalLM",
+        "hf_model_type": family,
+        "tie_word_embeddings": not head,
+    }
+    return write_apr(path, tiny_tensors(**FAMILIES[family], head=head), TINY_METADATA | claims | changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", [True, False])
+def test_there_and_back_is_the_same_model_byte_for_byte(tmp_path: Path, family: str, head: bool) -> None:
+    source = tiny_file(tmp_path / "x.apr", family, head=head)
+    exported = export_gguf(source, tmp_path / "x.gguf", kind=GgufType.F32)
+    back = import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    before, after = AprReader(source), AprReader(tmp_path / "y.apr")
+    assert before.tensors == after.tensors
+    assert all(before.raw(name) == after.raw(name) for name in before.tensors)
+    assert (exported.tensor_count, back.tied) == (len(before.tensors), not head)
+    for key in ("hidden_size", "num_kv_heads", "head_dim", "rope_theta", "rms_norm_eps", "vocab_size"):
+        assert getattr(before.metadata, key) == getattr(after.metadata, key)
+
+
+def test_queries_and_keys_are_in_llama_cpps_row_order_for_llama_only(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.k_proj.weight"
+    for family, permuted in (("llama", True), ("qwen2", False)):
+        export_gguf(
+            tiny_file(tmp_path / f"{family}.apr", family), tmp_path / f"{family}.gguf", kind=GgufType.F32
+        )
+        stored = {t.name: t.data for t in gguf.GGUFReader(tmp_path / f"{family}.gguf").tensors}
+        ours = tiny_tensors(**FAMILIES[family])[name]
+        expected = ours.reshape(2, 2, 8, 64).swapaxes(1, 2).reshape(32, 64) if permuted else ours
+        np.testing.assert_array_equal(stored["blk.0.attn_k.weight"], expected)
+
+
+@pytest.mark.parametrize(("kind", "matrix"), [(GgufType.F16, "F16"), (GgufType.Q8_0, "Q8_0")])
+def test_matrices_are_stored_as_asked_and_vectors_as_f32(tmp_path: Path, kind: GgufType, matrix: str) -> None:
+    source = tiny_file(tmp_path / "x.apr", "qwen2")
+    seen: list[tuple[int, int]] = []
+    summary = export_gguf(source, tmp_path / "x.gguf", kind=kind, progress=lambda a, b: seen.append((a, b)))
+    tensors = gguf.GGUFReader(tmp_path / "x.gguf").tensors
+    for tensor in tensors:
+        assert tensor.tensor_type.name == ("F32" if len(tensor.shape) == 1 else matrix)
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        assert np.isfinite(values).all()
+    assert summary.dtypes == {matrix: 15, "F32": 11}
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_qwen_biases_are_all_there(tmp_path: Path) -> None:
+    export_gguf(tiny_file(tmp_path / "x.apr", "qwen2"), tmp_path / "x.gguf")
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors]
+    assert sum(name.endswith(".bias") for name in names) == 2 * 3
+    assert len(names) == 2 * 12 + 2
+
+
+def test_the_tokenizer_travels(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    stamp_file(tiny_file(tmp_path / "x.apr"), tmp_path / "y.apr", changes={}, tokenizer=folder)
+    export_gguf(tmp_path / "y.apr", tmp_path / "y.gguf")
+    fields = gguf.GGUFReader(tmp_path / "y.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert (len(tokens), tokens[32:35]) == (VOCABULARY, ["<s>", "<e>", "[PAD34]"])
+    assert fields["tokenizer.ggml.token_type"].contents()[31:35] == [1, 3, 3, 5]
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 33
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    before = parse_tokenizer_json((folder / "tokenizer.json").read_bytes(), where=folder)
+    after = parse_tokenizer_json(tokenizer_json_from_gguf(tmp_path / "y.gguf")[0], where=folder)
+    assert before.effective_vocabulary == after.effective_vocabulary
+    assert before.merges == after.merges
+
+
+def test_a_tokenizer_that_gguf_cannot_name_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    text = (folder / "tokenizer.json").read_text().replace('"use_regex": true', '"use_regex": false')
+    (folder / "tokenizer.json").write_text(text)
+    stamp_file(tiny_file(tmp_path / "x.apr"), tmp_path / "y.apr", changes={}, tokenizer=folder)
+    with pytest.raises(UnsupportedModelFile, match="cuts text"):
+        export_gguf(tmp_path / "y.apr", tmp_path / "y.gguf")
+    assert not (tmp_path / "y.gguf").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    source = tiny_file(tmp_path / "x.apr", vocab_size=33)
+    stamp_file(source, tmp_path / "y.apr", changes={}, tokenizer=folder)
+    with pytest.raises(UnsupportedModelFile, match="ids up to 33"):
+        export_gguf(tmp_path / "y.apr", tmp_path / "y.gguf")
+
+
+def test_rotary_scaling_travels_or_is_refused_by_name(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    export_gguf(tiny_file(tmp_path / "x.apr", rope_scaling=scaling), tmp_path / "x.gguf")
+    import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    assert AprReader(tmp_path / "y.apr").metadata.custom["rope_scaling"] == scaling
+    llama3 = tiny_file(tmp_path / "z.apr", rope_scaling=scaling | {"rope_type": "llama3"})
+    with pytest.raises(UnsupportedModelFile, match="llama3"):
+        export_gguf(llama3, tmp_path / "z.gguf")
+
+
+def test_what_is_not_a_plain_decoder_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = tiny_tensors() | {"model.layers.0.mystery.weight": np.ones((2, 2), np.float32)}
+    with pytest.raises(UnsupportedModelFile, match="mystery"):
+        export_gguf(write_apr(tmp_path / "x.apr", tensors, TINY_METADATA), tmp_path / "x.gguf")
+    bert = {"architecture": "bert", "hf_architecture": "BertModel", "hf_model_type": "bert"}
+    with pytest.raises(ArchitectureRefused, match="'bert'"):
+        export_gguf(write_apr(tmp_path / "y.apr", tiny_tensors(), TINY_METADATA | bert), tmp_path / "y.gguf")
+    bare = {key: value for key, value in TINY_METADATA.items() if key != "num_heads"}
+    with pytest.raises(ArchitectureRefused, match="num_heads"):
+        export_gguf(write_apr(tmp_path / "z.apr", tiny_tensors(), bare), tmp_path / "z.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_existing_file_stays(tmp_path: Path) -> None:
+    source = tiny_file(tmp_path / "x.apr")
+    (tmp_path / "x.gguf").write_text("precious")
+    with pytest.raises(OutputError, match="exists"):
+        export_gguf(source, tmp_path / "x.gguf")
+    export_gguf(source, tmp_path / "x.gguf", overwrite=True)
+    assert (tmp_path / "x.gguf").read_bytes()[:4] == b"GGUF"

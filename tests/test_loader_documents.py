@@ -1,0 +1,101 @@
+"""Document boundaries inside packed rows, and masks over targets."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders.shards import build_shards, build_shards_of
+
+from apr_dist.data.documents import Documents, loss_mask
+from apr_dist.data.loader import TokenLoader
+from apr_dist.data.manifest import Manifest
+from apr_dist.errors import DataError
+
+T, EOS = 8, 7
+
+
+def loader(manifest: Manifest) -> TokenLoader:
+    return TokenLoader(manifest, seq_length=T, global_batch=4, micro_batch=2, seed=0)
+
+
+def document_numbers(tokens: list[int]) -> list[int]:
+    """Number of the document each token belongs to: the end mark is its document's last."""
+    numbers, current = [], 0
+    for token in tokens:
+        numbers.append(current)
+        current += token == EOS
+    return numbers
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Manifest:
+    generator = np.random.default_rng(3)
+    shards = [generator.integers(0, 12, size, dtype=np.uint32) for size in (400, 333)]
+    return build_shards_of(tmp_path, shards, eos_id=EOS)
+
+
+def with_index(manifest: Manifest) -> Manifest:
+    """The same shards with a sidecar of document starts instead of a known end mark."""
+    for shard in manifest.shards:
+        tokens = np.fromfile(manifest.path_of(shard), dtype="<u4")
+        starts = np.concatenate([[0], np.flatnonzero(tokens[:-1] == EOS) + 1]).astype("<u8")
+        starts.tofile(manifest.path_of(shard).with_suffix(".idx"))
+    return replace(manifest, has_index=True, eos_token_id=None)
+
+
+def test_documents_are_told_apart_by_their_end_mark(marked: Manifest) -> None:
+    one = loader(marked)
+    for micro, documents in zip(one.batch(3), one.documents(3), strict=True):
+        inputs = micro[:, :-1]
+        assert documents.ids.tolist() == [document_numbers(row) for row in inputs.tolist()]
+        assert documents.ids.dtype == documents.positions.dtype == documents.cu_seqlens.dtype == torch.int32
+
+
+def test_the_index_and_the_end_mark_give_the_same_documents(marked: Manifest) -> None:
+    by_mark = loader(marked)
+    by_index = loader(with_index(marked))
+    for k in range(20):
+        for first, second in zip(by_mark.documents(k), by_index.documents(k), strict=True):
+            assert torch.equal(first.ids, second.ids)
+            assert torch.equal(first.positions, second.positions)
+            assert torch.equal(first.cu_seqlens, second.cu_seqlens)
+
+
+def test_boundaries_positions_and_lengths_agree(marked: Manifest) -> None:
+    for documents in loader(marked).documents(0):
+        starts = documents.cu_seqlens.tolist()
+        assert starts[0] == 0
+        assert starts[-1] == documents.ids.numel()
+        lengths = [end - begin for begin, end in itertools.pairwise(starts)]
+        assert documents.positions.flatten().tolist() == [n for length in lengths for n in range(length)]
+        assert documents.max_seqlen == max(lengths)
+        assert set(range(0, documents.ids.numel(), T)) <= set(starts)
+
+
+def test_attention_stays_within_a_document_and_the_past() -> None:
+    begins = torch.tensor([[True, False, False, True, False]])
+    mask = Documents.from_begins(begins).attention_mask()
+    assert mask.shape == (1, 1, 5, 5)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+
+
+def test_data_without_boundaries_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither document starts nor an end-of-document id"):
+        loader(build_shards(tmp_path, [400])).documents(0)
+
+
+def test_named_ids_do_not_count_in_the_loss() -> None:
+    targets = torch.tensor([[1, 0, 5], [0, 0, 2]], dtype=torch.int32)
+    assert loss_mask(targets, ignored_ids=[0, 5]).tolist() == [[True, False, False], [False, False, True]]
+    assert loss_mask(targets, ignored_ids=[]).all()
