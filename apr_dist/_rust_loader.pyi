@@ -12,12 +12,15 @@ from typing import Any, Literal, TypeAlias
 Capsule: TypeAlias = Any
 """A DLPack capsule of int32 in CPU memory, for ``torch.utils.dlpack.from_dlpack``."""
 
+SourceFacts: TypeAlias = tuple[Path, list[str], list[int], list[int | None], int, int]
+"""A source: folder; per shard its file, tokens, and xxh3-64 or None; a number that tells its order from that
+of other sources; units per cycle."""
+
 class TokenStream:
     """Shards as one stream of sequences of ``seq_length + 1`` tokens; any thread may use it.
 
     Args:
-        sources: per source its folder, its shards as (file, tokens, xxh3-64 or None), a number that
-            tells its order from that of other sources, and its units in every cycle of the mixture.
+        sources: what to read, with its units in every cycle of the mixture.
         seq_length: tokens predicted per sequence.
         shuffle: ``sequence`` or ``block``: for ever; ``none`` or ``sample``: once.
         seed: of the order.
@@ -32,7 +35,7 @@ class TokenStream:
 
     def __new__(
         cls,
-        sources: Sequence[tuple[Path, Sequence[tuple[str, int, int | None]], int, int]],
+        sources: Sequence[SourceFacts],
         *,
         seq_length: int,
         shuffle: Literal["sequence", "block", "none", "sample"],

@@ -5,7 +5,7 @@ the same optimizer settings. The two alternate; the figure is the ratio of media
 is the largest sum of live tensors during forward and backward beyond weights, gradients and optimizer
 state, as the allocator saw it.
 
-    python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --keep-memory
     python benchmarks/bench_step.py --shape qwen2.5-0.5b --batch 1 --seq 1024 --layers 6 --dtype bf16
 """
 
@@ -25,6 +25,7 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from apr_dist.model.config import Family, TransformerConfig, preset
+from apr_dist.model.host_memory import keep_freed_memory
 from apr_dist.model.matmul import cpu_matmul_backend
 from apr_dist.model.transformer import Decoder, init_weights
 
@@ -56,7 +57,13 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(time.perf_counter())
-        parts = dict(zip(("model", "clip", "optimizer"), (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+        parts = dict(
+            zip(
+                ("model", "clip", "optimizer"),
+                (b - a for a, b in zip(marks, marks[1:], strict=False)),
+                strict=True,
+            )
+        )
         return loss, {"step": marks[-1] - marks[0], **parts}
 
     def activation_bytes(self, tokens: torch.Tensor, dtype: torch.dtype) -> int:
@@ -107,7 +114,9 @@ def theirs(config: TransformerConfig, state: dict[str, torch.Tensor], optimizer:
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         inputs = tokens[:, :-1].contiguous()
-        return model(input_ids=inputs, labels=tokens[:, 1:].contiguous(), shift_labels=tokens[:, 1:].contiguous()).loss
+        return model(
+            input_ids=inputs, labels=tokens[:, 1:].contiguous(), shift_labels=tokens[:, 1:].contiguous()
+        ).loss
 
     return Contender("transformers", model, adamw(model, optimizer), loss)
 
@@ -116,8 +125,31 @@ def adamw(model: torch.nn.Module, settings: dict[str, Any]) -> torch.optim.Optim
     return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, **settings)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(
+    contenders: tuple[Contender, Contender],
+    batch: Callable[[], torch.Tensor],
+    dtype: torch.dtype,
+    repeats: int,
+) -> tuple[dict[str, list[dict[str, float]]], list[float]]:
+    """Seconds of each step by contender and part, and how far the losses were apart; the first is warm-up."""
+    seconds: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
+    differences = []
+    for repeat in range(repeats + 1):
+        tokens = batch()
+        losses = []
+        for contender in contenders:
+            loss, parts = contender.step(tokens, dtype)
+            losses.append(loss)
+            if repeat:
+                seconds[contender.name].append(parts)
+        differences.append(abs(losses[0] - losses[1]))
+    return seconds, differences
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="smollm2-135m", help="name of a model preset")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--batch", type=int, default=2)
@@ -126,10 +158,17 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="fused")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="torch threads; by default all cores")
+    parser.add_argument("--keep-memory", action="store_true", help="both keep freed memory (host_memory)")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.keep_memory:
+        keep_freed_memory()
     config = preset(options.shape)
     if options.layers:
         config = replace(config, num_layers=options.layers)
@@ -141,17 +180,7 @@ def main() -> None:
     def batch() -> torch.Tensor:
         return torch.randint(config.vocab_size, (options.batch, options.seq + 1), generator=generator)
 
-    seconds: dict[str, list[dict[str, float]]] = {first.name: [], second.name: []}
-    differences = []
-    for repeat in range(options.repeats + 1):
-        tokens = batch()
-        losses = []
-        for contender in (first, second):
-            loss, parts = contender.step(tokens, dtype)
-            losses.append(loss)
-            if repeat:
-                seconds[contender.name].append(parts)
-        differences.append(abs(losses[0] - losses[1]))
+    seconds, differences = measure((first, second), batch, dtype, options.repeats)
     memory = {}
     for contender in (first, second):
         contender.forward_backward(batch(), dtype)
@@ -169,7 +198,8 @@ def report(
     print(
         f"{options.shape}, {config.num_layers} layers, batch {options.batch} x {options.seq}, {options.dtype}, "
         f"AdamW {options.optimizer}, {torch.get_num_threads()} threads, "
-        f"f32 products by {cpu_matmul_backend()}, torch {torch.__version__}"
+        f"f32 products by {cpu_matmul_backend()}, freed memory {'kept' if options.keep_memory else 'returned'}, "
+        f"torch {torch.__version__}"
     )
     print(f"{'':14}{'step s, median (min-max)':>28}{'model':>9}{'clip':>9}{'AdamW':>9}{'activations MB':>16}")
     medians = {}

@@ -84,6 +84,7 @@ class Rows(Dataset[torch.Tensor]):
         return rows // BATCH if self.whole else rows
 
     def row(self, index: int) -> NDArray[np.uint32]:
+        """Row ``index`` where it lies in its map."""
         at = index % self.per_shard * (WIDTH - 1)
         return self.maps[index // self.per_shard][at : at + WIDTH]
 
@@ -166,7 +167,9 @@ def rivals(folder: Path) -> dict[str, Callable[[], Batches]]:
         if importlib.util.find_spec("litdata"):
             ways[f"litdata, {workers} workers"] = lambda n=workers: litdata_loader(folder, workers=n)
         if importlib.util.find_spec("streaming"):
-            ways[f"mosaicml-streaming, {workers} workers"] = lambda n=workers: mosaic_loader(folder, workers=n)
+            ways[f"mosaicml-streaming, {workers} workers"] = lambda n=workers: mosaic_loader(
+                folder, workers=n
+            )
     return ways
 
 
@@ -183,7 +186,9 @@ class BareGather:
         source.write_text(GATHER_C)
         compiler = shutil.which("cc") or "gcc"
         library = folder / "gather.so"
-        subprocess.run([compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True)
+        subprocess.run(
+            [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", library, source], check=True
+        )
         self.function = ctypes.CDLL(str(library)).gather
 
     def run(self, *, wide: bool) -> int:

@@ -164,10 +164,9 @@ def check(content: bytes, path: Path, *, sealed: bool) -> str:
     """Open and read everything; the name of the refusal, or ``"read"``.
 
     Raises:
-        AssertionError: what was read is wrong, or reading took too long.
+        AssertionError: what was read is wrong.
     """
     path.write_bytes(content)
-    start = time.perf_counter()
     try:
         with AprReader(path) as reader:
             for name, entry in reader.tensors.items():
@@ -177,7 +176,6 @@ def check(content: bytes, path: Path, *, sealed: bool) -> str:
     except ModelFileError as error:
         outcome = type(error).__name__ if error.where == str(path) else "an error without the file's name"
     assert " " not in outcome, outcome
-    assert time.perf_counter() - start < MAX_SECONDS, "it took more than a second"
     if outcome == "read" and not sealed:
         assert seal(content[:-4]) == content, "a file whose checksum is wrong was read"
     return outcome
@@ -196,13 +194,13 @@ def main() -> None:
         path = Path(folder) / "hostile.apr"
         for number in range(arguments.files):
             content, sealed = make(random.Random(arguments.seed * 1_000_003 + number))
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 outcomes[check(content, path, sealed=sealed)] += 1
             except BaseException:
                 print(f"failed: seed {arguments.seed}, file {number}", file=sys.stderr)
                 raise
-            slowest = max(slowest, time.perf_counter() - start)
+            slowest = max(slowest, time.process_time() - start)
             largest = max(largest, len(content))
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     for outcome, count in outcomes.most_common():
@@ -210,6 +208,8 @@ def main() -> None:
     print(
         f"largest file {largest / 1e6:.1f} MB, memory grew by {extra / 1e6:.1f} MB, slowest {slowest:.3f} s"
     )
+    if slowest > MAX_SECONDS:
+        raise SystemExit("a file took more than a second")
     if extra > MAX_EXTRA_BYTES + largest:
         raise SystemExit("memory beyond 200 MB over the largest file")
 

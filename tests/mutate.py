@@ -5,7 +5,7 @@
 Each change is made in a temporary copy of the package, never in the checkout. The tests bound to the
 falsifier run on it, and with them those of other falsifiers in the same files that need no front
 door: the first must fail, the others must not (unless the mutant says that they share the code). The
-table of mutants is in ``mutants.py``; results are kept for ``apr-dist contracts explain``.
+table of mutants is in ``mutants/``; results are kept for ``apr-dist contracts explain``.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from builders.files import write_golden
 from builders.models import random_tokens, tiny_config, tiny_decoder
-from builders.runs import TRAIN, metrics, run_here, verdict
+from builders.runs import metrics, run_here, verdict
 from builders.shards import SHARD_STRIDE, build_shards
 from builders.tokens import build_tiny_tokenizer, small_sources
 
@@ -66,18 +66,25 @@ def test_a_checkpoint_keeps_the_identity_its_init_came_with() -> None:
     assert (kept["name"], kept["license"], kept["hf_architecture"]) == ("a model", "MIT", "Qwen2ForCausalLM")
 
 
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 64 KiB: room for a log, none for weights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-025")
+@pytest.mark.usefixtures("small_files")
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_its_exit_code(
-    inputs: Inputs, tmp_path: Path
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "run")]
-    command = [sys.executable, str(TRAIN), *flags, "--num-steps", "1"]
-    # No file may grow beyond 64 KiB: room for the log, none for the weights.
-    limited = ["bash", "-c", 'ulimit -f 64 && exec "$@"', "limited", *command]
-    done = subprocess.run(limited, capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.OUTPUT, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    assert run_here(*flags, "--num-steps", "1") == ExitCode.OUTPUT
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
     assert not list((tmp_path / "run").rglob("*.apr"))
 
 

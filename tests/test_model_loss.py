@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apr_dist.errors import UsageError
 from apr_dist.model import chunked_loss
-from apr_dist.model.loss import cross_entropy_sum, plain_cross_entropy_sum
+from apr_dist.model.loss import (
+    LossBackend,
+    choose_loss_backend,
+    cross_entropy_sum,
+    plain_cross_entropy_sum,
+)
 
 VOCAB, HIDDEN = 301, 24
 
@@ -143,3 +154,52 @@ def test_the_largest_temporary_is_one_chunk_of_logits() -> None:
     with Sizes():
         cross_entropy_sum(hidden, head, targets, chunk_tokens=4)[0].backward()
     assert largest == VOCAB * HIDDEN
+
+
+def test_pytorchs_own_loss_is_the_same_where_it_is_asked_for() -> None:
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this PyTorch has no linear_cross_entropy")
+    hidden, head, targets = problem()
+    exact, _ = plain_cross_entropy_sum(hidden, head, targets)
+    total, count = cross_entropy_sum(hidden, head, targets, backend=LossBackend.TORCH)
+    assert relative(total, exact) < 1e-6
+    assert count == 29
+    expected = torch.autograd.grad(exact, (hidden, head))
+    for one, other in zip(torch.autograd.grad(total, (hidden, head)), expected, strict=True):
+        assert relative(one, other) < 1e-5
+
+
+def test_z_loss_is_refused_where_it_would_be_dropped() -> None:
+    with pytest.raises(UsageError, match=r"z_loss is 0\.1 with the loss backend torch"):
+        cross_entropy_sum(*problem(), z_loss=0.1, backend=LossBackend.TORCH)
+
+
+LIGER = """
+import torch
+from apr_dist.model.loss import LossBackend, cross_entropy_sum
+generator = torch.Generator().manual_seed(0)
+hidden = torch.randn(37, 24, generator=generator).requires_grad_()
+head = torch.randn(301, 24, generator=generator).requires_grad_()
+targets = torch.randint(301, (37,), generator=generator)
+targets[::5] = -100
+for z_loss in (0.0, 1e-2):
+    results = []
+    for backend in (LossBackend.CHUNKED, LossBackend.LIGER):
+        total, _ = cross_entropy_sum(hidden, head, targets, z_loss=z_loss, backend=backend)
+        results.append([total.detach(), *torch.autograd.grad(total, (hidden, head))])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5), (one, other)
+"""
+
+
+def test_ligers_loss_is_the_same_under_its_interpreter() -> None:
+    pytest.importorskip("liger_kernel", reason="the extra liger is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", LIGER], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_cpu_uses_the_projects_own_loss() -> None:
+    assert choose_loss_backend(torch.device("cpu")) is LossBackend.CHUNKED

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from builders.models import random_tokens, tiny_config, tiny_decoder
+from builders.reference import reference_model
 
 from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
-
-transformers = pytest.importorskip("transformers")
 
 SCALINGS = {
     "linear": RopeScaling(rope_type=RopeScalingType.LINEAR, factor=4.0),
@@ -36,38 +34,9 @@ SCALINGS = {
 }
 
 
-def reference(config: TransformerConfig) -> torch.nn.Module:
-    """The class of that family in ``transformers``, eager attention, uninitialised."""
-    kind = config.family.value.capitalize()
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        rope = config.rope_scaling.to_mapping()
-    extra = {"sliding_window": config.sliding_window} if config.family is Family.MISTRAL else {}
-    settings = getattr(transformers, f"{kind}Config")(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_theta": config.rope_theta, **rope},
-        tie_word_embeddings=config.tie_word_embeddings,
-        attn_implementation="eager",
-        **extra,
-    )
-    model: torch.nn.Module = getattr(transformers, config.family.hf_architecture)(settings)
-    return model.eval()
-
-
 def assert_equal_to_reference(config: TransformerConfig, *, length: int = 24) -> None:
-    ours, theirs = tiny_decoder(config, seed=1), reference(config)
-    loaded = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert loaded.missing_keys == (["lm_head.weight"] if config.tie_word_embeddings else [])
-    assert loaded.unexpected_keys == []
-    theirs.tie_weights()
+    ours = tiny_decoder(config, seed=1)
+    theirs = reference_model(ours)
     tokens = random_tokens(config, (2, length))
     with torch.no_grad():
         assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-5
@@ -108,9 +77,8 @@ def test_every_rope_base_equals_the_reference(theta: float) -> None:
 @pytest.mark.parametrize("family", Family)
 def test_gradients_equal_the_reference(family: Family) -> None:
     config = tiny_config(family)
-    ours, theirs = tiny_decoder(config, seed=1), reference(config)
-    theirs.load_state_dict(ours.state_dict(), strict=False)
-    theirs.tie_weights()
+    ours = tiny_decoder(config, seed=1)
+    theirs = reference_model(ours)
     tokens = random_tokens(config, (2, 17))
     total, count = ours(tokens[:, :-1], tokens[:, 1:])
     (total / count).backward()

@@ -44,7 +44,8 @@ def _apr_q8(payload: Bytes) -> Floats:
     if not payload.size:
         return np.empty(0, np.float32)
     values = payload[4:].view(np.int8).astype(np.float32)
-    values *= payload[:4].view(np.float32)
+    with np.errstate(all="ignore"):
+        values *= payload[:4].view(np.float32)
     return values
 
 

@@ -18,9 +18,17 @@ from apr_dist import __version__
 from apr_dist.errors import AprDistError, ExitCode
 
 VERBS: Mapping[str, str] = {
-    "import": "files:import_model",
+    "import": "files:import_file",
+    "export": "files:export_file",
+    "inspect": "files:inspect",
+    "validate": "files:validate",
+    "stamp": "files:stamp",
+    "diff": "files:diff",
     "tokenize import-hf": "tokens:import_hf",
     "tokenize encode-corpus": "tokens:encode",
+    "tokenize verify": "tokens:verify",
+    "tokenize repair-manifest": "tokens:repair",
+    "tokenize decode": "tokens:decode",
 }
 """Verb to ``room:function`` under this package."""
 

@@ -1,7 +1,8 @@
-"""Verbs over model files."""
+"""Verbs over model files: import, export, inspect, validate, stamp, diff."""
 
 from __future__ import annotations
 
+import json as json_text
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,21 +11,38 @@ import tyro
 
 from apr_dist.apr.layout import DType
 from apr_dist.cli.progress import bytes_bar
-from apr_dist.errors import UsageError
+from apr_dist.cli.tables import inspection_lines, table_lines
+from apr_dist.errors import OutputError, TokenizerError, UsageError
+from apr_dist.interop.diff import diff_files
+from apr_dist.interop.gguf_export import GgufType, export_gguf
+from apr_dist.interop.hf_export import export_huggingface, export_safetensors
+from apr_dist.interop.importing import import_model
+from apr_dist.interop.inspection import inspect_file, validate_file
+from apr_dist.interop.stamp import stamp_file
+from apr_dist.interop.tokenizers import import_any_tokenizer
 
 Source = Annotated[Path, tyro.conf.Positional]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
 
 class ElementType(StrEnum):
-    """Element types that can be written."""
+    """Element types that can be written; q8_0 to GGUF only."""
 
     F32 = "f32"
     F16 = "f16"
     BF16 = "bf16"
+    Q8_0 = "q8_0"
 
 
-def import_model(
+class Format(StrEnum):
+    """What a model can be exported to."""
+
+    HUGGINGFACE = "huggingface"
+    SAFETENSORS = "safetensors"
+    GGUF = "gguf"
+
+
+def import_file(
     source: Source,
     /,
     *,
@@ -33,40 +51,193 @@ def import_model(
     tie: bool = False,
     force: bool = False,
 ) -> None:
-    """Make an APR file of another format's model, with its tokenizer beside it.
+    """Make an APR file of another format's model, its tokenizer inside and beside it.
 
-    The tokenizer goes to a folder named like the model: model.apr and model.tokenizer.
+    The tokenizer folder beside the model is named like it: model.apr and model.tokenizer.
 
     Example: apr-dist import model.gguf -o model.apr
 
     Args:
-        source: GGUF file.
+        source: Hugging Face folder, safetensors file with config.json beside it, GGUF, or old APR1 file.
         output: APR file to write.
         dtype: element type to write; by default the source's, and f16 for what was quantised.
         tie: drop a separate output head and use the embedding.
         force: replace an existing output.
     """
-    from apr_dist.interop.gguf import import_gguf  # noqa: PLC0415
-    from apr_dist.interop.tokenizers import import_any_tokenizer  # noqa: PLC0415
-
-    if source.suffix.lower() != ".gguf":
-        raise UsageError(f"the source ends in {source.suffix!r}", where=source, expected="a .gguf file")
-    with bytes_bar(f"importing {source.name}") as progress:
-        summary = import_gguf(
-            source,
-            output,
-            dtype=DType[dtype.name] if dtype else None,
-            tie=True if tie else None,
-            overwrite=force,
-            progress=progress,
-        )
     folder = output.with_suffix(".tokenizer")
-    identity = import_any_tokenizer(source, folder, overwrite=force)
+    if folder.exists() and not force:
+        raise OutputError("already exists", where=folder, remedy="pass --force to replace it")
+    with bytes_bar(f"importing {source.name}") as progress:
+        summary = import_model(
+            source, output, dtype=_dtype(dtype), tie=True if tie else None, overwrite=force, progress=progress
+        )
     head = "tied" if summary.tied else "own"
     print(
         f"{output}: {summary.tensor_count} tensors, {summary.param_count:,} parameters, {head} output head,"
         f" {summary.size_bytes / 1e6:,.1f} MB"
     )
-    print(f"{folder}: {identity.effective_vocab_count:,} tokens, {identity.merges_count:,} merges")
+    try:
+        identity = import_any_tokenizer(output, folder, overwrite=force)
+        print(f"{folder}: {identity.effective_vocab_count:,} tokens, {identity.merges_count:,} merges")
+    except TokenizerError as missing:
+        print(f"warning: no tokenizer came with the model: {missing}")
     for note in summary.notes:
         print(f"note: {note}")
+
+
+def export_file(
+    source: Source, /, *, to: Format, output: Output, dtype: ElementType | None = None, force: bool = False
+) -> None:
+    """Write an APR file's model in another format, its tokenizer with it.
+
+    Example: apr-dist export model.apr --to huggingface -o model-hf
+
+    Args:
+        source: APR file.
+        to: huggingface (a folder with config, weights, tokenizer and model card), safetensors, or gguf.
+        output: folder or file to write.
+        dtype: element type; by default the source's, and f16 for gguf.
+        force: replace an existing output.
+    """
+    with bytes_bar(f"exporting {source.name}") as progress:
+        if to is Format.GGUF:
+            if dtype is ElementType.BF16:
+                raise UsageError("gguf is not written as bf16", expected="f32, f16 or q8_0")
+            kind = GgufType(dtype.value) if dtype else GgufType.F16
+            summary = export_gguf(source, output, kind=kind, overwrite=force, progress=progress)
+        else:
+            write = export_huggingface if to is Format.HUGGINGFACE else export_safetensors
+            summary = write(source, output, dtype=_dtype(dtype), overwrite=force, progress=progress)
+    print(
+        f"{output}: {summary.format}, {summary.tensor_count} tensors, {summary.size_bytes / 1e6:,.1f} MB in"
+        f" {len(summary.files)} file(s)"
+    )
+    for note in summary.notes:
+        print(f"note: {note}")
+
+
+def inspect(path: Source, /, *, json: bool = False, tensors: bool = False, quality: bool = False) -> None:
+    """Show what an APR file is: family, dimensions, element types, tie, tokenizer, provenance, checksum.
+
+    Example: apr-dist inspect model.apr --quality
+
+    Args:
+        path: APR file.
+        json: print JSON instead of a table.
+        tensors: also list every tensor.
+        quality: also scan the weights and score the file from 0 to 100.
+    """
+    report = inspect_file(path, quality=quality)
+    if json:
+        facts = report.to_json()
+        if tensors:
+            facts["tensors"] = [
+                {"name": t.name, "dtype": t.dtype.name, "shape": list(t.shape), "bytes": t.size_bytes}
+                for t in report.tensors
+            ]
+        print(json_text.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    print("\n".join(inspection_lines(report, tensors=tensors)))
+
+
+def validate(path: Source, /) -> None:
+    """Check everything that can be wrong with an APR file by itself.
+
+    Example: apr-dist validate model.apr
+
+    Args:
+        path: APR file.
+    """
+    with bytes_bar(f"validating {path.name}") as progress:
+        report = validate_file(path, progress=progress)
+    for check, found in report.checks:
+        print(f"ok: {check}: {found}")
+    print(f"{path}: valid, {report.tensor_count} tensors, {report.size_bytes / 1e6:,.1f} MB")
+
+
+def stamp(
+    source: Source,
+    /,
+    *,
+    output: Output,
+    architecture: str | None = None,
+    hf_architecture: str | None = None,
+    hf_model_type: str | None = None,
+    license: str | None = None,  # noqa: A002  (the flag's name)
+    data_source: str | None = None,
+    data_license: str | None = None,
+    tokenizer: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write an APR file again with other metadata; tensor bytes are copied, never decoded.
+
+    Example: apr-dist stamp m.apr --architecture qwen2 --hf-architecture Qwen2ForCausalLM -o stamped.apr
+
+    Args:
+        source: APR file.
+        output: APR file to write.
+        architecture: family slug, such as qwen2.
+        hf_architecture: Hugging Face class name, such as Qwen2ForCausalLM.
+        hf_model_type: Hugging Face model_type, such as qwen2.
+        license: SPDX expression of the weights' licence.
+        data_source: what the weights were trained on.
+        data_license: SPDX expression of that data's licence.
+        tokenizer: folder whose tokenizer is put into the file.
+        force: replace an existing output.
+    """
+    changes = {
+        "architecture": architecture,
+        "hf_architecture": hf_architecture,
+        "hf_model_type": hf_model_type,
+        "license": license,
+        "data_source": data_source,
+        "data_license": data_license,
+    }
+    with bytes_bar(f"stamping {source.name}") as progress:
+        summary = stamp_file(
+            source, output, changes=changes, tokenizer=tokenizer, overwrite=force, progress=progress
+        )
+    for key, before, after in summary.changes:
+        print(f"{key}: {before} -> {after}")
+    if summary.tokenizer_embedded:
+        print(f"tokenizer: embedded from {tokenizer}")
+    for note in summary.notes:
+        print(f"note: {note}")
+    print(f"{output}: {summary.tensor_count} tensors copied, {summary.size_bytes / 1e6:,.1f} MB")
+
+
+def diff(first: Source, second: Source, /) -> int:
+    """Compare two APR files: metadata, and every tensor that differs; exits 1 when they do.
+
+    Example: apr-dist diff before.apr after.apr
+
+    Args:
+        first: APR file.
+        second: APR file.
+    """
+    with bytes_bar("comparing") as progress:
+        found = diff_files(first, second, progress=progress)
+    for key, before, after in found.metadata:
+        print(f"metadata {key}: {before!r} -> {after!r}")
+    for name in found.only_first:
+        print(f"only in {first}: {name}")
+    for name in found.only_second:
+        print(f"only in {second}: {name}")
+    rows = [
+        (one.name, *(_measure(value) for value in (one.max_abs, one.relative, one.cosine)))
+        for one in found.tensors
+    ]
+    if rows:
+        print("\n".join(table_lines(("tensor", "max abs", "relative", "cosine"), rows)))
+    print(f"{found.identical} tensor(s) identical, {len(found.tensors)} differ")
+    return 0 if found.equal else 1
+
+
+def _dtype(wanted: ElementType | None) -> DType | None:
+    if wanted is ElementType.Q8_0:
+        raise UsageError("q8_0 is written to gguf only", expected="f32, f16 or bf16")
+    return DType[wanted.name] if wanted else None
+
+
+def _measure(value: float | None) -> str:
+    return "other shape" if value is None else f"{value:.6g}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from apr_dist.cli.progress import encode_progress
+from apr_dist.cli.progress import bytes_bar, encode_progress
 from apr_dist.data.corpus import standard_library_sources
+from apr_dist.data.decode import decode_documents
 from apr_dist.data.encode import EncodeSummary, EosPolicy, Normalization, encode_corpus
-from apr_dist.errors import UsageError
+from apr_dist.data.verification import repair_manifest, verify_dataset
+from apr_dist.errors import ExitCode, UsageError
 from apr_dist.interop.tokenizers import import_any_tokenizer
 
 Source = Annotated[Path, tyro.conf.Positional]
@@ -101,6 +104,60 @@ def encode(
             progress=progress,
         )
     _print_summary(summary)
+
+
+def verify(folder: Source, /) -> int:
+    """Check every hash, count and id of a shard folder against its manifest.
+
+    Example: apr-dist tokenize verify shards
+
+    Args:
+        folder: a shard folder, or one with train/ and validation/.
+    """
+    with bytes_bar(f"verifying {folder.name}") as progress:
+        report = verify_dataset(folder, progress=progress)
+    for problem in report.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    for text in report.unchecked:
+        print(f"warning: {text}")
+    if report.ok:
+        print(f"{folder}: {report.shards} shard(s), {report.tokens:,} tokens, all as recorded")
+    return int(ExitCode.OK if report.ok else ExitCode.DATA)
+
+
+def repair(folder: Source, /, *, tokenizer: Path | None = None) -> None:
+    """Rebuild a lost or stale manifest from the shards, and say what it could not know.
+
+    Example: apr-dist tokenize repair-manifest shards --tokenizer tok
+
+    Args:
+        folder: shard folder.
+        tokenizer: tokenizer folder the shards were encoded with.
+    """
+    report = repair_manifest(folder, tokenizer=tokenizer)
+    found = report.manifest
+    state = "written" if report.changed else "already right"
+    print(f"{folder}: manifest {state}: {len(found.shards)} shard(s), {found.total_tokens:,} tokens")
+    for text in report.unknown:
+        print(f"unknown: {text}")
+
+
+def decode(
+    folder: Source, /, *, tokenizer: Path | None = None, start: int = 0, count: int | None = None
+) -> None:
+    """Show documents of a shard folder as text again.
+
+    Example: apr-dist tokenize decode shards/train --tokenizer tok --count 1
+
+    Args:
+        folder: shard folder.
+        tokenizer: tokenizer folder; by default the one the manifest names.
+        start: number of the first document, from 0.
+        count: how many documents; by default all.
+    """
+    for document in decode_documents(folder, tokenizer=tokenizer, start=start, count=count):
+        print(f"--- document {document.number}, {document.shard}, {document.tokens:,} tokens")
+        print(document.text)
 
 
 def _print_summary(summary: EncodeSummary) -> None:

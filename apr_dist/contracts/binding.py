@@ -124,7 +124,11 @@ class _Module:
         seen: set[str] = set()
         for owner, function, outer in self._definitions(common):
             node = "::".join([self.file.as_posix(), *owner, function.name])
-            through = (self.name, function.name) in doors if not owner else _opens(self, function, doors)
+            through = (
+                (self.name, function.name) in doors
+                if not owner
+                else _reaches(self, _names_used(function), doors)
+            )
             yield SuiteTest(
                 node=node,
                 file=self.file,
@@ -183,29 +187,31 @@ def _marker(call: ast.AST, *, case: bool) -> Marker:
 
 def _functions_through_a_door(modules: list[_Module]) -> set[tuple[str, str]]:
     """(module, function) of everything that reaches a front door, found by going round until still."""
+    used = {
+        (m.name, name): (m, _names_used(function)) for m in modules for name, function in m.functions.items()
+    }
     doors: set[tuple[str, str]] = set()
     while True:
-        found = {
-            (module.name, name)
-            for module in modules
-            for name, function in module.functions.items()
-            if _opens(module, function, doors)
-        }
+        found = {key for key, (module, names) in used.items() if _reaches(module, names, doors)}
         if found <= doors:
             return doors
         doors |= found
 
 
-def _opens(module: _Module, function: _Function, doors: set[tuple[str, str]]) -> bool:
-    """Whether the function uses a door module, starts one, or calls what does."""
+def _names_used(function: _Function) -> frozenset[str] | None:
+    """Every name a function uses, its fixtures among them; None when it names a front door itself."""
     names = {argument.arg for argument in function.args.args}
     for statement in function.body:
         for node in ast.walk(statement):
             if _names_a_door(node):
-                return True
+                return None
             if isinstance(node, ast.Name):
                 names.add(node.id)
-    return any(_leads_to_a_door(module, name, doors) for name in names)
+    return frozenset(names)
+
+
+def _reaches(module: _Module, names: frozenset[str] | None, doors: set[tuple[str, str]]) -> bool:
+    return names is None or any(_leads_to_a_door(module, name, doors) for name in names)
 
 
 def _leads_to_a_door(module: _Module, name: str, doors: set[tuple[str, str]]) -> bool:

@@ -30,7 +30,7 @@ def is_publishing(folder: Path) -> bool:
     """Whether the run in ``folder`` was broken off while it moved its finished files into place."""
     try:
         lines = (folder / JOURNAL_NAME).read_bytes().splitlines()
-    except FileNotFoundError:
+    except OSError:  # none there, or not readable: opening it says so
         return False
     return bool(lines) and lines[-1] == json.dumps(_PUBLISHING).encode()
 

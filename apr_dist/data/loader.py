@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ class TokenLoader:
         max_open_shards: shards kept open at once; views keep theirs beyond that.
         recheck_s: an open shard not looked at for this long is compared with its file again.
         prefetch_batches: global batches made ahead by a thread once batches are taken in order; 0: none;
-            None: by their size, two to eight.
+            None: by their size, two to eight, or many views.
         pin_memory: gather into page-locked memory; None: where a CUDA device is. Views are never pinned.
         dtype: of gathered batches: int32, or int64 for a consumer on the CPU that indexes with nothing
             else. Send int32 to a device and widen there.
@@ -108,15 +109,13 @@ class TokenLoader:
             "recheck_s": recheck_s,
             "wide": dtype == torch.int64,
         }
-        self._fingerprint = dataset.fingerprint
         self._stream = ShardStream(
             dataset, self._options, cycle=-(-CYCLE_BATCHES * global_batch // self._block)
         )
         self._batches = self._count_batches()
-        self._depth = (
-            default_depth(self._share, seq_length + 1) if prefetch_batches is None else prefetch_batches
-        )
         self._views = self.shuffle is Shuffle.BLOCK and self._options["access"] == Access.MMAP.value
+        depth = default_depth(self._share, seq_length + 1, views=self._views)
+        self._depth = depth if prefetch_batches is None else prefetch_batches
         self._pin_memory, self._dtype = pin_memory, dtype
         self._ahead: RunAhead | None = None
         self._latest = -1
@@ -298,6 +297,11 @@ class TokenLoader:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.process == os.getpid():
             ahead.close()
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Worked out when a state is first wanted: it reads every shard's entry."""
+        return self._dataset.fingerprint
 
     def _check_order(self, block: int, max_epochs: int | None, dtype: torch.dtype) -> None:
         if block < 1 or (self.shuffle is Shuffle.BLOCK and block % self._micro):

@@ -16,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 from apr_dist._rust_loader import Prefetcher, TokenStream
 
 _LARGE_BYTES = 4 << 20
+_VIEWED = 64
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class BufferKind:
     pinned: bool
 
 
-def default_depth(share: int, width: int) -> int:
-    """Batches worth keeping ready: two, and more of small ones, up to eight."""
-    return max(2, min(8, _LARGE_BYTES // (share * width * 4)))
+def default_depth(share: int, width: int, *, views: bool) -> int:
+    """Batches worth keeping ready: two, up to eight of small ones, and many where none takes memory."""
+    return _VIEWED if views else max(2, min(8, _LARGE_BYTES // (share * width * 4)))
 
 
 class RunAhead:

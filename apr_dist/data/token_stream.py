@@ -16,8 +16,7 @@ from apr_dist.data.mixture import Mixture, sources_of
 from apr_dist.errors import DataError, ManifestError, UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from apr_dist._rust_loader import SourceFacts
     from apr_dist.data.manifest import Manifest, Shard
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
@@ -142,20 +141,22 @@ def choice(kind: type[_Choice], value: str, name: str) -> _Choice:
         raise UsageError(f"{name} is {value!r}", expected=f"one of {', '.join(kind)}") from error
 
 
-def _source(
-    dataset: Manifest, key: int, units: int
-) -> tuple[Path, list[tuple[str, int, int | None]], int, int]:
-    shards = [
-        (shard.file, shard.tokens, int(shard.xxh3_64, 16) if shard.xxh3_64 else None)
-        for shard in dataset.shards
-    ]
-    return dataset.folder, shards, key, units
+def _source(dataset: Manifest, key: int, units: int) -> SourceFacts:
+    shards = dataset.shards
+    return (
+        dataset.folder,
+        [shard.file for shard in shards],
+        [shard.tokens for shard in shards],
+        [int(shard.xxh3_64, 16) if shard.xxh3_64 else None for shard in shards],
+        key,
+        units,
+    )
 
 
 def _check_size(dataset: Manifest, needed: int) -> None:
     if not dataset.shards:
         raise ManifestError("it holds no shards", where=dataset.folder, expected="at least one shard")
-    longest = max(shard.tokens for shard in dataset.shards)
+    longest = max([shard.tokens for shard in dataset.shards])
     if longest < needed:
         raise DataError(
             f"the longest shard holds {longest} tokens",

@@ -15,8 +15,9 @@ from typing import Any
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
-from apr_dist.data.manifest import Manifest
-from apr_dist.data.tokenizer import load_tokenizer
+from apr_dist.data.manifest import Manifest, TokenizerIdentity
+from apr_dist.data.tokenizer import identify, load_tokenizer
+from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary, weights
 from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
@@ -248,9 +249,8 @@ def _recorded_loss(found: Preflight) -> float | None:
 
 def _check_tokenizer(found: Preflight, config: TrainConfig, training: Manifest, rows: int) -> GateResult:
     recorded = training.tokenizer
-    folder = config.tokenizer or _beside(config.init)
-    own = load_tokenizer(folder).identity if folder else None
-    where = folder or training.folder
+    own, where = _own_tokenizer(config, found.reader)
+    where = where or training.folder
     identity = own or recorded
     # Ids may have gaps: what the model needs rows for is the bound of the ids, not their number.
     tokens = max(identity.effective_vocab_count, identity.id_bound) if identity else training.vocab_size
@@ -276,6 +276,18 @@ def _check_tokenizer(found: Preflight, config: TrainConfig, training: Manifest, 
         measured=f"{tokens:,} tokens, {rows:,} rows",
         required=f"{'at most' if from_init else 'exactly'} {rows:,} tokens",
     )
+
+
+def _own_tokenizer(
+    config: TrainConfig, reader: AprReader | None
+) -> tuple[TokenizerIdentity | None, Path | None]:
+    """The tokenizer that was named, else the one inside the model file, else the one beside it."""
+    embedded = reader.metadata.custom.get("tokenizer.json") if reader else None
+    if config.tokenizer is None and reader is not None and isinstance(embedded, str):
+        content = embedded.encode()
+        return identify(parse_tokenizer_json(content, where=reader.path), content, {}), reader.path
+    folder = config.tokenizer or _beside(config.init)
+    return (load_tokenizer(folder).identity, folder) if folder else (None, None)
 
 
 def _beside(init: Path | None) -> Path | None:

@@ -210,8 +210,22 @@ class _Cursor:
         if count > _MAX_ARRAY:
             raise IndexError(f"an array of {count} values")
         if kind == _STRING:
-            return [self.string() for _ in range(count)]
+            return self._strings(count)
         return self._numbers(kind, count)
+
+    def _strings(self, count: int) -> list[str]:
+        """As ``string``, in one loop without calls: a vocabulary has a hundred thousand of them."""
+        data, position, limit = self._data, self.position, len(self._data)
+        length_at = struct.Struct("<Q").unpack_from
+        found: list[str] = []
+        for _ in range(count):
+            start = position + 8
+            position = start + length_at(data, position)[0]
+            if position > limit:
+                raise IndexError(f"a string ends at byte {position} of {limit}")
+            found.append(str(data[start:position], "utf-8"))
+        self.position = position
+        return found
 
     def _numbers(self, kind: int, count: int) -> npt.NDArray[Any]:
         if kind not in _SCALARS:

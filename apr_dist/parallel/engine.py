@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from apr_dist.errors import DistributedError
 from apr_dist.model.transformer import Decoder
+from apr_dist.parallel.moments import flat_parts
 from apr_dist.parallel.runtime import Runtime, assert_wrapped
 from apr_dist.parallel.sharding import assert_spread
 from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
@@ -171,6 +172,7 @@ class ZeroEngine(Engine):
         # Under ZeRO-3 only the engine's forward knows that a head may be the embedding's weight.
         self.evaluated = self._engine if runtime.strategy is Strategy.ZERO3 else decoder
         self.evidence = {**assert_spread(decoder, runtime), "zero_stage": stage}
+        self.evidence["optimizer_elements"] = self._optimizer_elements(runtime)
 
     def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
         """See `Engine.accumulate`."""
@@ -187,6 +189,13 @@ class ZeroEngine(Engine):
         norm = float(self._engine.get_global_grad_norm())
         check(norm)
         return norm
+
+    def _optimizer_elements(self, runtime: Runtime) -> list[int]:
+        """Elements of the f32 masters that each rank updates."""
+        held = torch.zeros(runtime.world_size, dtype=torch.int64, device=runtime.device)
+        held[runtime.rank] = sum(part.numel() for part in flat_parts(self.optimizer, runtime))
+        counts: list[int] = runtime.sum(held).tolist()
+        return counts
 
     def _assert_active(self, stage: int, grad_clip: float) -> None:
         found = (self._engine.zero_optimization_stage(), self._engine.gradient_clipping())

@@ -90,7 +90,7 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
     if isinstance(parameter, DTensor):
         yield parameter.full_tensor().detach()
     elif hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters  # noqa: PLC0415  (slow to import, rarely needed)
+        from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415  (slow to import, rarely needed)
 
         with GatheredParameters([parameter]):
             yield parameter.detach()
@@ -98,22 +98,22 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
         yield parameter.detach()
 
 
-def fill(parameter: nn.Parameter, values: Tensor | None, runtime: Runtime) -> None:
+def fill(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
     """Give one parameter, wherever its parts lie, the values rank 0 holds; a collective.
 
     Args:
-        parameter: replicated, an FSDP2 shard, or a ZeRO-3 partition.
+        parameter: replicated, an FSDP2 shard, or a ZeRO-3 partition; or a moment lying like one.
         values: the whole f32 values on rank 0, in host memory; None elsewhere.
         runtime: this rank's view of the run.
     """
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters  # noqa: PLC0415  (slow to import, rarely needed)
+        from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415  (slow to import, rarely needed)
 
         with GatheredParameters([parameter], modifier_rank=0):
             if values is not None:
                 parameter.data.copy_(values)
     elif isinstance(parameter, DTensor):
-        whole = _received(whole_shape(parameter), values, runtime)
+        whole = received(whole_shape(parameter), values, runtime)
         parameter.to_local().copy_(_part(whole, parameter))
     else:
         if values is not None:
@@ -121,7 +121,8 @@ def fill(parameter: nn.Parameter, values: Tensor | None, runtime: Runtime) -> No
         runtime.broadcast(parameter.data)
 
 
-def _received(shape: tuple[int, ...], values: Tensor | None, runtime: Runtime) -> Tensor:
+def received(shape: tuple[int, ...], values: Tensor | None, runtime: Runtime) -> Tensor:
+    """Rank 0's f32 values of this shape, on every rank's device; a collective."""
     if values is None:
         whole = torch.empty(shape, dtype=torch.float32, device=runtime.device)
     else:
@@ -137,6 +138,13 @@ def _part(whole: Tensor, parameter: DTensor) -> Tensor:
     size, rank = mesh.size(cut), mesh.get_local_rank(cut)
     rows = -(-whole.shape[0] // size)
     return whole[min(rank * rows, whole.shape[0]) : min((rank + 1) * rows, whole.shape[0])]
+
+
+def zero3_part(whole: Tensor, parameter: Tensor, runtime: Runtime) -> Tensor:
+    """The elements of the whole tensor that are this rank's under ZeRO-3; the last part is padded."""
+    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    flat = whole.flatten()[runtime.rank * size : (runtime.rank + 1) * size]
+    return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
 def assert_spread(model: nn.Module, runtime: Runtime) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Optimizer state between memory and one safetensors file, by parameter name.
 
 Names, not positions, tie a moment to its weight, so a file fits whatever order or grouping a later
-version builds. Under one process and under DDP every rank holds the whole state; rank 0 writes it and
-every rank reads it. No pickle is written or read.
+version builds; whole tensors, not shards, so it fits another world size or strategy. Rank 0 writes it
+and reads it for all. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import nn
 
 from apr_dist.data.storage import flush_folder, writing_to
 from apr_dist.errors import DamagedModelFile
+from apr_dist.parallel.moments import MOMENTS, STEP, fill_moments
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.sharding import whole_shape
 
 STATE_DAMAGED = "FALSIFY-APR-DIST-CHECKPOINT-006"
-
-_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save_optimizer(moments: Mapping[str, torch.Tensor], path: Path) -> str:
@@ -77,34 +77,20 @@ def load_optimizer(
         empty = runtime.broadcast_json(None if file is None else not file.keys())
         if empty:  # saved before the first step
             return
-        for name, weight in model.named_parameters():
-            optimizer.state[weight] = _moments(file, name, weight, runtime)
+        fill_moments(model, optimizer, None if file is None else file.get_tensor, runtime)
 
 
 def _check_names(model: nn.Module, path: Path) -> None:
     with _opened(path) as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     wanted = {
-        f"{name}.{key}": () if key == "step" else tuple(weight.shape)
+        f"{name}.{key}": () if key == STEP else whole_shape(weight)
         for name, weight in model.named_parameters()
-        for key in _KEYS
+        for key in (*MOMENTS, STEP)
     }
     odd = [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
     if found and odd:
         raise _damaged(path, f"{len(odd)} tensors are missing, left over or misshapen, first {min(odd)}")
-
-
-def _moments(
-    file: safe_open | None, name: str, weight: nn.Parameter, runtime: Runtime
-) -> dict[str, torch.Tensor]:
-    moments = {key: torch.zeros_like(weight, memory_format=torch.contiguous_format) for key in _KEYS[:2]}
-    # Fused AdamW keeps its step counter beside the weights.
-    moments["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-    for key, value in moments.items():
-        if file is not None:
-            value.copy_(file.get_tensor(f"{name}.{key}"))  # type: ignore[no-untyped-call]
-        runtime.broadcast(value)
-    return {key: value.detach() for key, value in moments.items()}
 
 
 def file_digest(path: Path) -> str:

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import nn
 
-from apr_dist.apr.layout import DType
+from apr_dist.apr.layout import VOCABULARY, DType, Flag
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
@@ -199,7 +199,8 @@ def _write(
 ) -> None:
     specs = [TensorSpec(name, DType.F32, whole_shape(weight)) for name, weight in weights.items()]
     written: dict[str, str] = {}
-    with AprWriter(path, metadata=metadata, tensors=specs, overwrite=overwrite) as writer:
+    flags = Flag.ROW_MAJOR | (Flag.HAS_VOCAB if VOCABULARY in metadata.custom else Flag(0))
+    with AprWriter(path, metadata=metadata, tensors=specs, flags=flags, overwrite=overwrite) as writer:
         for name, parameter in turns:
             with gathered(parameter) as values:
                 array = _host_array(values)

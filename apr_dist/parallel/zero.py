@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
-
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.runtime import Runtime
 
@@ -60,9 +58,8 @@ def zero_init(config: TransformerConfig, runtime: Runtime) -> contextlib.Abstrac
 
     deepspeed.init_distributed(dist_backend="gloo" if runtime.device.type == "cpu" else "nccl")
     settings = zero_config(3, runtime, micro_batch=1, grad_clip=1.0, kept_whole=vector_elements(config))
-    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(
-        config_dict_or_path=settings, dtype=torch.float32
-    )
+    # The type comes from the configuration: an explicit dtype is overruled on devices without f16.
+    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=settings)
     return context
 
 

@@ -14,7 +14,7 @@ from apr_dist.config import Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 
 LOGITS_CHUNK_BYTES = 128 << 20
-"""Largest chunk of f32 logits the loss holds at once (``apr_dist.model.loss.CHUNK_BYTES``)."""
+"""Largest chunk of logits the loss holds at once (``apr_dist.model.loss.CHUNK_BYTES``)."""
 
 F32 = 4
 """Bytes of weights, gradients and optimizer moments, whatever the compute type is."""
@@ -79,50 +79,77 @@ class Load:
         return 2 if self.precision is Precision.BF16 else F32
 
 
-def estimate(model: TransformerConfig, load: Load, *, strategy: StrategyChoice, world_size: int) -> Memory:
-    """Memory of the fullest process at its fullest moment.
+def estimate(
+    model: TransformerConfig, load: Load, *, strategy: StrategyChoice, world_size: int, shard_size: int
+) -> Memory:
+    """Memory of one process at its fullest moment.
 
     Three moments can be the fullest: the loss (all activations, the logits), the first layer of
     backward (all activations, that layer's gradients), and the end of backward (all gradients).
+
+    Args:
+        model: the decoder.
+        load: what one process computes at once.
+        strategy: how the model is spread; ``auto`` is single or DDP, as the world size says.
+        world_size: processes in all.
+        shard_size: processes that share one copy under ``hsdp``.
     """
     count = model.parameter_count()
-    ddp = strategy is StrategyChoice.DDP or (strategy is StrategyChoice.AUTO and world_size > 1)
+    parts = _shards(strategy, world_size, shard_size)
+    gradients = F32 * count // parts.gradients
     state = {
-        "weights": F32 * count + _compute_copies(model, load),
-        "optimizer": 2 * F32 * count,
-        "buckets": F32 * count if ddp else 0,
+        "weights": F32 * count // parts.weights + _gathered(model, load, strategy),
+        "optimizer": 2 * F32 * count // parts.optimizer,
+        "buckets": F32 * count if _is_ddp(strategy, world_size) else 0,
     }
-    kept = F32 * count if load.accumulates else 0
+    kept = gradients if load.accumulates else 0
     activations = model.num_layers * layer_bytes(model, load) + _end_bytes(model, load)
     head = model.vocab_size * model.hidden_size * F32
+    at_loss = {"gradients": kept, "loss": _logits_bytes(model, load) + head, "working": 0}
+    at_start = {"gradients": kept, "loss": head, "working": _backward_bytes(model, load)}
+    # A tied embedding gets two gradients, the head's and the lookup's, and their sum beside both.
+    at_end = {"gradients": gradients, "loss": 0, "working": 2 * head if model.tie_word_embeddings else 0}
     moments = [
-        Memory(
-            **state,
-            gradients=kept,
-            activations=activations,
-            loss=_logits_bytes(model, load) + head,
-            working=0,
-            moment="loss",
-        ),
-        Memory(
-            **state,
-            gradients=kept + _mlp_bytes(model),
-            activations=activations,
-            loss=head,
-            working=_backward_bytes(model, load),
-            moment="start of backward",
-        ),
-        Memory(
-            **state,
-            gradients=F32 * count,
-            activations=0,
-            loss=0,
-            # A tied embedding gets two gradients: the head's waits while the lookup's is made.
-            working=head if model.tie_word_embeddings or load.accumulates else 0,
-            moment="end of backward",
-        ),
+        Memory(**state, **at_loss, activations=activations, moment="loss"),
+        Memory(**state, **at_start, activations=activations, moment="start of backward"),
+        Memory(**state, **at_end, activations=0, moment="end of backward"),
     ]
     return max(moments, key=lambda moment: moment.total)
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Into how many parts each kind of state is cut."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def _shards(strategy: StrategyChoice, world: int, shard_size: int) -> _Shards:
+    if strategy in {StrategyChoice.FSDP2, StrategyChoice.SHARD_GRAD_OP, StrategyChoice.ZERO3}:
+        return _Shards(world, world, world)
+    if strategy is StrategyChoice.HSDP:
+        return _Shards(shard_size, shard_size, shard_size)
+    if strategy is StrategyChoice.ZERO2:
+        return _Shards(1, world, world)
+    return _Shards(1, 1, world if strategy is StrategyChoice.ZERO1 else 1)
+
+
+def _is_ddp(strategy: StrategyChoice, world: int) -> bool:
+    return strategy is StrategyChoice.DDP or (strategy is StrategyChoice.AUTO and world > 1)
+
+
+def _gathered(model: TransformerConfig, load: Load, strategy: StrategyChoice) -> int:
+    """Whole weights held beside a process's own: gathered ones, and autocast's copies on a GPU."""
+    count, width = model.parameter_count(), load.compute_bytes
+    if strategy is StrategyChoice.SHARD_GRAD_OP:
+        return width * count
+    if strategy in {StrategyChoice.FSDP2, StrategyChoice.HSDP, StrategyChoice.ZERO3}:
+        ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+        # This block and the next, which is fetched meanwhile, beside embedding and head.
+        return width * (ends + 2 * (count - ends) // model.num_layers)
+    return width * count if load.cuda and load.precision is Precision.BF16 else 0
 
 
 def layer_bytes(model: TransformerConfig, load: Load) -> int:
@@ -136,8 +163,8 @@ def layer_bytes(model: TransformerConfig, load: Load) -> int:
         linear_inputs = 2 * hidden
         gates = 4 * inner if load.cuda else 2 * inner
     else:
-        # Autocast casts the normed input once for each linear map that reads it.
-        linear_inputs = 5 * hidden if load.cuda else 4 * hidden
+        # On a GPU autocast casts the normed input once for each linear map that reads it.
+        linear_inputs = 5 * hidden if load.cuda else 2 * hidden
         gates = 4 * inner if load.cuda else 2 * inner
     per_token = (
         F32 * 2 * hidden + width * (linear_inputs + attention + normed + gates) + F32 * model.num_heads
@@ -151,25 +178,18 @@ def _end_bytes(model: TransformerConfig, load: Load) -> int:
 
 
 def _logits_bytes(model: TransformerConfig, load: Load) -> int:
-    chunk = min(load.tokens, max(1, LOGITS_CHUNK_BYTES // (F32 * model.vocab_size)))
-    # The chunk before is still there while the next, perhaps shorter, is computed.
-    live = min(load.tokens, 2 * chunk)
-    width = F32 if load.precision is Precision.F32 else F32 + load.compute_bytes
-    return live * model.vocab_size * width
+    chunk = min(load.tokens, max(1, LOGITS_CHUNK_BYTES // (load.compute_bytes * model.vocab_size)))
+    if load.cuda:
+        widened = F32 if load.precision is Precision.BF16 else 0
+        # The chunk before is still there while the next, perhaps shorter, is computed.
+        return min(load.tokens, 2 * chunk) * model.vocab_size * (load.compute_bytes + widened)
+    # The head's gradient is a product with the transposed chunk, which the CPU library copies.
+    return 2 * chunk * model.vocab_size * load.compute_bytes
 
 
 def _backward_bytes(model: TransformerConfig, load: Load) -> int:
     """The gradients of gate, up, their product and the recomputed product, with the residual's."""
     return load.tokens * (4 * model.intermediate_size * load.compute_bytes + 2 * F32 * model.hidden_size)
-
-
-def _mlp_bytes(model: TransformerConfig) -> int:
-    return F32 * 3 * model.hidden_size * model.intermediate_size
-
-
-def _compute_copies(model: TransformerConfig, load: Load) -> int:
-    """Autocast keeps a copy of every matrix it multiplied by until backward is done."""
-    return 0 if load.precision is Precision.F32 else load.compute_bytes * model.parameter_count()
 
 
 PARTS: Mapping[str, str] = {

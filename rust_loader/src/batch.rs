@@ -63,24 +63,40 @@ pub fn views(shards: &ShardSet, rows: &[Row], width: usize, rows_per_view: usize
 
 /// Asks the system to read `rows` without waiting for them.
 pub fn read_ahead(shards: &ShardSet, rows: &[Row], width: usize) -> Result<()> {
-    for rows in rows.chunks(GATHER_CHUNK) {
-        let open = shards.get_all(rows.iter().map(|row| row.shard))?;
-        for (shard, row) in open.iter().zip(rows) {
-            shard.will_need(row.start, width);
-        }
+    for run in Run::of(rows, width) {
+        shards.get(run.shard)?.will_need(run.start, run.len);
     }
     Ok(())
 }
 
 /// Reads `rows` and maps them, so that copying them cannot fail for want of the storage.
 pub fn populate(shards: &ShardSet, rows: &[Row], width: usize) -> Result<()> {
-    for rows in rows.chunks(GATHER_CHUNK) {
-        let open = shards.get_all(rows.iter().map(|row| row.shard))?;
-        for (shard, row) in open.iter().zip(rows) {
-            shard.populate(row.start, width)?;
-        }
+    for run in Run::of(rows, width) {
+        shards.get(run.shard)?.populate(run.start, run.len)?;
     }
     Ok(())
+}
+
+/// Tokens of one shard that follow each other: the rows of a block are one run.
+struct Run {
+    shard: u32,
+    start: u64,
+    len: usize,
+}
+
+impl Run {
+    fn of(rows: &[Row], width: usize) -> Vec<Self> {
+        let mut runs: Vec<Self> = Vec::with_capacity(rows.len());
+        for row in rows {
+            match runs.last_mut() {
+                Some(run) if run.shard == row.shard && run.start + run.len as u64 - 1 == row.start => {
+                    run.len += width - 1;
+                }
+                _ => runs.push(Self { shard: row.shard, start: row.start, len: width }),
+            }
+        }
+        runs
+    }
 }
 
 fn count_bytes(shards: &ShardSet, words: usize) {
@@ -208,6 +224,14 @@ mod tests {
         }
         assert!(narrow.iter().zip(&wide).all(|(&narrow, &wide)| i64::from(narrow) == wide));
         assert_eq!(set.counters.bytes.load(Ordering::Relaxed), 2 * 100 * 9 * 4);
+    }
+
+    #[test]
+    fn rows_that_follow_each_other_are_one_run() {
+        let rows =
+            [(0, 0), (0, 4), (1, 8), (1, 0), (1, 4), (1, 8)].map(|(shard, start)| Row { shard, start });
+        let runs: Vec<_> = Run::of(&rows, 5).into_iter().map(|run| (run.shard, run.start, run.len)).collect();
+        assert_eq!(runs, [(0, 0, 9), (1, 8, 5), (1, 0, 13)]);
     }
 
     #[test]

@@ -23,8 +23,11 @@ const WARM_ADVICE: Duration = Duration::from_micros(4);
 /// Steps without a cold row after which advice is no longer given.
 const WARM_STEPS: u32 = 32;
 
-/// Rows that are asked for ahead of the one that is copied, at least.
+/// Rows that are asked for ahead of the one that is copied, at least: enough to keep a disk busy.
 const ROWS_AHEAD: u64 = 64;
+
+/// Tokens that are asked for ahead where they follow each other: enough to read as fast as in order.
+const TOKENS_AHEAD: u64 = 4 << 20;
 
 #[allow(clippy::struct_excessive_bools, reason = "four independent facts about two threads")]
 struct Queue<T> {
@@ -243,7 +246,8 @@ impl Filler {
     /// A filler at the beginning of `course`.
     #[must_use]
     pub fn new(stream: Arc<Stream>, shards: Arc<ShardSet>, course: Course) -> Self {
-        let steps_ahead = to_usize(ROWS_AHEAD.div_ceil(course.count.max(1)).max(2));
+        let rows = if shards.options().sequential { TOKENS_AHEAD / stream.width() } else { ROWS_AHEAD };
+        let steps_ahead = to_usize(rows.div_ceil(course.count.max(1)).max(2));
         Self {
             stream,
             shards,

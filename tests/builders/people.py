@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.transformer import Decoder
 from apr_dist.training.memory import Load
+from apr_dist.training.optimizer import build_optimizer
 
 _TRAIN_AND_MEASURE = """
 import resource, sys
@@ -67,5 +77,48 @@ def measured_peak(sizes: dict[str, int], load: Load) -> int:
         capture_output=True,
         text=True,
         check=True,
+        # Freed blocks go back to the kernel, so that the peak is what was needed, not what malloc kept.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"},
     )
     return int(result.stdout)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of CPU tensors that are alive while it is entered; ``peak`` is the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return made
+
+
+def two_steps(config: TransformerConfig, load: Load) -> None:
+    """Train a decoder for two optimizer steps, as the trainer does on one process."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device="cpu")
+    model.reset_buffers()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0.0, 0.02)
+    optimizer = build_optimizer(model, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8)
+    shape = (load.micro_batch, load.seq_length + 1)
+    for _ in range(2):
+        for _ in range(2 if load.accumulates else 1):
+            tokens = torch.randint(0, config.vocab_size, shape, dtype=torch.int32)
+            model(tokens[:, :-1], tokens[:, 1:].long())[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

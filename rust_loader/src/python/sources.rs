@@ -8,11 +8,10 @@ use pyo3::prelude::*;
 use crate::shard::{Access, ShardFacts, Verify};
 use crate::stream::SourceFacts;
 
-/// Name, tokens and hash of one shard.
-type ShardTuple = (String, u64, Option<u64>);
-
-/// Folder, shards, identity and units per cycle of one source.
-pub type SourceTuple = (PathBuf, Vec<ShardTuple>, u64, u64);
+/// Folder; file names, tokens and hashes of the shards; identity; units per cycle of one source.
+///
+/// Lists of numbers, not a list of tuples: Python's collector would walk a hundred thousand of those.
+pub type SourceTuple = (PathBuf, Vec<String>, Vec<u64>, Vec<Option<u64>>, u64, u64);
 
 /// The sources taken apart: their shards lie one after the other.
 #[derive(Default)]
@@ -29,15 +28,15 @@ impl Parts {
     /// Takes `sources` apart.
     pub fn of(sources: Vec<SourceTuple>) -> PyResult<Self> {
         let mut parts = Self::default();
-        for (path, shards, id, units_per_cycle) in sources {
+        for (path, files, tokens, hashes, id, units_per_cycle) in sources {
+            if files.len() != tokens.len() || files.len() != hashes.len() {
+                return Err(PyValueError::new_err("one name, size and hash a shard"));
+            }
             let folder = u32::try_from(parts.folders.len())?;
             parts.folders.push(path);
-            parts.sources.push(SourceFacts {
-                id,
-                shard_count: u32::try_from(shards.len())?,
-                units_per_cycle,
-            });
-            parts.facts.extend(shards.into_iter().map(|(file, words, xxh3)| ShardFacts {
+            parts.sources.push(SourceFacts { id, shard_count: u32::try_from(files.len())?, units_per_cycle });
+            let shards = files.into_iter().zip(tokens).zip(hashes);
+            parts.facts.extend(shards.map(|((file, words), xxh3)| ShardFacts {
                 folder,
                 file: file.into_boxed_str(),
                 words,

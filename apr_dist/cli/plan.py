@@ -1,0 +1,52 @@
+"""The verb that says what a run will be; it takes the trainer's own flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from apr_dist.config import parse_command_line
+from apr_dist.errors import ExitCode, UsageError
+from apr_dist.training.plan import Rate, make_plan
+from apr_dist.training.plan_text import plan_json, plan_lines
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Say what a run will take, and ask its gates, without starting it; takes the trainer's flags.
+
+    Example: apr-dist plan --config configs/demo.yaml --init model.apr --tokens-per-second 900
+    """
+    parser = argparse.ArgumentParser(
+        prog="apr-dist plan",
+        description=plan.__doc__,
+        epilog="Every other flag is the trainer's; apr-dist config show lists their keys.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--processes", type=int, default=1, help="processes that will run (default: 1)")
+    parser.add_argument("--tokens-per-second", type=float, help="speed of the whole run, for its time")
+    parser.add_argument("--mfu", type=float, help="share of --peak-tflops that is reached, such as 0.4")
+    parser.add_argument("--peak-tflops", type=float, help="peak of one device in TFLOP/s, such as 989")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given, rest = parser.parse_known_args(list(arguments))
+    _check(given)
+    peak = None if given.peak_tflops is None else given.peak_tflops * 1e12
+    rate = Rate(tokens_per_s=given.tokens_per_second, mfu=given.mfu, peak_flops=peak)
+    made = make_plan(parse_command_line(rest).config, world_size=given.processes, rate=rate)
+    if given.json:
+        print(json.dumps(plan_json(made), indent=2))
+    else:
+        print("\n".join(plan_lines(made)))
+    return int(made.refusal.exit_code if made.refusal else ExitCode.OK)
+
+
+def _check(given: argparse.Namespace) -> None:
+    for name in ("processes", "tokens_per_second", "mfu", "peak_tflops"):
+        value = getattr(given, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} is {value}", where="command line", expected="a number above 0")
+    if (given.mfu is None) != (given.peak_tflops is None):
+        raise UsageError(
+            "one of --mfu and --peak-tflops is missing", where="command line", expected="both, or neither"
+        )

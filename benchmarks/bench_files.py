@@ -1,0 +1,156 @@
+"""APR beside safetensors: load, verify and write a model of about 500 MB; import beside a plain copy.
+
+Everything in one run on one machine, the two sides of a row alternating; the figure is the ratio of
+the medians. Run it as ``python benchmarks/bench_files.py [--megabytes 500] [--rounds 5] [--json PATH]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from apr_dist.apr.layout import DType
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.reader import AprReader
+from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.interop.huggingface import import_huggingface
+from apr_dist.interop.inspection import validate_file
+
+ROWS, COLUMNS = 4096, 1024
+
+
+def make_tensors(megabytes: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    count = max(1, megabytes * 1_000_000 // (2 * ROWS * COLUMNS))
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(count)]
+    return {name: torch.randn(ROWS, COLUMNS, generator=generator).to(torch.float16) for name in names}
+
+
+def write_apr(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    specs = [TensorSpec(name, DType.F16, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with AprWriter(path, metadata=AprMetadata(), tensors=specs, overwrite=True) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.numpy())
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def load_apr(path: Path) -> int:
+    """Every tensor as its own copy in memory, without the checksum."""
+    with AprReader(path, verify="structure") as reader:
+        return sum(torch.from_numpy(np.array(reader.array(name))).numel() for name in reader.tensors)
+
+
+def load_safetensors(path: Path) -> int:
+    return sum(tensor.clone().numel() for tensor in load_file(path).values())
+
+
+def open_apr(path: Path) -> int:
+    """Every tensor as a view, nothing touched."""
+    with AprReader(path, verify="structure") as reader:
+        return sum(reader.array(name).size for name in reader.tensors)
+
+
+def open_safetensors(path: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(path).values())
+
+
+def verify_apr(path: Path) -> None:
+    AprReader(path).close()
+
+
+def bare_crc(path: Path) -> None:
+    """CRC32 of the same bytes in equal parts on as many cores, not combined."""
+    data = np.memmap(path, np.uint8, mode="r")
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(zlib.crc32, [data[i : i + (16 << 20)] for i in range(0, data.size, 16 << 20)]))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> dict[str, list[float]]:
+    """Seconds of both sides, alternating, after one round that is not counted."""
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for counted in (False, *[True] * rounds):
+        for side, action in (("ours", ours), ("theirs", theirs)):
+            seconds = timed(action)
+            if counted:
+                times[side].append(seconds)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    tensors = make_tensors(arguments.megabytes)
+    results: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        apr, other = folder / "x.apr", folder / "model.safetensors"
+        (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+        pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "write, checksummed and fsynced / save_file, fsynced": (
+                lambda: write_apr(apr, tensors),
+                lambda: write_safetensors(other, tensors),
+            ),
+            "load into memory / load_file and clone": (
+                lambda: load_apr(apr),
+                lambda: load_safetensors(other),
+            ),
+            "open as views / load_file": (lambda: open_apr(apr), lambda: open_safetensors(other)),
+            "verify / bare crc32 on as many cores": (lambda: verify_apr(apr), lambda: bare_crc(apr)),
+            "validate (checksums and finite scan) / bare crc32": (
+                lambda: validate_file(apr),
+                lambda: bare_crc(apr),
+            ),
+            "import from Hugging Face / copy of the bytes, fsynced": (
+                lambda: import_huggingface(other, folder / "y.apr", overwrite=True),
+                lambda: copy_file(other, folder / "copy"),
+            ),
+        }
+        for label, (ours, theirs) in pairs.items():
+            results[label] = compare(ours, theirs, arguments.rounds)
+        size = apr.stat().st_size
+    cores = len(os.sched_getaffinity(0))
+    print(f"{size / 1e6:.0f} MB, {arguments.rounds} rounds, {cores} cores; seconds: median (min-max)")
+    for label, times in results.items():
+        columns = [f"{statistics.median(t):7.3f} ({min(t):.3f}-{max(t):.3f})" for t in times.values()]
+        ratio = statistics.median(times["ours"]) / statistics.median(times["theirs"])
+        speed = size / statistics.median(times["ours"]) / 1e9
+        print(f"{label:54} {columns[0]:24} {columns[1]:24} ratio {ratio:5.2f}  {speed:6.2f} GB/s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"bytes": size, "seconds": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

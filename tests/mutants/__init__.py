@@ -1,0 +1,13 @@
+"""The ways of breaking the code that ``mutate.py`` tries, each with the falsifier that must notice."""
+
+from mutants import data, gates, model_and_files, training
+from mutants.change import Change
+
+__all__ = ["MUTANTS", "Change"]
+
+MUTANTS: tuple[Change, ...] = (
+    *gates.MUTANTS,
+    *model_and_files.MUTANTS,
+    *training.MUTANTS,
+    *data.MUTANTS,
+)

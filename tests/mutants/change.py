@@ -1,0 +1,77 @@
+"""One way of breaking the code, and the names that the tables of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of one place.
+
+    Attributes:
+        falsifier: the id whose bound tests must turn red.
+        what: the change in words.
+        file: the file, relative to the repository.
+        old: the text there now; it occurs once.
+        new: the text put in its place.
+        also: other falsifiers that rest on the same line, whose tests may turn red as well.
+    """
+
+    falsifier: str
+    what: str
+    file: str
+    old: str
+    new: str
+    also: tuple[str, ...] = ()
+
+    def count(self, root: Path) -> int:
+        """How often the text to change is there."""
+        path = root / self.file
+        return path.read_text(encoding="utf-8").count(self.old) if path.exists() else 0
+
+
+INIT, ARCH, FINETUNE = (
+    "FALSIFY-APR-PRETRAIN-INIT-",
+    "FALSIFY-APR-PRETRAIN-ARCH-",
+    "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-",
+)
+TRAINER, LOADER, CHECKPOINT, DISTRIBUTED = (
+    "FALSIFY-APR-DIST-TRAINER-",
+    "FALSIFY-APR-DIST-LOADER-",
+    "FALSIFY-APR-DIST-CHECKPOINT-",
+    "FALSIFY-APR-DIST-DISTRIBUTED-",
+)
+MATCH, IMPORT, REPAIR, LOOP = (
+    "FALSIFY-INIT-ARCH-MATCH-001",
+    "FALSIFY-TOK-IMPORT-HF-",
+    "FALSIFY-REPAIR-MANIFEST-",
+    "INV-TRAIN-",
+)
+
+CONFIG = "apr_dist/config.py"
+FILES = "apr_dist/apr/files.py"
+STRUCTURE = "apr_dist/apr/structure.py"
+READER = "apr_dist/apr/reader.py"
+MODEL_CONFIG = "apr_dist/model/config.py"
+ATTENTION = "apr_dist/model/attention.py"
+FAMILY_GATE = "apr_dist/gates/architecture.py"
+VOCABULARY_GATE = "apr_dist/gates/vocabulary.py"
+WEIGHTS_GATE = "apr_dist/gates/weights.py"
+DATA_GATE = "apr_dist/gates/data.py"
+OUTPUT_GATE = "apr_dist/gates/output.py"
+PREFLIGHT = "apr_dist/gates/preflight.py"
+VERDICT = "apr_dist/training/verdict.py"
+GUARDS = "apr_dist/training/guards.py"
+OPTIMIZER = "apr_dist/training/optimizer.py"
+SCHEDULE = "apr_dist/training/schedule.py"
+METRICS = "apr_dist/training/metrics.py"
+TRAINER_FILE = "apr_dist/training/trainer.py"
+SAVED = "apr_dist/training/checkpoint.py"
+RUN = "apr_dist/training/run.py"
+RUNTIME = "apr_dist/parallel/runtime.py"
+TOKENIZER_JSON = "apr_dist/data/tokenizer_json.py"
+TOKENIZER = "apr_dist/data/tokenizer.py"
+LOADER_FILE = "apr_dist/data/loader.py"
+VERIFICATION = "apr_dist/data/verification.py"

@@ -1,0 +1,145 @@
+"""The verbs of ``apr-dist`` through their front door."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from apr_dist.apr.layout import Flag
+from apr_dist.apr.reader import AprReader
+from apr_dist.cli import VERBS, main
+from apr_dist.errors import ExitCode
+
+if TYPE_CHECKING:
+    from builders.runs import Inputs
+
+
+@pytest.fixture
+def stamped(inputs: Inputs, tmp_path: Path) -> Path:
+    """The shared pretrained model with its tokenizer inside."""
+    target = tmp_path / "stamped.apr"
+    flags = ["--license", "MIT", "--tokenizer", str(inputs.tokenizer), "-o", str(target)]
+    assert main(["stamp", str(inputs.pretrained), *flags]) == 0
+    return target
+
+
+@pytest.mark.falsifies("FALSIFY-TOK-IMPORT-HF-001")
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*verb.split(), "--help"])
+    assert stopped.value.code == 0
+    assert f"apr-dist {verb}" in " ".join(capfd.readouterr().out.split())
+
+
+def test_the_list_of_verbs_is_printed_and_an_unknown_one_refused_with_the_nearest(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--help"]) == 0
+    listed = capfd.readouterr().out
+    assert all(verb in listed for verb in VERBS)
+    assert main(["inspcet", "x.apr"]) == ExitCode.USAGE
+    assert "did you mean 'inspect'" in capfd.readouterr().err
+    assert main(["tokenize"]) == ExitCode.USAGE
+
+
+def test_inspect_shows_a_person_and_a_program_the_same_facts(
+    stamped: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert main(["inspect", str(stamped), "--quality"]) == 0
+    shown = capfd.readouterr().out
+    assert main(["inspect", str(stamped), "--quality", "--json", "--tensors"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["family_shown"] == "qwen2"
+    assert facts["quality"]["breakdown"]["hf_identity"] == 20
+    assert len(facts["tensors"]) == facts["tensor_count"] == 26
+    assert f"{facts['param_count']:,}" in shown
+    assert f"quality {facts['quality']['score']}/100" in shown
+
+
+def test_validate_passes_a_whole_file_and_names_what_is_wrong_with_a_broken_one(
+    stamped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", str(stamped)]) == 0
+    broken = tmp_path / "broken.apr"
+    broken.write_bytes(stamped.read_bytes()[:-10])
+    assert main(["validate", str(broken)]) == ExitCode.MODEL_FILE
+    error = capfd.readouterr().err
+    assert str(broken) in error
+    assert "Traceback" not in error
+
+
+def test_stamp_changes_metadata_only_and_diff_shows_exactly_that(
+    stamped: Path, inputs: Inputs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert main(["diff", str(inputs.pretrained), str(stamped)]) == 1
+    out = capfd.readouterr().out
+    assert "metadata license: None -> 'MIT'" in out
+    assert "26 tensor(s) identical, 0 differ" in out
+    assert main(["diff", str(stamped), str(stamped)]) == 0
+    assert main(["stamp", str(stamped), "--license", "MIT", "-o", str(stamped) + "2"]) == ExitCode.USAGE
+
+
+def test_export_and_import_bring_every_tensor_back(stamped: Path, tmp_path: Path) -> None:
+    folder, again = tmp_path / "hf", tmp_path / "again.apr"
+    assert main(["export", str(stamped), "--to", "huggingface", "-o", str(folder)]) == 0
+    assert main(["import", str(folder), "-o", str(again)]) == 0
+    with AprReader(stamped) as first, AprReader(again) as second:
+        assert {n: bytes(first.raw(n)) for n in first.tensors} == {
+            n: bytes(second.raw(n)) for n in second.tensors
+        }
+    assert (tmp_path / "again.tokenizer" / "tokenizer.json").is_file()
+
+
+def test_nothing_is_overwritten_without_force(
+    stamped: Path, inputs: Inputs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = stamped.read_bytes()
+    command = ["stamp", str(inputs.pretrained), "--license", "Apache-2.0", "-o", str(stamped)]
+    assert main(command) == ExitCode.OUTPUT
+    assert "--force" in capfd.readouterr().err
+    assert stamped.read_bytes() == before
+    assert main([*command, "--force"]) == 0
+    assert stamped.read_bytes() != before
+
+
+def test_shards_are_verified_decoded_and_their_manifest_repaired(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("import os\nprint(os.name)\n")
+    out, tokenizer = tmp_path / "shards", ["--tokenizer", str(inputs.tokenizer)]
+    encode = ["tokenize", "encode-corpus", "--corpus", str(source), *tokenizer, "-o", str(out)]
+    assert main(encode) == 0
+    assert main(encode) == ExitCode.OUTPUT
+    assert main(["tokenize", "verify", str(out)]) == 0
+    capfd.readouterr()
+    assert main(["tokenize", "decode", str(out), *tokenizer]) == 0
+    assert "print(os.name)" in capfd.readouterr().out
+    (out / "manifest.json").unlink()
+    assert main(["tokenize", "verify", str(out)]) == ExitCode.DATA
+    assert main(["tokenize", "repair-manifest", str(out), *tokenizer]) == 0
+    assert main(["tokenize", "verify", str(out)]) == 0
+
+
+def test_a_checkpoint_keeps_the_tokenizer_of_its_init_and_needs_no_other_file(
+    stamped: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    from builders.runs import run_here  # noqa: PLC0415  (imports PyTorch)
+
+    data = inputs.data_flags()
+    at = data.index("--tokenizer")
+    data = data[:at] + data[at + 2 :]
+    checkpoint = tmp_path / "run" / "checkpoint.apr"
+    flags = ["--init", str(stamped), "--num-steps", "1", "--run-dir", str(checkpoint.parent)]
+    assert run_here(*data, *flags) == 0
+    with AprReader(stamped) as init, AprReader(checkpoint) as saved:
+        assert saved.metadata.custom["tokenizer.json"] == init.metadata.custom["tokenizer.json"]
+        assert Flag.HAS_VOCAB in saved.header.flags
+    again = ["--init", str(checkpoint), "--num-steps", "0", "--run-dir", str(tmp_path / "again")]
+    assert run_here(*data, *again) == 0

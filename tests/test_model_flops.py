@@ -1,0 +1,74 @@
+"""Operations per token are what the network really does; peaks are those of the device, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from builders.models import random_tokens, tiny_config, tiny_decoder
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from apr_dist.model import matmul
+from apr_dist.model.config import Family, preset
+from apr_dist.model.flops import flops_per_token, peak_flops
+from apr_dist.model.matmul import cpu_matmul_backend
+
+
+@pytest.fixture
+def _counted_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The counter knows PyTorch's own products only."""
+    monkeypatch.setenv(matmul.BACKEND_VARIABLE, "torch")
+    cpu_matmul_backend.cache_clear()
+    yield
+    cpu_matmul_backend.cache_clear()
+
+
+@pytest.mark.usefixtures("_counted_products")
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", Family)
+def test_the_formula_equals_what_the_flop_counter_counts(family: Family, tied: bool, backward: bool) -> None:
+    model = tiny_decoder(tiny_config(family, tie_word_embeddings=tied))
+    tokens = random_tokens(model.config, (2, 17))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        if backward:
+            model(tokens[:, :-1], tokens[:, 1:])[0].backward()
+        else:
+            model(tokens[:, :-1])
+    assert counter.get_total_flops() == 2 * 16 * flops_per_token(model.config, 16, backward=backward)
+
+
+def test_a_window_bounds_the_positions_that_are_scored() -> None:
+    narrow, wide = (tiny_config(Family.MISTRAL, sliding_window=window) for window in (8, None))
+    assert flops_per_token(narrow, 32) == flops_per_token(wide, 8) < flops_per_token(wide, 32)
+    assert flops_per_token(narrow, 4) == flops_per_token(wide, 4)
+
+
+def test_the_figure_of_a_known_model() -> None:
+    matrices = 494_032_768 - 49 * 896 - 24 * (896 + 128 + 128)
+    assert flops_per_token(preset("qwen2.5-0.5b"), 2048) == 6 * matrices + 12 * 24 * 896 * 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H200", torch.bfloat16, 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float16, 312e12),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, 19.5e12),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2e12),
+        ("AMD Instinct MI300X", torch.bfloat16, 1307.4e12),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 4090 D", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
+        ("NVIDIA H20", torch.bfloat16, None),
+        ("Some New Device", torch.bfloat16, None),
+        ("cpu", torch.float32, None),
+        ("NVIDIA H200", torch.int8, None),
+    ],
+)
+def test_a_device_has_its_published_peak_or_none(name: str, dtype: torch.dtype, peak: float | None) -> None:
+    assert peak_flops(name, dtype) == peak

@@ -1,0 +1,112 @@
+"""Checkpointing changes what is kept, compiling changes nothing: same loss, same gradients, no breaks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from builders.models import random_tokens, tiny_config, tiny_decoder
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+
+from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.model.config import Family
+from apr_dist.model.transformer import Decoder
+
+KEEPING_LESS = [Checkpointing.FULL, Checkpointing.SELECTIVE]
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def loss_and_gradients(model: Decoder, tokens: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    total, _ = model(tokens[:, :-1], tokens[:, 1:])
+    total.backward()
+    return [total.detach(), *(parameter.grad.clone() for parameter in model.parameters())]  # type: ignore[union-attr]
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], *, within: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= within * other.abs().max()
+
+
+@pytest.mark.parametrize("mode", KEEPING_LESS)
+@pytest.mark.parametrize("family", Family)
+def test_checkpointing_changes_no_digit(family: Family, mode: Checkpointing) -> None:
+    model = tiny_decoder(tiny_config(family))
+    tokens = random_tokens(model.config, (2, 17))
+    expected = loss_and_gradients(model, tokens)
+    model.set_checkpointing(mode)
+    assert_same(loss_and_gradients(model, tokens), expected, within=0.0)
+
+
+def kept_bytes(model: Decoder, tokens: torch.Tensor) -> int:
+    """Live bytes the forward pass adds, loss excluded."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        hidden = model.model(tokens)
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    hidden.sum().backward()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_each_mode_keeps_less_than_the_one_before() -> None:
+    model = tiny_decoder(tiny_config(num_layers=4, hidden_size=64, head_dim=16, intermediate_size=192))
+    tokens = random_tokens(model.config, (2, 64))
+    kept = {}
+    for mode in (Checkpointing.OFF, Checkpointing.SELECTIVE, Checkpointing.FULL):
+        model.set_checkpointing(mode)
+        kept_bytes(model, tokens)
+        kept[mode] = kept_bytes(model, tokens)
+    assert kept[Checkpointing.FULL] < 0.3 * kept[Checkpointing.OFF]
+    assert kept[Checkpointing.FULL] < kept[Checkpointing.SELECTIVE] < 0.8 * kept[Checkpointing.OFF]
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("mode", Checkpointing)
+@pytest.mark.parametrize("family", [Family.QWEN2, Family.QWEN3])
+def test_a_block_compiles_to_one_graph_that_is_never_compiled_again(
+    family: Family, mode: Checkpointing
+) -> None:
+    config = tiny_config(family, num_layers=3)
+    plain, compiled = tiny_decoder(config), tiny_decoder(config)
+    compiled.set_checkpointing(mode)
+    compiled.compile_blocks(backend="aot_eager")
+    steps = [random_tokens(config, (2, 17), seed=seed) for seed in range(4)]
+    for tokens in steps[:2]:
+        assert_same(loss_and_gradients(compiled, tokens), loss_and_gradients(plain, tokens), within=1e-5)
+    graphs = counters["stats"]["unique_graphs"]
+    for tokens in steps[2:]:
+        loss_and_gradients(compiled, tokens)
+    assert graphs == counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+FAULTS = """
+import resource, torch
+from apr_dist.model.host_memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(16 << 20).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+given_back = faults()
+assert keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc can be told")
+def test_memory_that_is_kept_is_not_asked_of_the_kernel_again() -> None:
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, run.stdout.split())
+    assert kept < given_back / 10

@@ -1,0 +1,116 @@
+"""Packed documents see only themselves, as a dense block-diagonal mask would have it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders.models import random_tokens, tiny_config, tiny_decoder
+from torch.nn.attention import flex_attention as flex
+
+from apr_dist.model import packing
+from apr_dist.model.attention import causal_attention
+from apr_dist.model.config import Family
+from apr_dist.model.packing import PackedKernel, attend_documents, find_documents, packed_kernel
+
+IDS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 11, [4] * 3 + [5] * 9 + [3] * 7])
+WINDOWS = pytest.mark.parametrize("window", [None, 4])
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value = (
+        normal(2, 19, 6, 16, seed=0),
+        normal(2, 19, 2, 16, seed=1),
+        normal(2, 19, 2, 16, seed=2),
+    )
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+
+
+def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    distance = torch.arange(19)[:, None] - torch.arange(19)[None, :]
+    visible = (IDS[:, :, None] == IDS[:, None, :]) & (distance >= 0) & (distance < (window or 19))
+    key, value = key.repeat_interleave(3, 2), value.repeat_interleave(3, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / 4.0
+    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def attend(kernel: PackedKernel, window: int | None, *tensors: torch.Tensor) -> torch.Tensor:
+    documents = find_documents(IDS, dtype=torch.float32, window=window, kernel=kernel)
+
+    def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return causal_attention(query, key, value, window=window)
+
+    return attend_documents(*tensors, documents=documents, causal=causal, window=window)
+
+
+@WINDOWS
+def test_spans_equal_the_dense_mask_value_and_gradients(window: int | None) -> None:
+    tensors = inputs()
+    found, expected = attend(PackedKernel.SPANS, window, *tensors), dense(*tensors, window)
+    assert torch.allclose(found, expected, atol=1e-6)
+    upstream = normal(*expected.shape, seed=3)
+    for one, other in zip(
+        torch.autograd.grad(found, tensors, upstream),
+        torch.autograd.grad(expected, tensors, upstream),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@WINDOWS
+def test_the_flex_mask_equals_the_dense_mask(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_compiled_flex", lambda: flex.flex_attention)
+    tensors = [tensor.detach() for tensor in inputs()]
+    found = attend(PackedKernel.FLEX, window, *tensors)
+    assert torch.allclose(found, dense(*tensors, window), atol=1e-5)
+
+
+def test_boundaries_of_the_variable_length_kernel_are_the_documents() -> None:
+    documents = find_documents(IDS, dtype=torch.bfloat16, kernel=PackedKernel.VARLEN)
+    assert documents.boundaries is not None
+    assert documents.boundaries.tolist() == [0, 7, 8, 19, 22, 31, 38]
+    assert documents.boundaries.dtype is torch.int32
+    assert documents.longest == 19
+
+
+def test_rows_never_join_even_with_equal_ids() -> None:
+    documents = find_documents(torch.zeros(2, 5, dtype=torch.int64), dtype=torch.float32)
+    assert documents.spans == ((0, 0, 5), (1, 0, 5))
+
+
+def test_the_cpu_attends_document_by_document() -> None:
+    assert packed_kernel(torch.device("cpu"), torch.bfloat16) is PackedKernel.SPANS
+
+
+@pytest.mark.parametrize("family", [Family.QWEN3, Family.MISTRAL])
+def test_a_packed_row_gives_each_document_the_logits_it_has_alone(family: Family) -> None:
+    config = tiny_config(family, sliding_window=4 if family is Family.MISTRAL else None)
+    model, tokens = tiny_decoder(config), random_tokens(config, (2, 19))
+    packed = model(tokens, document_ids=IDS)
+    for row, start, stop in find_documents(IDS, dtype=torch.float32).spans:
+        alone = model(tokens[row : row + 1, start:stop])
+        assert torch.allclose(packed[row, start:stop], alone[0], atol=1e-4)
+
+
+def test_one_document_is_plain_causal_attention() -> None:
+    model = tiny_decoder()
+    tokens = random_tokens(model.config, (2, 19))
+    assert torch.allclose(model(tokens, document_ids=torch.zeros_like(tokens)), model(tokens), atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@WINDOWS
+@pytest.mark.parametrize("kernel", [PackedKernel.VARLEN, PackedKernel.FLEX])
+def test_cuda_kernels_equal_the_dense_mask(kernel: PackedKernel, window: int | None) -> None:
+    exact = dense(*inputs(), window)
+    tensors = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in inputs()]
+    documents = find_documents(IDS.cuda(), dtype=torch.bfloat16, window=window, kernel=kernel)
+    found = attend_documents(*tensors, documents=documents, causal=causal_attention, window=window)
+    assert torch.allclose(found.float().cpu(), exact, atol=3e-2)
+    found.float().sum().backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in tensors)  # type: ignore[arg-type]

@@ -1,0 +1,168 @@
+"""The plan of a run: its memory, its arithmetic, its gates and its warnings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apr_dist.cli.plan import plan as plan_verb
+from apr_dist.config import Precision, StrategyChoice, TrainConfig, validate
+from apr_dist.errors import ModelFileError, UsageError
+from apr_dist.model import loss
+from apr_dist.model.config import PRESETS
+from apr_dist.model.flops import flops_per_token as the_model_says
+from apr_dist.training import memory, plan, trainer
+from apr_dist.training.memory import Load, estimate
+from apr_dist.training.plan import Rate, make_plan
+from apr_dist.training.plan_text import lr_plot, plan_lines
+from builders.people import LiveBytes, decoder_config, measured_peak, two_steps
+from builders.runs import Inputs
+
+SMALL = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 384}
+
+
+def load(**values: object) -> Load:
+    """One process on CPU in f32, but for what is given."""
+    usual = {"micro_batch": 2, "seq_length": 64, "accumulates": False, "cuda": False}
+    return Load(**{**usual, "precision": Precision.F32, **values})  # type: ignore[arg-type]
+
+
+def single(model: object, one: Load) -> memory.Memory:
+    """The estimate for one process."""
+    return estimate(model, one, strategy=StrategyChoice.SINGLE, world_size=1, shard_size=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "one"),
+    [
+        ({"vocab_size": 512, "num_layers": 4}, load(micro_batch=8, seq_length=128)),
+        ({"vocab_size": 512, "num_layers": 4}, load(micro_batch=8, seq_length=128, accumulates=True)),
+        ({"vocab_size": 8192, "num_layers": 2}, load(micro_batch=1, seq_length=32)),
+    ],
+    ids=["activations", "accumulation", "weights"],
+)
+def test_the_estimate_is_what_a_step_really_holds(sizes: dict[str, int], one: Load) -> None:
+    model = decoder_config(**SMALL, **sizes)
+    with LiveBytes() as live:
+        two_steps(model, one)
+    assert single(model, one).total == pytest.approx(live.peak, rel=0.1)
+
+
+def test_the_estimate_is_within_a_tenth_of_a_real_process() -> None:
+    sizes = {"vocab_size": 32_000, "num_layers": 3, "hidden_size": 512, "num_heads": 8}
+    sizes |= {"num_kv_heads": 2, "intermediate_size": 1536}
+    one = load(micro_batch=1, seq_length=128)
+    measured = measured_peak(sizes, one)
+    guess = single(decoder_config(**sizes), one).total
+    assert guess == pytest.approx(measured, rel=0.1), f"ratio {guess / measured:.3f}"
+
+
+def test_constants_that_the_plan_repeats_are_those_of_the_run() -> None:
+    assert memory.LOGITS_CHUNK_BYTES == loss.CHUNK_BYTES
+    assert plan.LR_FLOOR == trainer.LR_FLOOR
+    for model in PRESETS.values():
+        assert plan.flops_per_token(model, 2048) == the_model_says(model, 2048)
+
+
+def test_sharding_cuts_the_state_and_ddp_adds_its_buckets() -> None:
+    model = PRESETS["qwen2.5-7b"]
+    one = load(cuda=True, precision=Precision.BF16)
+    by = {s: estimate(model, one, strategy=s, world_size=8, shard_size=4) for s in StrategyChoice}
+    whole = 4 * model.parameter_count()
+    assert by[StrategyChoice.DDP].buckets == whole
+    assert by[StrategyChoice.ZERO1].optimizer == 2 * whole // 8
+    assert by[StrategyChoice.FSDP2].optimizer == 2 * whole // 8
+    assert by[StrategyChoice.HSDP].optimizer == 2 * whole // 4
+    order = [StrategyChoice.DDP, StrategyChoice.ZERO1, StrategyChoice.ZERO2, StrategyChoice.FSDP2]
+    totals = [by[s].total for s in order]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_a_plan_of_a_real_run_names_its_gates_and_counts_its_passes(inputs: Inputs, tmp_path: Path) -> None:
+    made = make_plan(
+        validate(config_of(inputs, tmp_path), where="test"), world_size=1, rate=Rate(tokens_per_s=1000)
+    )
+    assert made.refusal is None
+    assert made.wall_s == pytest.approx(made.tokens / 1000)
+    text = "\n".join(plan_lines(made))
+    assert "FALSIFY-APR-DIST-TRAINER-008" in text or "shards fit the model" in text
+    assert "sequences held out" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gate_that_says_no_is_in_the_plan_with_its_exit_code(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--init", str(inputs.pretrained), "--seq-length", "32", "--batch-size", "4"]
+    code = plan_verb([*flags, "--run-dir", str(tmp_path / "run"), "--dataset", str(inputs.train)])
+    out = capsys.readouterr().out
+    assert code == 2
+    assert "NO    [INV-TRAIN-010]" in out
+    assert "parameters" in out
+
+
+def test_an_init_that_is_not_there_cannot_be_planned(tmp_path: Path) -> None:
+    config = TrainConfig(init=tmp_path / "none.apr", synthetic=True)
+    with pytest.raises(ModelFileError):
+        make_plan(config, world_size=1, rate=Rate())
+
+
+def test_under_training_is_said_loudly_with_the_arithmetic(tmp_path: Path) -> None:
+    tree = {"mode": "from-scratch", "synthetic": True, "run_dir": str(tmp_path / "r"), "num_steps": 100}
+    made = make_plan(validate(tree, where="test"), world_size=1, rate=Rate())
+    loud = next(one for one in made.warnings if "UNDER-TRAINED" in one)
+    assert "100 steps x 16 x 1,024 = 1,638,400 tokens" in loud
+    assert any("warm-up of 1,000 steps does not end" in one for one in made.warnings)
+
+
+def test_a_high_rate_a_tiny_validation_set_and_many_passes_are_warned_of(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    tree = {**config_of(inputs, tmp_path), "lr": 1e-3, "num_steps": 100_000}
+    made = make_plan(validate(tree, where="test"), world_size=1, rate=Rate())
+    text = " ".join(made.warnings)
+    assert "high for pretrained weights" in text
+    assert "too few to tell small gains from noise" in text
+    assert "passes over the data" in text
+
+
+def test_the_plot_rises_and_falls_like_the_schedule() -> None:
+    lines = list(lr_plot(plan.Schedule(peak_lr=1.0, warmup_steps=50, total_steps=100, lr_min=0.0)))
+    rows = [line.split("|")[1] for line in lines if "|" in line]
+    assert rows[0].index("*") in range(25, 35)
+    assert rows[-1].startswith("*")
+    assert rows[-1].endswith("*")
+
+
+def test_a_rate_is_of_tokens_or_of_a_peak() -> None:
+    assert Rate().tokens_per_second(10, 2) is None
+    assert Rate(mfu=0.5, peak_flops=1e12).tokens_per_second(10**9, 4) == pytest.approx(2000)
+    with pytest.raises(UsageError, match="both, or neither"):
+        plan_verb(["--mfu", "0.4"])
+
+
+def test_the_plan_does_not_import_pytorch(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom apr_dist.cli.plan import plan\n"
+        f"plan(['--synthetic', '--json', '--mode', 'from-scratch', '--run-dir', {str(tmp_path / 'r')!r}])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["parameters"] == PRESETS["llama-370m"].parameter_count()
+
+
+def config_of(inputs: Inputs, tmp_path: Path) -> dict[str, object]:
+    """A run of the shared inputs as a tree of plain values."""
+    return {
+        "init": str(inputs.pretrained),
+        "dataset": str(inputs.train),
+        "val_dataset": str(inputs.validation),
+        "tokenizer": str(inputs.tokenizer),
+        "run_dir": str(tmp_path / "run"),
+        "seq_length": 32,
+        "batch_size": 4,
+    }
