@@ -1,7 +1,9 @@
 # Everything a fresh clone needs: Python 3.11+, Rust, make, git, a C compiler, a package index.
 #   make demo    set up, then fine-tune a real pretrained model from an APR file
 #   make test    set up, then run the whole suite
-#   make check   set up, then formatter, linters, types, layers, Rust tests
+#   make check   set up, then formatter, linters, types, layers, contracts, Rust tests
+#   make mutate  set up, then break the code behind each falsifier and see its test turn red
+#   make fuzz    set up, then 20,000 hostile model files
 
 PYTHON ?= python3
 VENV   := .venv
@@ -22,7 +24,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/Cargo.toml rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test mutate fuzz check format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -71,11 +73,19 @@ demo: $(DEMO)/shards/validation/manifest.json
 test: $(BUILD)/model-wheels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
+mutate: $(BUILD)/model-wheels
+	$(BIN)/python tests/mutate.py $(MUTATE_ARGS)
+
+fuzz: $(BUILD)/installed
+	$(BIN)/python tests/fuzz_apr.py --files 20000
+
 check: $(BUILD)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/apr-dist contracts lint --strict-test-binding
+	$(BIN)/python tests/mutate.py --list > /dev/null
 	cargo fmt --manifest-path rust_loader/Cargo.toml --check
 	PYO3_PYTHON=$(abspath $(BIN)/python) cargo clippy --manifest-path rust_loader/Cargo.toml --all-targets --all-features -- -D warnings
 	cargo test --manifest-path rust_loader/Cargo.toml --quiet

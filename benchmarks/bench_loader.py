@@ -4,7 +4,8 @@ Sections: ``throughput`` (hot, back to back), ``handover`` (after 5 ms of think 
 Python loop), ``cold`` (page cache dropped for the shards), ``start`` (first batch, seek and memory with a
 sparse data set of a trillion tokens in 100,000 shards, which takes no disk space and is removed).
 Every way takes its turn in every round, in rotating order; figures are the median over rounds with
-minimum and maximum. ``litdata`` and ``mosaicml-streaming`` take part where they are installed.
+minimum and maximum. On a machine that others use, the processor time of a batch says more than its wall time;
+that of worker processes is not in it. ``litdata`` and ``mosaicml-streaming`` take part where they are installed.
 
     python benchmarks/bench_loader.py [--sections throughput handover cold start] [--rounds 5]
         [--shards 20] [--seconds 0.5] [--folder DIR] [--json PATH]
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +91,29 @@ def rotated(names: list[str], by: int) -> list[str]:
     return turned if by % 2 == 0 else turned[::-1]
 
 
-def batches_per_second(batches: Batches, seconds: float) -> float:
-    for _ in range(100):
-        next(batches)
-    count, begun = 0, time.perf_counter()
-    while (spent := time.perf_counter() - begun) < seconds:
+@dataclass(frozen=True)
+class Cost:
+    """What one batch took: wall time, and processor time of all threads of this process (not of workers)."""
+
+    wall_us: float
+    processor_us: float
+
+
+def cost_of(work: Callable[[], int]) -> Cost:
+    """Cost of a batch of ``work``, which returns how many it made."""
+    wall, processor = time.perf_counter(), time.process_time()
+    batches = work()
+    spent = time.process_time() - processor
+    return Cost((time.perf_counter() - wall) / batches * 1e6, spent / batches * 1e6)
+
+
+def taken_for(batches: Batches, seconds: float) -> int:
+    count, until = 0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
         for _ in range(10):
             next(batches)
         count += 10
-    return count / spent
+    return count
 
 
 def warm(batches: Batches, manifest: Manifest) -> None:
@@ -106,28 +122,28 @@ def warm(batches: Batches, manifest: Manifest) -> None:
         next(batches)
 
 
-def throughput(manifest: Manifest, rounds: int, seconds: float) -> Table:
-    """Million tokens per second, hot and back to back."""
+def throughput(manifest: Manifest, rounds: int, seconds: float) -> tuple[Table, dict[str, float]]:
+    """Million tokens per second, hot and back to back; and the median processor time of a batch in us."""
     read_in(manifest.folder)
-    others = rivals(manifest.folder)
-    opened = {name: way() for name, way in {**ours(manifest), **others}.items()}
+    opened = {name: way() for name, way in {**ours(manifest), **rivals(manifest.folder)}.items()}
     for name in ours(manifest):
         warm(opened[name], manifest)
-    rows = loader(manifest)._stream.open().locate(0, loader(manifest).sequences_per_epoch // BATCH * BATCH)
-    bare = BareGather(manifest.folder, rows)
-    for wide in (False, True):
-        bare.run(wide=wide)
-    table: Table = {name: [] for name in [*opened, "C gather, int32", "C gather, int64"]}
+    one = loader(manifest)
+    bare = BareGather(manifest.folder, one._stream.open().locate(0, one.sequences_per_epoch // BATCH * BATCH))
+    work: dict[str, Callable[[], int]] = {
+        name: lambda batches=batches: taken_for(batches, seconds) for name, batches in opened.items()
+    }
+    work |= {f"C gather, int{32 << wide}": lambda wide=wide: bare.run(wide=wide) for wide in (False, True)}
+    for once in work.values():
+        once()
+    table: Table = {name: [] for name in work}
+    processor: Table = {name: [] for name in work}
     for number in range(rounds):
-        for name in rotated(list(table), number):
-            if name.startswith("C gather"):
-                begun = time.perf_counter()
-                done = bare.run(wide=name.endswith("int64"))
-                rate = done / (time.perf_counter() - begun)
-            else:
-                rate = batches_per_second(opened[name], seconds)
-            table[name].append(rate * TOKENS / 1e6)
-    return table
+        for name in rotated(list(work), number):
+            cost = cost_of(work[name])
+            table[name].append(TOKENS / cost.wall_us)
+            processor[name].append(cost.processor_us)
+    return table, {name: statistics.median(values) for name, values in processor.items()}
 
 
 def think_sleeping() -> None:
@@ -348,8 +364,13 @@ def run_sections(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     found: dict[str, Any] = {}
     if "throughput" in arguments.sections:
-        table = found["throughput"] = throughput(manifest, arguments.rounds, arguments.seconds)
-        show("Hot, million tokens/s", table, lambda _, median: f"{TOKENS / median:,.3g} us a batch")
+        table, processor = throughput(manifest, arguments.rounds, arguments.seconds)
+        found["throughput"] = {"rates": table, "processor us a batch": processor}
+        show(
+            "Hot, million tokens/s",
+            table,
+            lambda name, median: f"{TOKENS / median:,.3g} us a batch; {processor[name]:,.3g} us of processor",
+        )
     if "handover" in arguments.sections:
         table, quantiles = handover(manifest, arguments.rounds)
         found["handover"] = {"medians": table, "p50 p99 p99.9": quantiles}

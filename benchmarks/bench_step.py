@@ -12,6 +12,7 @@ state, as the allocator saw it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -42,6 +43,7 @@ class Contender:
     loss: Callable[[torch.Tensor], torch.Tensor]
 
     def forward_backward(self, tokens: torch.Tensor, dtype: torch.dtype) -> float:
+        """Add the gradients of the mean loss, and return it."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             loss = self.loss(tokens)
         loss.backward()
@@ -60,7 +62,7 @@ class Contender:
         parts = dict(
             zip(
                 ("model", "clip", "optimizer"),
-                (b - a for a, b in zip(marks, marks[1:], strict=False)),
+                (b - a for a, b in itertools.pairwise(marks)),
                 strict=True,
             )
         )
@@ -196,10 +198,11 @@ def report(
     differences: list[float],
 ) -> None:
     print(
-        f"{options.shape}, {config.num_layers} layers, batch {options.batch} x {options.seq}, {options.dtype}, "
-        f"AdamW {options.optimizer}, {torch.get_num_threads()} threads, "
-        f"f32 products by {cpu_matmul_backend()}, freed memory {'kept' if options.keep_memory else 'returned'}, "
-        f"torch {torch.__version__}"
+        f"{options.shape}, {config.num_layers} layers, batch {options.batch} x {options.seq}, {options.dtype}"
+    )
+    print(
+        f"AdamW {options.optimizer}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"our f32 products by {cpu_matmul_backend()}, memory {'kept' if options.keep_memory else 'returned'}"
     )
     print(f"{'':14}{'step s, median (min-max)':>28}{'model':>9}{'clip':>9}{'AdamW':>9}{'activations MB':>16}")
     medians = {}

@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+from builders.contracts import register_recorder, tag_falsifiers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record what each falsifier's tests did, for ``apr-dist contracts status``."""
+    register_recorder(config, Path(__file__).resolve().parent.parent)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test that is bound to a falsifier, so that ``-m falsifier`` selects them."""
-    for item in items:
-        if next(item.iter_markers("falsifies"), None) is not None:
-            item.add_marker(pytest.mark.falsifier)
+    tag_falsifiers(items)
 
 
 @pytest.fixture(scope="session")

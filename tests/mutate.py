@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("apr_dist", "tests", "contracts", "configs", "docs", "rust_loader", "pyproject.toml")
 LIMIT_S = 300.0
 EXTENSION = "_rust_loader.abi3.so"
-BUILDING = Lock()
+BUILDING, RECORDING = Lock(), Lock()
 SKIPPED = shutil.ignore_patterns("__pycache__", "target", "session", ".mypy_cache", ".ruff_cache")
 
 
@@ -81,7 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end([], stale, unbound, uncovered if not options.only else [])
     ready = [change for change in chosen if change not in stale and change not in unbound]
     trials = _try_all(repository, ready, jobs=options.jobs)
-    record_mutants(ROOT, [_recorded(trial) for trial in trials])
     return _end(trials, stale, unbound, uncovered if not options.only else [])
 
 
@@ -121,6 +120,8 @@ def _try_all(repository: Repository, changes: Sequence[Change], *, jobs: int) ->
                 trial = _try(repository, change, copy)
             finally:
                 copies.put(copy)
+            with RECORDING:
+                record_mutants(ROOT, [_recorded(trial)])
             red = ", ".join(node.rsplit("::", 1)[-1] for node in trial.red) or "nothing"
             also = f"; also {', '.join(trial.also_red)}" if trial.also_red else ""
             print(

@@ -28,15 +28,17 @@ def test_the_files_that_are_mutated_are_sound_to_begin_with(tmp_path: Path) -> N
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import ModelFileError
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_bytes():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak_bytes()
 try:
     AprReader(Path(sys.argv[1]))
 except ModelFileError as error:
-    print(type(error).__name__, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(type(error).__name__, peak_bytes() - before)
 """
 FULL = 15_000_000
 

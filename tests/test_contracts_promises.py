@@ -14,6 +14,7 @@ from builders.files import write_apr
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from builders.runs import run_here
 
+from apr_dist import cli
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter
@@ -205,3 +206,11 @@ def test_an_encoder_is_refused_before_the_device_is_touched(
     assert run_here(*flags, "--run-dir", str(tmp_path / "run")) == ExitCode.GATE
     assert "[FALSIFY-APR-PRETRAIN-ARCH-007]" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.falsifies("FALSIFY-TOK-IMPORT-HF-001")
+def test_the_verb_that_imports_a_tokenizer_exists(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["tokenize", "import-hf", "--help"])
+    assert stopped.value.code == 0
+    assert "apr-dist tokenize import-hf" in " ".join(capfd.readouterr().out.split())

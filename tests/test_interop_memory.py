@@ -22,13 +22,13 @@ LARGEST_F32_BYTES = MIDDLE * HIDDEN * 4
 LIMIT_BYTES = 2 * LARGEST_F32_BYTES + 300_000_000
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from apr_dist.apr.layout import DType
 from apr_dist.interop.importing import import_model
 dtype = DType[sys.argv[3]] if sys.argv[3] else None
 import_model(Path(sys.argv[1]), Path(sys.argv[2]), dtype=dtype)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
@@ -46,6 +46,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def peak_of_import(source: Path, target: Path, dtype: str) -> int:
+    """Peak resident bytes of a process of its own (getrusage would count the parent's at the fork)."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(source), str(target), dtype],
         capture_output=True,

@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders.people import LiveBytes, decoder_config, two_steps
+from builders.runs import Inputs
 
 from apr_dist.cli.plan import plan as plan_verb
 from apr_dist.config import Precision, StrategyChoice, TrainConfig, validate
 from apr_dist.errors import ModelFileError, UsageError
-from apr_dist.model import loss
+from apr_dist.model import chunked_loss
 from apr_dist.model.config import PRESETS
 from apr_dist.model.flops import flops_per_token as the_model_says
 from apr_dist.training import memory, plan, trainer
 from apr_dist.training.memory import Load, estimate
 from apr_dist.training.plan import Rate, make_plan
 from apr_dist.training.plan_text import lr_plot, plan_lines
-from builders.people import LiveBytes, decoder_config, measured_peak, two_steps
-from builders.runs import Inputs
 
 SMALL = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 384}
 
@@ -52,17 +52,8 @@ def test_the_estimate_is_what_a_step_really_holds(sizes: dict[str, int], one: Lo
     assert single(model, one).total == pytest.approx(live.peak, rel=0.1)
 
 
-def test_the_estimate_is_within_a_tenth_of_a_real_process() -> None:
-    sizes = {"vocab_size": 32_000, "num_layers": 3, "hidden_size": 512, "num_heads": 8}
-    sizes |= {"num_kv_heads": 2, "intermediate_size": 1536}
-    one = load(micro_batch=1, seq_length=128)
-    measured = measured_peak(sizes, one)
-    guess = single(decoder_config(**sizes), one).total
-    assert guess == pytest.approx(measured, rel=0.1), f"ratio {guess / measured:.3f}"
-
-
 def test_constants_that_the_plan_repeats_are_those_of_the_run() -> None:
-    assert memory.LOGITS_CHUNK_BYTES == loss.CHUNK_BYTES
+    assert memory.LOGITS_CHUNK_BYTES == chunked_loss.CHUNK_BYTES
     assert plan.LR_FLOOR == trainer.LR_FLOOR
     for model in PRESETS.values():
         assert plan.flops_per_token(model, 2048) == the_model_says(model, 2048)
@@ -123,6 +114,7 @@ def test_a_high_rate_a_tiny_validation_set_and_many_passes_are_warned_of(
     inputs: Inputs, tmp_path: Path
 ) -> None:
     tree = {**config_of(inputs, tmp_path), "lr": 1e-3, "num_steps": 100_000}
+    tree["evaluation"] = {"max_sequences": 16}
     made = make_plan(validate(tree, where="test"), world_size=1, rate=Rate())
     text = " ".join(made.warnings)
     assert "high for pretrained weights" in text

@@ -28,9 +28,7 @@ def tiny_loaded(tiny: Path) -> LoadedTokenizer:
     return load_tokenizer(tiny)
 
 
-@pytest.mark.falsifies("FALSIFY-TOK-IMPORT-HF-002")
-@pytest.mark.falsifies("FALSIFY-TOK-IMPORT-HF-003")
-@pytest.mark.falsifies("FALSIFY-TOK-IMPORT-HF-004")
+@pytest.mark.falsifies("FALSIFY-TOK-IMPORT-HF-002", "FALSIFY-TOK-IMPORT-HF-003", "FALSIFY-TOK-IMPORT-HF-004")
 def test_an_import_keeps_every_token_and_merge_in_order(tmp_path: Path) -> None:
     source = tmp_path / "tokenizer.json"
     source.write_text(tiny_tokenizer_json(), "utf-8")

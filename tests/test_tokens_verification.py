@@ -136,10 +136,12 @@ def test_verify_without_a_manifest_has_nothing_to_check_against(data: Path) -> N
         verify_dataset(data)
 
 
-@pytest.mark.falsifies("FALSIFY-REPAIR-MANIFEST-001")
-@pytest.mark.falsifies("FALSIFY-REPAIR-MANIFEST-002")
-@pytest.mark.falsifies("FALSIFY-REPAIR-MANIFEST-003")
-@pytest.mark.falsifies("FALSIFY-REPAIR-MANIFEST-004")
+@pytest.mark.falsifies(
+    "FALSIFY-REPAIR-MANIFEST-001",
+    "FALSIFY-REPAIR-MANIFEST-002",
+    "FALSIFY-REPAIR-MANIFEST-003",
+    "FALSIFY-REPAIR-MANIFEST-004",
+)
 def test_a_lost_manifest_is_rebuilt_from_the_shards(data: Path) -> None:
     folder = data / "train"
     (folder / "manifest.json").unlink()

@@ -66,6 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_rows[chunk] = mm(logits, weight)
             if wants_weight:
                 d_weight = _accumulate(d_weight, logits, rows[chunk])
+            del logits  # or two chunks would be alive while the next is made
         ctx.gradients = (d_rows, None if d_weight is None else d_weight.to(weight.dtype))
         return total
 

@@ -151,7 +151,7 @@ class Decoder(nn.Module):
     def set_checkpointing(self, mode: Checkpointing) -> None:
         """Choose what every block keeps for its backward pass."""
         for layer in self.model.layers:
-            layer.checkpointing = mode  # type: ignore[assignment]
+            layer.checkpointing = Checkpointing(mode)  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block as one graph (``torch.compile``'s options); a graph break is an error.

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharding import fill, received, whole_shape, zero3_part
+from apr_dist.parallel.sharding import fill, gathered, received, whole_shape, zero3_part
 from apr_dist.parallel.strategy import Strategy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,9 +45,10 @@ def whole_moments(
 
 def _whole_torch(optimizer: torch.optim.Optimizer, weight: nn.Parameter, key: str) -> Tensor | None:
     value = optimizer.state.get(weight, {}).get(key)
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return None if value is None else value.detach()
+    if value is None:
+        return None
+    with gathered(value) as whole:  # a new tensor, or the moment itself
+        return whole
 
 
 def _whole_zero(optimizer: torch.optim.Optimizer, weight: nn.Parameter, key: str) -> Tensor | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -81,14 +82,36 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def _whole(parameter: DTensor) -> Tensor:
+    """All rows of a sharded parameter in one new tensor; ``full_tensor`` would hold two for a moment."""
+    mesh, cut = parameter.device_mesh, _cut(parameter)
+    local, size = parameter.to_local().detach(), mesh.size(cut)
+    rows = -(-parameter.shape[0] // size)
+    if local.shape[0] < rows:
+        local = torch.nn.functional.pad(local, (0, 0) * (local.ndim - 1) + (0, rows - local.shape[0]))
+    whole = local.new_empty((size * rows, *local.shape[1:]))
+    _all_gather(whole, local.contiguous(), group=mesh.get_group(cut))
+    return whole[: parameter.shape[0]]
+
+
+def _cut(parameter: DTensor) -> int:
+    """The mesh dimension over which the parameter's rows are cut."""
+    (cut,) = (index for index, placement in enumerate(parameter.placements) if placement == Shard(0))
+    return cut
+
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""PyTorch 2.13 renamed it."""
+
+
 @contextlib.contextmanager
-def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
+def gathered(parameter: Tensor) -> Iterator[Tensor]:
     """The whole values of one parameter, on every rank, while the block runs; read only.
 
     A collective: every rank enters for the same parameters in the same order.
     """
     if isinstance(parameter, DTensor):
-        yield parameter.full_tensor().detach()
+        yield _whole(parameter)
     elif hasattr(parameter, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415  (slow to import, rarely needed)
 
@@ -133,8 +156,7 @@ def received(shape: tuple[int, ...], values: Tensor | None, runtime: Runtime) ->
 
 def _part(whole: Tensor, parameter: DTensor) -> Tensor:
     """The rows of the whole tensor that are this rank's: as `torch.chunk` cuts dimension 0."""
-    mesh, placements = parameter.device_mesh, parameter.placements
-    (cut,) = (index for index, placement in enumerate(placements) if placement == Shard(0))
+    mesh, cut = parameter.device_mesh, _cut(parameter)
     size, rank = mesh.size(cut), mesh.get_local_rank(cut)
     rows = -(-whole.shape[0] // size)
     return whole[min(rank * rows, whole.shape[0]) : min((rank + 1) * rows, whole.shape[0])]

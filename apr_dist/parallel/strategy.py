@@ -118,7 +118,8 @@ def prepare_for_deepspeed(*, use_cpu: bool) -> None:
     Raises:
         DistributedError: on CPU DeepSpeed builds a communication module, and there is no C++ compiler.
     """
-    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*", category=FutureWarning)
+    old_names = r".*(all_gather_into|reduce_scatter)_tensor.*"  # which DeepSpeed still calls
+    warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
     if not use_cpu:
         return
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -14,7 +14,7 @@ from apr_dist.config import Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 
 LOGITS_CHUNK_BYTES = 128 << 20
-"""Largest chunk of logits the loss holds at once (``apr_dist.model.loss.CHUNK_BYTES``)."""
+"""Largest chunk of logits the loss holds at once (``apr_dist.model.chunked_loss.CHUNK_BYTES``)."""
 
 F32 = 4
 """Bytes of weights, gradients and optimizer moments, whatever the compute type is."""
@@ -198,7 +198,7 @@ PARTS: Mapping[str, str] = {
     "optimizer": "optimizer",
     "buckets": "DDP buckets",
     "activations": "activations",
-    "loss": "logits, head gradient",
-    "working": "backward, at once",
+    "loss": "logits, head",
+    "working": "in passing",
 }
 """Attribute of ``Memory`` to what a table calls it, in order."""

@@ -12,7 +12,7 @@ from typing import Final
 from apr_dist.config import Device, Mode, StrategyChoice, TrainConfig
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import AprDistError
-from apr_dist.gates.data import check_batch, check_sequences
+from apr_dist.gates.data import check_sequences
 from apr_dist.gates.preflight import model_from_name, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
@@ -236,7 +236,9 @@ def _warnings(plan: Plan) -> list[str]:
             f" lr reaches {plan.schedule.lr_at(config.num_steps - 1):.1e}, never {config.peak_lr:g}"
         )
     if 0 < config.num_steps < config.steps_per_epoch:
-        found.append(f"steps_per_epoch {config.steps_per_epoch:,} is above num_steps: one evaluation, at the end")
+        found.append(
+            f"steps_per_epoch {config.steps_per_epoch:,} is above num_steps: one evaluation, at the end"
+        )
     limit = plan.model.rope_scaling.original_max_position_embeddings if plan.model.rope_scaling else None
     if limit and config.seq_length > limit:
         found.append(f"sequences of {config.seq_length:,} are longer than the {limit:,} the model began with")

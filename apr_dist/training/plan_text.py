@@ -79,7 +79,7 @@ def _sizes(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"run           {config.num_steps:,} steps, {plan.tokens:,} tokens,"
-        f" {plan.tokens_per_parameter:.2f} a parameter; evaluated every {config.steps_per_epoch:,} steps"
+        f" {plan.tokens_per_parameter:.3g} a parameter; evaluated every {config.steps_per_epoch:,} steps"
     )
     if plan.data is not None and plan.passes is not None:
         yield (
@@ -103,15 +103,10 @@ def _duration(seconds: float) -> str:
 
 
 def _memory_table(plan: Plan) -> Iterator[str]:
-    names = list(plan.memory)
     yield "memory of a process in GiB, without Python, libraries and the GPU's context"
-    yield f"  {'':<22}" + "".join(f"{name.value:>15}" for name in names)
-    for part, words in PARTS.items():
-        yield _row(words, [getattr(plan.memory[name], part) for name in names])
-    yield _row("fullest moment", [plan.memory[name].total for name in names])
-
-
-def _row(words: str, sizes: list[int]) -> str:
-    return f"  {words:<22}" + "".join(f"{size / _GIB:>15.2f}" for size in sizes)
-
-
+    parts = [part for part in PARTS if any(getattr(one, part) for one in plan.memory.values())]
+    yield f"  {'':<14}" + "".join(f"{PARTS[part]:>13}" for part in parts) + f"{'fullest':>13}"
+    for name, one in plan.memory.items():
+        sizes = [*(getattr(one, part) for part in parts), one.total]
+        row = "".join(f"{size / _GIB:>13.2f}" for size in sizes)
+        yield f"  {name.value:<14}{row}  at the {one.moment}"

@@ -49,54 +49,31 @@ fn gather_with<T>(
     Ok(())
 }
 
-/// Views of every `rows_per_view` consecutive ones of `rows`: the tokens from the first one's start to
-/// the last one's end. Empty when the set maps nothing.
-pub fn views(shards: &ShardSet, rows: &[Row], width: usize, rows_per_view: usize) -> Result<Vec<View>> {
-    let len = rows_per_view * (width - 1) + 1;
-    let mut views = Vec::with_capacity(rows.len() / rows_per_view);
-    for row in rows.iter().step_by(rows_per_view) {
-        views.extend(shards.get(row.shard)?.view(row.start, len)?);
+/// Views of `span` tokens from each of `rows` on. Empty when the set maps nothing.
+pub fn views(shards: &ShardSet, rows: &[Row], span: usize) -> Result<Vec<View>> {
+    let mut views = Vec::with_capacity(rows.len());
+    for row in rows {
+        views.extend(shards.get(row.shard)?.view(row.start, span)?);
     }
-    count_bytes(shards, views.len() * len);
+    count_bytes(shards, views.len() * span);
     Ok(views)
 }
 
-/// Asks the system to read `rows` without waiting for them.
-pub fn read_ahead(shards: &ShardSet, rows: &[Row], width: usize) -> Result<()> {
-    for run in Run::of(rows, width) {
-        shards.get(run.shard)?.will_need(run.start, run.len);
+/// Asks the system to read `span` tokens from each of `rows` on, without waiting for them.
+pub fn read_ahead(shards: &ShardSet, rows: &[Row], span: usize) -> Result<()> {
+    for row in rows {
+        shards.get(row.shard)?.will_need(row.start, span);
     }
     Ok(())
 }
 
-/// Reads `rows` and maps them, so that copying them cannot fail for want of the storage.
-pub fn populate(shards: &ShardSet, rows: &[Row], width: usize) -> Result<()> {
-    for run in Run::of(rows, width) {
-        shards.get(run.shard)?.populate(run.start, run.len)?;
+/// Reads and maps `span` tokens from each of `rows` on, so that touching them cannot fail for want of the
+/// storage.
+pub fn populate(shards: &ShardSet, rows: &[Row], span: usize) -> Result<()> {
+    for row in rows {
+        shards.get(row.shard)?.populate(row.start, span)?;
     }
     Ok(())
-}
-
-/// Tokens of one shard that follow each other: the rows of a block are one run.
-struct Run {
-    shard: u32,
-    start: u64,
-    len: usize,
-}
-
-impl Run {
-    fn of(rows: &[Row], width: usize) -> Vec<Self> {
-        let mut runs: Vec<Self> = Vec::with_capacity(rows.len());
-        for row in rows {
-            match runs.last_mut() {
-                Some(run) if run.shard == row.shard && run.start + run.len as u64 - 1 == row.start => {
-                    run.len += width - 1;
-                }
-                _ => runs.push(Self { shard: row.shard, start: row.start, len: width }),
-            }
-        }
-        runs
-    }
 }
 
 fn count_bytes(shards: &ShardSet, words: usize) {
@@ -227,14 +204,6 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_follow_each_other_are_one_run() {
-        let rows =
-            [(0, 0), (0, 4), (1, 8), (1, 0), (1, 4), (1, 8)].map(|(shard, start)| Row { shard, start });
-        let runs: Vec<_> = Run::of(&rows, 5).into_iter().map(|run| (run.shard, run.start, run.len)).collect();
-        assert_eq!(runs, [(0, 0, 9), (1, 8, 5), (1, 0, 13)]);
-    }
-
-    #[test]
     fn a_buffer_comes_back_only_when_its_user_is_done() {
         let pool = Pool::new(1);
         let mut first = pool.take(100).unwrap();
@@ -251,8 +220,8 @@ mod tests {
     fn views_cover_their_rows_to_the_last_token() {
         let folder = tempfile::tempdir().unwrap();
         let set = shards(folder.path(), 1, 9);
+        assert_eq!(views(&set, &[Row { shard: 0, start: 0 }], 9).unwrap().len(), 1);
         let rows = [Row { shard: 0, start: 0 }, Row { shard: 0, start: 4 }];
-        assert_eq!(views(&set, &rows, 5, 2).unwrap().len(), 1);
-        assert_eq!(views(&set, &rows, 5, 1).unwrap().len(), 2);
+        assert_eq!(views(&set, &rows, 5).unwrap().len(), 2);
     }
 }

@@ -7,8 +7,8 @@
 
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Rounds of the network. Statistically four suffice with a strong mixer; eight cost about 25 ns.
-const ROUNDS: usize = 8;
+/// Rounds of the network. Statistically four suffice with a strong mixer; each costs about 3 ns.
+const ROUNDS: usize = 6;
 
 /// Smallest block in bits. Halves of fewer than four bits leave visible patterns in small orders.
 const MIN_BITS: u32 = 8;
@@ -117,7 +117,7 @@ fn mask(bits: u32) -> u64 {
 
 /// The finaliser of splitmix64 (Steele, Lea and Flood, 2014) over half and key.
 fn mix(half: u64, key: u64) -> u64 {
-    let mut x = half.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ key;
+    let mut x = half ^ key;
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn the_order_is_pinned() {
         // A change here changes every run in the world that resumes: never by accident.
-        assert_eq!(order(1234, 0, 10), [2, 0, 9, 8, 4, 3, 1, 6, 7, 5]);
+        assert_eq!(order(1234, 0, 10), [3, 1, 2, 6, 5, 9, 8, 0, 4, 7]);
     }
 
     #[test]

@@ -228,6 +228,8 @@ pub struct Course {
     pub stride: u64,
     /// Batches there are; None when there is no end.
     pub batches: Option<u64>,
+    /// Positions that are read together: 1 for rows, more for views of blocks.
+    pub step: u64,
 }
 
 /// Gives the rows of one batch after the other, having asked the system for those of the next ones.
@@ -238,6 +240,8 @@ pub struct Filler {
     planned: VecDeque<Vec<Row>>,
     planned_steps: u64,
     steps_ahead: usize,
+    /// Tokens that are read together.
+    span: usize,
     /// Steps that advice will still be given for without a sign that it is needed.
     advise: u32,
 }
@@ -248,10 +252,12 @@ impl Filler {
     pub fn new(stream: Arc<Stream>, shards: Arc<ShardSet>, course: Course) -> Self {
         let rows = if shards.options().sequential { TOKENS_AHEAD / stream.width() } else { ROWS_AHEAD };
         let steps_ahead = to_usize(rows.div_ceil(course.count.max(1)).max(2));
+        let span = to_usize(course.step * (stream.width() - 1) + 1);
         Self {
             stream,
             shards,
             course,
+            span,
             planned: VecDeque::new(),
             planned_steps: 0,
             steps_ahead,
@@ -271,7 +277,7 @@ impl Filler {
     fn fill<T>(&mut self, rows: &[Row], make: impl FnOnce(&[Row]) -> Result<T>) -> Result<T> {
         if self.advise > 0 {
             // On cold storage an I/O error must be an error here, not a signal while copying.
-            populate(&self.shards, rows, to_usize(self.stream.width()))?;
+            populate(&self.shards, rows, self.span)?;
             return make(rows);
         }
         let begun = Instant::now();
@@ -285,14 +291,13 @@ impl Filler {
     /// Works out the rows of the next batches, and advises on them unless they are in memory anyway.
     fn plan(&mut self) -> Result<()> {
         while self.planned.len() <= self.steps_ahead && self.course.batches != Some(self.planned_steps) {
-            let mut rows = Vec::new();
             let first = self.course.first + self.planned_steps * self.course.stride;
-            self.stream.rows(first, self.course.count, &mut rows)?;
+            let rows = self.stream.rows(first, self.course.count, self.course.step)?;
             self.planned_steps += 1;
             if self.advise > 0 {
                 let begun = Instant::now();
                 // A shard that is wrong is reported when its batch is asked for, not before.
-                let _ = read_ahead(&self.shards, &rows, to_usize(self.stream.width()));
+                let _ = read_ahead(&self.shards, &rows, self.span);
                 let warm = mean(begun.elapsed(), rows.len()) < WARM_ADVICE;
                 self.advise = if warm { self.advise - 1 } else { WARM_STEPS };
             }

@@ -1,12 +1,11 @@
 //! Shards: opening, checking against the manifest, verifying once, reading rows, and a bounded
 //! cache of open ones.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,6 +19,12 @@ use crate::mapping::Mapping;
 
 const WORD: u64 = size_of::<u32>() as u64;
 const HASH_CHUNK: usize = 1 << 20;
+
+/// Tokens that are brought into memory together where blocks are read: 64 KiB.
+const GRANULE: usize = 1 << 14;
+
+/// Every so many views, the system is asked whether what was brought into memory is still there.
+const LOOK_EVERY: u64 = 16;
 
 /// What a manifest says about one shard.
 #[derive(Clone, Debug)]
@@ -124,6 +129,20 @@ impl Stamp {
     }
 }
 
+/// What of a shard was brought into memory through this map.
+#[derive(Debug)]
+struct Seen {
+    granules: Vec<AtomicBool>,
+    looks: AtomicU64,
+}
+
+impl Seen {
+    fn nothing_of(map: &Mapping) -> Self {
+        let granules = (0..map.words().div_ceil(GRANULE)).map(|_| AtomicBool::new(false)).collect();
+        Self { granules, looks: AtomicU64::new(0) }
+    }
+}
+
 /// One open shard. Views hold an `Arc` of it, so its map outlives them.
 #[derive(Debug)]
 pub struct OpenShard {
@@ -132,6 +151,8 @@ pub struct OpenShard {
     map: Option<Mapping>,
     bytes: u64,
     stamp: Stamp,
+    /// Kept where blocks are read; rows here and there are looked up in the page tables instead.
+    seen: Option<Seen>,
 }
 
 impl OpenShard {
@@ -192,10 +213,29 @@ impl OpenShard {
         Ok(Some(View { shard: self, start: to_usize(start), len }))
     }
 
-    /// As [`Self::populate`], unless the tokens are in memory: one system call that only looks.
+    /// As [`Self::populate`], unless the tokens are known to be in memory.
     fn ensure_resident(&self, start: u64, len: usize) -> Result<()> {
-        let known = self.map.as_ref().is_some_and(|map| map.resident(to_usize(start), len));
-        if known { self.check_size() } else { self.populate(start, len) }
+        let Some(map) = &self.map else { return Ok(()) };
+        let Some(seen) = &self.seen else {
+            return if map.resident(to_usize(start), len) {
+                self.check_size()
+            } else {
+                self.populate(start, len)
+            };
+        };
+        let (first, end) = (to_usize(start) / GRANULE, (to_usize(start) + len).div_ceil(GRANULE));
+        let looks = seen.looks.fetch_add(1, Ordering::Relaxed);
+        if looks.is_multiple_of(LOOK_EVERY) && !map.resident(to_usize(start), len) {
+            // Memory is short and pages were taken away: so nothing is known any more.
+            seen.granules.iter().for_each(|granule| granule.store(false, Ordering::Relaxed));
+        }
+        if seen.granules[first..end].iter().all(|granule| granule.load(Ordering::Relaxed)) {
+            return self.check_size();
+        }
+        let whole = (end * GRANULE).min(map.words()) - first * GRANULE;
+        self.populate((first * GRANULE) as u64, whole)?;
+        seen.granules[first..end].iter().for_each(|granule| granule.store(true, Ordering::Relaxed));
+        Ok(())
     }
 
     /// Reads and maps a row. What a later access would turn into a signal is an error here.
@@ -271,27 +311,36 @@ impl View {
 }
 
 struct Entry {
+    index: u32,
     shard: Arc<OpenShard>,
     used: u64,
     checked: Instant,
 }
 
-#[derive(Default)]
+/// The open shards, and for every shard its place among them: looked up for every row, so not hashed.
 struct Cache {
-    entries: HashMap<u32, Entry>,
+    entries: Vec<Entry>,
+    places: Vec<u32>,
     clock: u64,
 }
 
+const NOT_OPEN: u32 = u32::MAX;
+
 impl Cache {
+    fn of(shards: usize) -> Self {
+        Self { entries: Vec::new(), places: vec![NOT_OPEN; shards], clock: 0 }
+    }
+
     /// The open shard, or None when it is not open or its file is no longer the one that was opened.
     fn find(&mut self, index: u32, now: Instant, recheck: Duration) -> Option<Arc<OpenShard>> {
         self.clock += 1;
-        let entry = self.entries.get_mut(&index)?;
+        let place = self.places[index as usize];
+        let entry = self.entries.get_mut(place as usize)?;
         entry.used = self.clock;
         if now.saturating_duration_since(entry.checked) >= recheck {
             let metadata = std::fs::metadata(&entry.shard.path);
             if !metadata.is_ok_and(|metadata| Stamp::of(&metadata) == entry.shard.stamp) {
-                self.entries.remove(&index);
+                self.remove(place);
                 return None;
             }
             entry.checked = now;
@@ -301,12 +350,33 @@ impl Cache {
 
     fn insert(&mut self, index: u32, shard: Arc<OpenShard>, max_open: usize) {
         self.clock += 1;
+        // Another thread may have opened it meanwhile: the newer one stays.
+        self.remove(self.places[index as usize]);
         while self.entries.len() >= max_open.max(1) {
-            let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.used).map(|(&key, _)| key);
-            oldest.and_then(|key| self.entries.remove(&key));
+            let oldest = (0..).zip(&self.entries).min_by_key(|(_, entry)| entry.used);
+            let Some((place, _)) = oldest else { break };
+            self.remove(place);
         }
-        let entry = Entry { shard, used: self.clock, checked: Instant::now() };
-        self.entries.insert(index, entry);
+        #[allow(clippy::cast_possible_truncation, reason = "there are fewer places than shards, a u32")]
+        let place = self.entries.len() as u32;
+        self.places[index as usize] = place;
+        self.entries.push(Entry { index, shard, used: self.clock, checked: Instant::now() });
+    }
+
+    fn remove(&mut self, place: u32) {
+        if place as usize >= self.entries.len() {
+            return;
+        }
+        let removed = self.entries.swap_remove(place as usize);
+        self.places[removed.index as usize] = NOT_OPEN;
+        if let Some(moved) = self.entries.get(place as usize) {
+            self.places[moved.index as usize] = place;
+        }
+    }
+
+    fn clear(&mut self) {
+        self.entries.clear();
+        self.places.fill(NOT_OPEN);
     }
 }
 
@@ -325,12 +395,12 @@ pub struct ShardSet {
 impl ShardSet {
     /// A set of `facts` lying in `folders`; reads nothing unless `verify` is [`Verify::Open`].
     pub fn new(folders: Vec<PathBuf>, facts: Vec<ShardFacts>, options: Options) -> Result<Self> {
-        let accepted = facts.iter().map(|_| AtomicU64::new(0)).collect();
+        let accepted: Vec<_> = facts.iter().map(|_| AtomicU64::new(0)).collect();
         let set = Self {
             folders,
             facts,
             options,
-            cache: Mutex::default(),
+            cache: Mutex::new(Cache::of(accepted.len())),
             accepted,
             counters: Counters::default(),
         };
@@ -394,7 +464,7 @@ impl ShardSet {
         let facts = &self.facts[index as usize];
         let opened = match self.open(facts, index as usize) {
             Err(Error::Limit { .. }) => {
-                self.cache.lock()?.entries.clear();
+                self.cache.lock()?.clear();
                 self.open(facts, index as usize)?
             }
             other => other?,
@@ -419,7 +489,9 @@ impl ShardSet {
             }
             _ => None,
         };
-        let shard = OpenShard { path, file, map, bytes, stamp: Stamp::of(&metadata) };
+        let seen = map.as_ref().filter(|_| self.options.sequential).map(Seen::nothing_of);
+        let stamp = Stamp::of(&metadata);
+        let shard = OpenShard { path, file, map, bytes, stamp, seen };
         self.counters.opened.fetch_add(1, Ordering::Relaxed);
         self.accept(&shard, facts, index)?;
         Ok(shard)

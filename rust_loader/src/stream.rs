@@ -8,7 +8,7 @@
 
 use crate::error::{Error, Result};
 use crate::order::{Permutation, Purpose};
-use crate::shard::ShardFacts;
+use crate::shard::{ShardFacts, to_usize};
 
 /// Where a row's tokens begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -178,11 +178,11 @@ impl Stream {
         progress
     }
 
-    /// The rows at positions `first..first + count`, appended to `rows`.
+    /// The rows at every `step`-th of the positions `first..first + count`.
     ///
     /// # Errors
     /// [`Error::End`] when the order does not wrap and ends before.
-    pub fn rows(&self, first: u64, count: u64, rows: &mut Vec<Row>) -> Result<()> {
+    pub fn rows(&self, first: u64, count: u64, step: u64) -> Result<Vec<Row>> {
         if let Some(length) = self.length() {
             let last = first + count.saturating_sub(1);
             if last >= length {
@@ -190,11 +190,8 @@ impl Stream {
             }
         }
         let mut orders = vec![None; self.sources.len()];
-        rows.reserve(usize::try_from(count).unwrap_or(0));
-        for position in first..first + count {
-            rows.push(self.row(position, &mut orders));
-        }
-        Ok(())
+        let positions = (first..first + count).step_by(to_usize(step));
+        Ok(positions.map(|position| self.row(position, &mut orders)).collect())
     }
 
     fn row(&self, position: u64, orders: &mut [Option<(u64, Permutation)>]) -> Row {
@@ -296,9 +293,7 @@ mod tests {
     }
 
     fn rows(stream: &Stream, first: u64, count: u64) -> Vec<Row> {
-        let mut rows = Vec::new();
-        stream.rows(first, count, &mut rows).unwrap();
-        rows
+        stream.rows(first, count, 1).unwrap()
     }
 
     /// A stream of sources with one shard each, `sequences[i]` long, dealt as `units` says.
@@ -323,8 +318,7 @@ mod tests {
     fn orders_that_do_not_wrap_end() {
         let stream = single(&[41], 4, Order::InOrder).unwrap();
         assert_eq!(stream.length(), Some(10));
-        let mut rows = Vec::new();
-        assert!(matches!(stream.rows(8, 3, &mut rows), Err(Error::End { position: 10, length: 10 })));
+        assert!(matches!(stream.rows(8, 3, 1), Err(Error::End { position: 10, length: 10 })));
         assert_eq!(single(&[41], 4, Order::Sample { size: 99 }).unwrap().length(), Some(10));
     }
 

@@ -195,4 +195,11 @@ MUTANTS: tuple[Change, ...] = (
         "            if source.dealt(place + 1) > before {",
         "            if source.dealt(place + 2) > before {",
     ),
+    Change(
+        IMPORT + "001",
+        "the verb has another name",
+        "apr_dist/cli/__init__.py",
+        '    "tokenize import-hf": "tokens:import_hf",',
+        '    "tokenize import": "tokens:import_hf",',
+    ),
 )

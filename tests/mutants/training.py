@@ -356,6 +356,6 @@ MUTANTS: tuple[Change, ...] = (
         "a resumed run begins with the first batch",
         TRAINER_FILE,
         "        micro_batches = self.train_data.batch(step)",
-        "        micro_batches = self.train_data.batch(step % 2)",
+        '        micro_batches = self.train_data.batch(step - vars(self).setdefault("begun", step))',
     ),
 )

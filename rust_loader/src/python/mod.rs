@@ -106,12 +106,12 @@ impl TokenStream {
     }
 
     fn locate(&self, first: u64, count: u64) -> PyResult<Vec<(u32, u64)>> {
-        Ok(self.core.rows(first, count)?.into_iter().map(|row| (row.shard, row.start)).collect())
+        Ok(self.core.stream.rows(first, count, 1)?.into_iter().map(|row| (row.shard, row.start)).collect())
     }
 
     fn gather(&self, py: Python<'_>, first: u64, count: u64) -> PyResult<Py<PyAny>> {
         let begun = Instant::now();
-        let buffer = py.detach(|| self.core.gathered(&self.core.rows(first, count)?))?;
+        let buffer = py.detach(|| self.core.gathered(&self.core.stream.rows(first, count, 1)?))?;
         let capsule = self.core.buffer_memory(buffer, count).into_capsule(py);
         self.core.shards.counters.latencies.record(begun.elapsed());
         capsule
@@ -126,8 +126,8 @@ impl TokenStream {
         rows_per_view: Option<u64>,
     ) -> PyResult<Bound<'py, PyList>> {
         let begun = Instant::now();
-        let rows_each = rows_per_view.unwrap_or(1);
-        let views = py.detach(|| self.core.viewed(&self.core.rows(first, count)?, rows_each))?;
+        let step = rows_per_view.unwrap_or(1).max(1);
+        let views = py.detach(|| self.core.viewed(&self.core.stream.rows(first, count, step)?, step))?;
         let list = self.core.view_list(py, views, rows_per_view);
         self.core.shards.counters.latencies.record(begun.elapsed());
         list
@@ -150,12 +150,6 @@ impl TokenStream {
 }
 
 impl Core {
-    fn rows(&self, first: u64, count: u64) -> Result<Vec<Row>> {
-        let mut rows = Vec::new();
-        self.stream.rows(first, count, &mut rows)?;
-        Ok(rows)
-    }
-
     fn gathered(&self, rows: &[Row]) -> Result<Buffer> {
         let mut buffer = self.pool.take(rows.len() * to_usize(self.stream.width()) * self.element.bytes())?;
         self.gather_into(rows, buffer.elements())?;
@@ -167,7 +161,7 @@ impl Core {
     }
 
     fn viewed(&self, rows: &[Row], rows_per_view: u64) -> Result<Vec<View>> {
-        views(&self.shards, rows, to_usize(self.stream.width()), to_usize(rows_per_view))
+        views(&self.shards, rows, to_usize(rows_per_view * (self.stream.width() - 1) + 1))
     }
 
     fn buffer_memory(&self, mut buffer: Buffer, count: u64) -> Memory {

@@ -55,7 +55,8 @@ impl Prefetcher {
         buffers: Option<Vec<Bound<'_, PyAny>>>,
     ) -> PyResult<Self> {
         let core = Arc::clone(&stream.core);
-        let course = Course { first, count, stride, batches };
+        let step = rows_per_view.unwrap_or(1).max(1);
+        let course = Course { first, count, stride, batches, step };
         let mut filler = Filler::new(Arc::clone(&core.stream), Arc::clone(&core.shards), course);
         let (sender, receiver) = channel();
         let external = buffers.is_some();
@@ -64,7 +65,7 @@ impl Prefetcher {
         }
         let theirs = Arc::clone(&core);
         let make = move |rows: &[Row]| match rows_per_view {
-            Some(rows_each) => Ok(Made::Views(theirs.viewed(rows, rows_each)?)),
+            Some(_) => Ok(Made::Views(theirs.viewed(rows, step)?)),
             None => Ok(Made::Buffer(theirs.gathered(rows)?)),
         };
         let theirs = Arc::clone(&core);

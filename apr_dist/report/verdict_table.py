@@ -1,4 +1,4 @@
-"""Pictures and tables of a run, made from what it left behind."""
+"""The verdict as a table of text, for the end of a run."""
 
 from __future__ import annotations
 

@@ -1,0 +1,40 @@
+"""The verb that draws what runs left behind."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from apr_dist.errors import UsageError
+
+
+def report(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    /,
+    *,
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+) -> None:
+    """Write one HTML page of runs: curves, gates, verdicts, configuration differences.
+
+    Example: apr-dist report runs/first runs/second -o comparison.html
+
+    Args:
+        runs: run folders; several are drawn over each other.
+        output: page to write, its pictures beside it; by default report.html in the first run folder.
+    """
+    if not runs:
+        raise UsageError("no run folder was named", where="command line", expected="RUN_DIR [RUN_DIR...]")
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{' and '.join(missing)} is not installed",
+            expected="the extra that draws reports",
+            remedy="pip install 'apr-dist[report]'",
+        )
+    from apr_dist.report.page import write_report  # noqa: PLC0415  (drawing is an extra)
+
+    for path in write_report(runs, output or runs[0] / "report.html"):
+        print(path)

@@ -1,0 +1,158 @@
+"""The curves of one or more runs, each drawn for a light and for a dark page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from apr_dist.report.run_folder import Run
+
+mpl.use("Agg")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one kind of page; ``runs`` are told apart without hue by line style too."""
+
+    background: str
+    text: str
+    grid: str
+    runs: tuple[str, ...]
+
+
+LIGHT = Theme("#ffffff", "#1d232b", "#d9dee5", ("#1a5fb4", "#c64600", "#1f7a3f", "#813d9c", "#8a6a00"))
+DARK = Theme("#171b21", "#e6e9ee", "#39414d", ("#78aeed", "#ffa06b", "#7fd69a", "#d3a0ea", "#e5c860"))
+
+_STYLES = ("-", "--", "-.", ":")
+_SMOOTHING = 0.9
+_FEW_STEPS = 20
+
+Draw = Callable[[Axes, Run, str, str], bool]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure: its name for files, its title, and the PNG bytes for each kind of page."""
+
+    name: str
+    title: str
+    light: bytes
+    dark: bytes
+
+
+def draw(runs: Sequence[Run]) -> list[Picture]:
+    """Every figure the runs have something to show for, all runs in each."""
+    pictures = []
+    for name, title, unit, plot in _FIGURES:
+        light, dark = (_render(runs, unit, plot, theme) for theme in (LIGHT, DARK))
+        if light is not None and dark is not None:
+            pictures.append(Picture(name, title, light, dark))
+    return pictures
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average without the pull of its start (as Adam corrects its moments)."""
+    mean, smoothed = 0.0, []
+    for count, value in enumerate(values, start=1):
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
+        smoothed.append(mean / (1 - _SMOOTHING**count))
+    return smoothed
+
+
+def _render(runs: Sequence[Run], unit: str, plot: Draw, theme: Theme) -> bytes | None:
+    figure = Figure(figsize=(4.7, 3.0), dpi=200, layout="constrained", facecolor=theme.background)
+    axes = figure.subplots()
+    drawn = [
+        plot(axes, run, theme.runs[index % len(theme.runs)], _STYLES[index % len(_STYLES)])
+        for index, run in enumerate(runs)
+    ]
+    if not any(drawn):
+        return None
+    _dress(axes, theme, unit)
+    handles, _ = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        legend = axes.legend(frameon=False, fontsize=9, labelcolor=theme.text)
+        legend.set_zorder(3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _dress(axes: Axes, theme: Theme, unit: str) -> None:
+    axes.set_facecolor(theme.background)
+    axes.set_xlabel("step", color=theme.text, fontsize=10)
+    axes.set_ylabel(unit, color=theme.text, fontsize=10)
+    axes.grid(color=theme.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.text, labelsize=9, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+    if axes.get_ylim()[1] >= 1000:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _loss(axes: Axes, run: Run, colour: str, style: str) -> bool:
+    steps, values = run.series("train_loss")
+    if steps:
+        few = len(steps) < _FEW_STEPS
+        axes.plot(steps, values, color=colour, linewidth=1.4 if few else 0.8, alpha=1 if few else 0.3)
+        if not few:
+            axes.plot(steps, smooth(values), color=colour, linewidth=1.6, linestyle=style)
+        axes.lines[-1].set_label(f"{run.name}: training")
+    found = [(line["step"], line["val_loss"]) for line in run.evaluations if line.get("val_loss") is not None]
+    if found:
+        x, y = zip(*found, strict=True)
+        label = f"{run.name}: validation"
+        axes.plot(x, y, color=colour, linewidth=1.2, linestyle=style, marker="o", markersize=4.5, label=label)
+    return bool(steps or found)
+
+
+def _line(key: str) -> Draw:
+    def plot(axes: Axes, run: Run, colour: str, style: str) -> bool:
+        steps, values = run.series(key)
+        if steps:
+            axes.plot(steps, values, color=colour, linewidth=1.4, linestyle=style, label=run.name)
+            if len(steps) == 1:
+                axes.lines[-1].set_marker("o")
+        return bool(steps)
+
+    return plot
+
+
+def _from_zero(key: str) -> Draw:
+    plot = _line(key)
+
+    def plot_from_zero(axes: Axes, run: Run, colour: str, style: str) -> bool:
+        drawn = plot(axes, run, colour, style)
+        axes.set_ylim(bottom=0)
+        return drawn
+
+    return plot_from_zero
+
+
+def _data_wait(axes: Axes, run: Run, colour: str, style: str) -> bool:
+    steps, waits = run.series("data_wait_ms")
+    _, walls = run.series("wall_ms")
+    if not steps or len(walls) != len(waits):
+        return False
+    shares = [100 * wait / wall for wait, wall in zip(waits, walls, strict=True)]
+    axes.plot(steps, shares, color=colour, linewidth=1.4, linestyle=style, label=run.name)
+    axes.set_ylim(bottom=0)
+    return True
+
+
+_FIGURES: tuple[tuple[str, str, str, Draw], ...] = (
+    ("loss", "Loss", "nats per token", _loss),
+    ("learning-rate", "Learning rate", "lr", _line("lr")),
+    ("throughput", "Throughput", "tokens per second", _from_zero("tokens_per_sec")),
+    ("gradient-norm", "Gradient norm before clipping", "norm", _from_zero("grad_norm")),
+    ("data-wait", "Time spent waiting for data", "% of the step", _data_wait),
+)

@@ -1,0 +1,79 @@
+"""One self-contained HTML page of runs, and the pictures beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from apr_dist.data.storage import write_atomically
+from apr_dist.report.figures import Picture, draw
+from apr_dist.report.run_folder import Run, config_differences, read_runs
+
+
+def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
+    """Write the page of these runs to ``output`` and its pictures beside it, replacing older ones.
+
+    Returns:
+        every file written, the page first.
+
+    Raises:
+        UsageError: a folder is not a run's.
+        OutputError: a file cannot be written.
+    """
+    runs = read_runs(folders)
+    pictures = draw(runs)
+    write_atomically(output, render(runs, pictures).encode())
+    written = [output]
+    for picture in pictures:
+        path = output.with_name(f"{output.stem}-{picture.name}.png")
+        write_atomically(path, picture.light)
+        written.append(path)
+    return written
+
+
+def render(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
+    """The page as HTML that needs nothing but itself."""
+    environment = Environment(
+        loader=PackageLoader("apr_dist.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        runs=[{"run": run, "facts": _facts(run)} for run in runs],
+        pictures=[
+            {"title": one.title, "light": _data_uri(one.light), "dark": _data_uri(one.dark)}
+            for one in pictures
+        ],
+        differences=config_differences(runs) if len(runs) > 1 else [],
+        synthetic=[run.name for run in runs if run.verdict and run.verdict.get("synthetic")],
+    )
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """What one reads first about a run, as (words, text)."""
+    facts: dict[str, Any] = dict(run.verdict["facts"]) if run.verdict else {}
+    losses = run.val_losses
+    rows = [("steps", f"{len(run.steps):,} of {run.values.get('num_steps', '?')}")]
+    if losses:
+        change = f"{losses[0]:.4f} to {losses[-1]:.4f}" if len(losses) > 1 else f"{losses[0]:.4f}"
+        rows.append(("validation loss", change))
+    else:
+        rows.append(("validation loss", "never evaluated"))
+    if run.steps:
+        rows.append(("tokens", f"{run.steps[-1]['tokens_seen']:,}"))
+        rows.append(("median speed", f"{run.median('tokens_per_sec'):,.0f} tokens/s"))
+    if "wall_seconds" in facts:
+        rows.append(("wall time", f"{facts['wall_seconds']:,.1f} s"))
+    if "strategy" in facts:
+        rows.append(("processes", f"{facts['world_size']}, {facts['strategy']}"))
+    return rows
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,123 @@
+"""What a run folder says, read leniently: a run that was aborted, or still runs, has a report too."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apr_dist.config import read_tree
+from apr_dist.errors import UsageError
+
+METRICS_NAME, VERDICT_NAME, CONFIG_NAME = "metrics.jsonl", "verdict.json", "config.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run as its folder tells it.
+
+    Attributes:
+        name: name of the folder, made unique among the runs of a page.
+        folder: the run folder.
+        steps: the step lines of metrics.jsonl.
+        evaluations: its evaluation lines.
+        verdict: verdict.json, or None where the run did not come to one.
+        values: the configuration, flat: dotted key to value as text.
+    """
+
+    name: str
+    folder: Path
+    steps: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
+    verdict: Mapping[str, Any] | None
+    values: Mapping[str, str]
+
+    @property
+    def status(self) -> str:
+        """How the run ended, as verdict.json says."""
+        return str(self.verdict["status"]) if self.verdict else "NO VERDICT"
+
+    @property
+    def gates(self) -> Sequence[Mapping[str, Any]]:
+        """Every gate that was evaluated, in order."""
+        return self.verdict["gates"] if self.verdict else ()
+
+    @property
+    def val_losses(self) -> list[float]:
+        """The finite validation losses, oldest first."""
+        return [line["val_loss"] for line in self.evaluations if line.get("val_loss") is not None]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one figure of the step lines that have it."""
+        found = [(line["step"], line[key]) for line in self.steps if line.get(key) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def median(self, key: str) -> float | None:
+        """Median of one figure over all steps, or None without steps."""
+        _, values = self.series(key)
+        return statistics.median(values) if values else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, giving equally named ones their whole path as a name.
+
+    Raises:
+        UsageError: a folder holds neither metrics nor a verdict, or a file in it is not JSON.
+    """
+    names = [folder.resolve().name for folder in folders]
+    return [
+        _read(folder, name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The keys on which not all runs agree, each with the value of every run."""
+    keys = dict.fromkeys(key for run in runs for key in run.values)
+    rows = [(key, [run.values.get(key, "not recorded") for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _read(folder: Path, name: str) -> Run:
+    metrics, verdict, config = (folder / name for name in (METRICS_NAME, VERDICT_NAME, CONFIG_NAME))
+    if not metrics.is_file() and not verdict.is_file():
+        raise UsageError(
+            f"neither {METRICS_NAME} nor {VERDICT_NAME} is there",
+            where=folder,
+            expected="the folder a run wrote into",
+            remedy="give the --run-dir of a run",
+        )
+    lines = _json_lines(metrics) if metrics.is_file() else []
+    return Run(
+        name=name,
+        folder=folder,
+        steps=[line for line in lines if line.get("kind") == "step"],
+        evaluations=[line for line in lines if line.get("kind") == "evaluation"],
+        verdict=_json(verdict, verdict.read_text(encoding="utf-8")) if verdict.is_file() else None,
+        values=dict(_flat(read_tree(config), "")) if config.is_file() else {},
+    )
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    # A run that was killed, or still writes, leaves its last line unfinished.
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [_json(path, line) for line in whole if line]
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"not JSON ({error})", where=path, expected="what a run writes there") from error
+    return found
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    rows = []
+    for key, value in tree.items():
+        inner = isinstance(value, dict)
+        rows += _flat(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", str(value))]
+    return rows

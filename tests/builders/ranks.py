@@ -1,0 +1,146 @@
+"""What two ranks do under every strategy, in one pair of processes: run under torchrun, reports JSON.
+
+torchrun --nproc_per_node 2 tests/builders/ranks.py MODEL.apr OUTPUT_FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from apr_dist.apr.reader import AprReader
+from apr_dist.errors import NumericalInstability, OutputError, WeightsRefused
+from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.transformer import Decoder
+from apr_dist.parallel import runtime as processes
+from apr_dist.parallel.engine import Engine, prepare
+from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.sharding import assert_spread, build_decoder
+from apr_dist.parallel.strategy import Strategy
+from apr_dist.parallel.weights import draw_weights, load_weights, model_digest, prove_weights, save_weights
+from apr_dist.training.guards import check_finite
+from apr_dist.training.optimizer import build_optimizer
+
+CASES = (
+    (Strategy.FSDP2, 2),
+    (Strategy.SHARD_GRAD_OP, 2),
+    (Strategy.HSDP, 1),
+    (Strategy.HSDP, 2),
+    (Strategy.ZERO1, 1),
+    (Strategy.ZERO3, 2),
+)
+"""Strategies and how many ranks share a copy."""
+
+STEPS, BATCH, LENGTH = 2, 4, 16
+
+
+def take_steps(model: Path, view: Runtime, folder: Path) -> dict[str, Any]:
+    """Load, step twice over two micro-batches a rank, refuse a bad step, and save; every rank calls this."""
+    reader = AprReader(model)
+    config = TransformerConfig.from_metadata(
+        reader.metadata.to_mapping(), family=Family.QWEN2, where=model, tie_word_embeddings=True
+    )
+    decoder = build_decoder(config, view)
+    load_weights(decoder, reader if view.is_main else None, view)
+    loaded = model_digest(decoder)
+    optimizer = build_optimizer(decoder, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    engine = prepare(decoder, optimizer, view, micro_batch=1, grad_clip=0.5)
+    found: dict[str, Any] = {"loaded": loaded, **engine.evidence, "losses": [], "norms": []}
+    for step in range(STEPS):
+        loss, norm = one_step(engine, view, config.vocab_size, step, scale=1.0)
+        found["losses"].append(loss)
+        found["norms"].append(norm)
+    before = model_digest(decoder)
+    try:
+        one_step(engine, view, config.vocab_size, STEPS, scale=math.nan)
+    except NumericalInstability as error:
+        found["refused"] = error.falsifier
+    found["untouched"] = model_digest(decoder) == before
+    target = folder / f"{view.strategy}-{view.shard_size}.apr"
+    metadata = reader.metadata if view.is_main else None
+    save_weights(decoder, target, metadata, overwrite=False, runtime=view)
+    found["saved"] = str(target)
+    try:
+        save_weights(decoder, target, metadata, overwrite=False, runtime=view)
+    except OutputError:
+        found["kept_the_first"] = True
+    return found
+
+
+def one_step(
+    engine: Engine, view: Runtime, vocabulary: int, step: int, *, scale: float
+) -> tuple[float, float]:
+    """One step over global batch ``step``; a scale of NaN makes its gradients so."""
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(vocabulary, (BATCH, LENGTH + 1), generator=generator)
+    mine = torch.chunk(rows, view.world_size)[view.rank]
+    total = torch.zeros((), dtype=torch.float64)
+    for index, row in enumerate(mine):
+        total += engine.accumulate(
+            row[None, :-1],
+            row[None, 1:],
+            scale=scale * view.world_size / (BATCH * LENGTH),
+            last=index == len(mine) - 1,
+        ).double()
+    loss = float(view.sum(total)) / (BATCH * LENGTH)
+    return loss, engine.step(lambda norm: check_finite(step=step, train_loss=loss, grad_norm=norm))
+
+
+def damage(model: Path, view: Runtime) -> str:
+    """Alter one element of rank 1's shard after loading, and let every rank look."""
+    reader = AprReader(model)
+    config = TransformerConfig.from_metadata(
+        reader.metadata.to_mapping(), family=Family.QWEN2, where=model, tie_word_embeddings=True
+    )
+    decoder = build_decoder(config, view)
+    digests = load_weights(decoder, reader if view.is_main else None, view)
+    if not view.is_main:
+        with torch.no_grad():
+            decoder.get_parameter("model.layers.1.mlp.up_proj.weight").to_local()[0, 0] += 1e-3
+    try:
+        prove_weights(decoder, digests, view)
+    except WeightsRefused as error:
+        return str(error)
+    return "not noticed"
+
+
+def drawn(view: Runtime, config: TransformerConfig) -> str:
+    """Digest of a decoder from scratch whose embedding does not divide into equal parts."""
+    config = replace(config, vocab_size=511)
+    decoder: Decoder = build_decoder(config, view)
+    draw_weights(decoder, config, view, seed=5)
+    assert_spread(decoder, view)
+    return model_digest(decoder)
+
+
+def main() -> None:
+    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    cases = [case for case in CASES if "--no-deepspeed" not in sys.argv or not case[0].zero_stage]
+    first = "fsdp2" if "--no-deepspeed" in sys.argv else "zero3"
+    runtime = processes.start(device="cpu", strategy=first, precision="f32", cpu_threads=1, timeout_s=120)
+    report: dict[str, Any] = {}
+    for strategy, size in cases:
+        view = replace(runtime, strategy=strategy, shard_size=size)
+        report[f"{strategy}-{size}"] = take_steps(model, view, folder)
+    fsdp = replace(runtime, strategy=Strategy.FSDP2, shard_size=2)
+    with AprReader(model) as reader:
+        config = TransformerConfig.from_metadata(
+            reader.metadata.to_mapping(), family=Family.QWEN2, where=model, tie_word_embeddings=True
+        )
+    report["drawn"] = drawn(fsdp, config)
+    report["damage"] = damage(model, fsdp)
+    (folder / f"report-{runtime.rank}.json").write_text(json.dumps(report))
+    runtime.barrier()
+    processes.shut_down(0)
+
+
+if __name__ == "__main__":
+    main()

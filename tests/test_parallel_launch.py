@@ -1,0 +1,159 @@
+"""The recipes in launch/: each parses, and says nothing the trainer does not understand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from apr_dist.config import StrategyChoice, TrainConfig, parse_command_line
+from apr_dist.errors import DistributedError, UsageError
+from apr_dist.parallel.strategy import Strategy, choose, group_size
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+RECIPES = sorted(path for path in LAUNCH.iterdir() if path.is_file())
+SCRIPTS = [path for path in RECIPES if path.suffix in {".sh", ".sbatch"}]
+ACCELERATE = [path for path in RECIPES if path.suffix == ".yaml" and path.stem != "kubernetes"]
+
+
+def trainer_flags(text: str) -> list[str]:
+    """The words after ``apr_dist/train.py`` of the first command line that has it."""
+    joined = re.sub(r"\\\n#?", " ", text)
+    (line,) = [line for line in joined.splitlines() if "apr_dist/train.py" in line]
+    words = shlex.split(line.split("apr_dist/train.py", 1)[1])
+    return [word for word in words if word not in {"$@", ""}]
+
+
+def flags_of(recipe: Path) -> list[str]:
+    if recipe.stem != "kubernetes":
+        return trainer_flags(recipe.read_text())
+    command = container(recipe)["command"]
+    return [str(word) for word in command[command.index("apr_dist/train.py") + 1 :]]
+
+
+def container(recipe: Path) -> dict[str, Any]:
+    _, job = yaml.safe_load_all(recipe.read_text())
+    (found,) = job["spec"]["template"]["spec"]["containers"]
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_the_trainer_takes_every_flag_of_a_recipe(recipe: Path) -> None:
+    flags = [word.replace("$STRATEGY", "hsdp") for word in flags_of(recipe)]
+    config = parse_command_line(flags).config
+    assert isinstance(config, TrainConfig)
+    assert config.init is not None
+    assert config.dataset is not None
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_valid_bash_and_its_default_strategy_exists(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (default,) = re.findall(r'^STRATEGY="\$\{STRATEGY:-([\w-]+)\}"$', script.read_text(), re.MULTILINE)
+    assert StrategyChoice(default).value == "hsdp"
+
+
+def test_the_kubernetes_job_starts_one_process_per_gpu_on_every_machine() -> None:
+    recipe = LAUNCH / "kubernetes.yaml"
+    service, job = yaml.safe_load_all(recipe.read_text())
+    pod, found = job["spec"]["template"]["spec"], container(recipe)
+    command = found["command"]
+
+    def value(flag: str) -> str:
+        return str(command[command.index(flag) + 1])
+
+    assert int(value("--nnodes")) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert int(value("--nproc_per_node")) == found["resources"]["limits"]["nvidia.com/gpu"]
+    assert (
+        value("--rdzv_endpoint").split(":")[0] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    )
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert {mount["name"] for mount in found["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "strategy"),
+    [
+        ("single-rtx4090", 1, Strategy.SINGLE),
+        ("fsdp2-8gpu", 8, Strategy.FSDP2),
+        ("zero3-8gpu", 8, Strategy.ZERO3),
+    ],
+)
+def test_accelerate_hands_the_strategy_of_a_recipe_to_the_trainer(
+    name: str, processes: int, strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--config_file", str(LAUNCH / f"{name}.yaml"), "apr_dist/train.py"]
+    options, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    assert options.num_processes == processes
+    options.deepspeed_fields_from_accelerate_config = ""  # which the launcher itself sets a step later
+    before = dict(os.environ)
+    if processes == 1:
+        environment: dict[str, str] = {}
+    elif options.use_deepspeed:
+        _, environment = prepare_deepspeed_cmd_env(options)
+    else:
+        environment = prepare_multi_gpu_env(options)
+    for key, said in environment.items():
+        if before.get(key) != said:
+            monkeypatch.setenv(key, said)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert choose("auto") is strategy
+
+
+def test_a_launcher_and_a_configuration_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(DistributedError, match=r"DISTRIBUTED-001.*says zero2.*says fsdp2"):
+        choose("fsdp2")
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched", "world", "expected"),
+    [
+        ("auto", {}, 1, Strategy.SINGLE),
+        ("auto", {}, 4, Strategy.DDP),
+        ("auto", {"ACCELERATE_USE_FSDP": "true"}, 4, Strategy.FSDP2),
+        (
+            "auto",
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"},
+            4,
+            Strategy.SHARD_GRAD_OP,
+        ),
+        ("hsdp", {"ACCELERATE_USE_FSDP": "true"}, 4, Strategy.HSDP),
+        ("zero1", {}, 4, Strategy.ZERO1),
+    ],
+)
+def test_the_configuration_decides_and_auto_asks_the_launcher(
+    asked: str, launched: dict[str, str], world: int, expected: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_RESHARD_AFTER_FORWARD"):
+        monkeypatch.delenv(key, raising=False)
+    for key, said in {**launched, "WORLD_SIZE": str(world)}.items():
+        monkeypatch.setenv(key, said)
+    assert choose(asked) is expected
+
+
+def test_every_strategy_that_can_be_configured_exists() -> None:
+    assert {choice.value for choice in StrategyChoice} == {"auto", *(strategy.value for strategy in Strategy)}
+
+
+def test_a_shard_size_must_divide_the_processes_and_belongs_to_hsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert group_size(Strategy.HSDP, 16, None) == 4
+    assert group_size(Strategy.HSDP, 16, 8) == 8
+    assert group_size(Strategy.FSDP2, 16, None) == 16
+    assert group_size(Strategy.ZERO2, 16, None) == 1
+    with pytest.raises(UsageError, match="16 processes do not divide into groups of 3"):
+        group_size(Strategy.HSDP, 16, 3)
+    with pytest.raises(UsageError, match="only hsdp"):
+        group_size(Strategy.ZERO3, 16, 4)

@@ -1,0 +1,201 @@
+"""Sharded training with two real processes: what lies where, the same numbers, the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from builders.ranks import CASES, drawn, take_steps
+from builders.runs import REPOSITORY, metrics, run_script, verdict
+
+from apr_dist.apr.reader import AprReader
+from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.parallel import runtime as processes
+from apr_dist.parallel.runtime import Runtime, reset_state
+
+if TYPE_CHECKING:
+    from builders.runs import Inputs
+
+ELEMENTS = 107_072
+"""Parameters of the tiny pretrained model, the tied embedding counted once."""
+
+HALVES = [ELEMENTS // 2, ELEMENTS // 2]
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="DeepSpeed builds its CPU communication module with a C++ compiler, and there is none",
+)
+
+
+@pytest.fixture(autouse=True)
+def kept_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's CPU module is built once for this checkout, by this environment's own build tools."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".build" / "torch_extensions"))
+
+
+def train(inputs: Inputs, run_dir: Path, world_size: int, *flags: str) -> Path:
+    done = run_script(
+        *inputs.data_flags(),
+        *("--init", str(inputs.pretrained), "--run-dir", str(run_dir), "--batch-size", "8"),
+        *("--micro-batch-size", "2", "--num-steps", "4", "--steps-per-epoch", "2", "--lr", "1e-3"),
+        *("--warmup-steps", "1", "--checkpoint.keep-last", "9", *flags),
+        world_size=world_size,
+        timeout_s=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps in one process: four micro-batches a step, saved after two and after four."""
+    return train(inputs, tmp_path_factory.mktemp("alone") / "run", 1)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run under FSDP2 on two processes: two micro-batches a step and rank."""
+    run_dir = tmp_path_factory.mktemp("fsdp2") / "run"
+    return train(inputs, run_dir, 2, "--parallel.strategy", "fsdp2")
+
+
+def assert_same_numbers(one: Path, other: Path, *, first: int = 0, loss: float = 1e-6) -> None:
+    steps, others = metrics(one)[first:], metrics(other)[first:]
+    assert [line["step"] for line in others] == [line["step"] for line in steps]
+    for line, same in zip(steps, others, strict=True):
+        assert same["train_loss"] == pytest.approx(line["train_loss"], rel=loss)
+        assert same["grad_norm"] == pytest.approx(line["grad_norm"], rel=10 * loss)
+    ends = [metrics(run, "evaluation")[-1]["val_loss"] for run in (one, other)]
+    assert ends[1] == pytest.approx(ends[0], rel=loss)
+
+
+def assert_same_model(one: Path, other: Path, *, within: float) -> None:
+    with AprReader(one) as ours, AprReader(other) as theirs:
+        assert ours.tensors.keys() == theirs.tensors.keys()
+        for name in ours.tensors:
+            np.testing.assert_allclose(ours.float32(name), theirs.float32(name), atol=within, err_msg=name)
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-002")
+def test_fsdp2_halves_the_model_and_changes_no_number(alone: Path, fsdp2: Path) -> None:
+    facts = verdict(fsdp2)["facts"]
+    assert (facts["strategy"], facts["world_size"]) == ("fsdp2", 2)
+    assert (facts["parameter_elements"], facts["shard_elements"]) == (ELEMENTS, HALVES)
+    assert verdict(alone)["facts"]["shard_elements"] == [ELEMENTS]
+    assert_same_numbers(alone, fsdp2)
+    assert_same_model(alone / "checkpoint.apr", fsdp2 / "checkpoint.apr", within=2e-6)
+
+
+@needs_compiler
+@pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-002")
+def test_zero3_halves_the_model_and_changes_no_number(alone: Path, inputs: Inputs, tmp_path: Path) -> None:
+    run_dir = train(inputs, tmp_path / "run", 2, "--parallel.strategy", "zero3")
+    facts = verdict(run_dir)["facts"]
+    assert (facts["strategy"], facts["zero_stage"], facts["world_size"]) == ("zero3", 3, 2)
+    assert facts["shard_elements"] == facts["optimizer_elements"] == HALVES
+    assert_same_numbers(alone, run_dir)
+    assert_same_model(alone / "checkpoint.apr", run_dir / "checkpoint.apr", within=2e-6)
+
+
+@needs_compiler
+def test_zero2_goes_on_from_what_fsdp2_saved(
+    alone: Path, fsdp2: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    resume = ("--resume", str(fsdp2 / "steps" / "000002"))
+    run_dir = train(inputs, tmp_path / "run", 2, "--parallel.strategy", "zero2", *resume)
+    facts = verdict(run_dir)["facts"]
+    assert (facts["strategy"], facts["zero_stage"]) == ("zero2", 2)
+    assert facts["shard_elements"] == [ELEMENTS, ELEMENTS]
+    assert facts["optimizer_elements"] == HALVES
+    steps = {line["step"]: line for line in metrics(run_dir)}
+    assert sorted(steps) == [3, 4]
+    for line in metrics(alone)[2:]:
+        assert steps[line["step"]]["train_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
+        assert steps[line["step"]]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-5)
+    assert_same_model(alone / "checkpoint.apr", run_dir / "checkpoint.apr", within=2e-6)
+
+
+@pytest.fixture(scope="module")
+def ranks(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks reported of every strategy, all in one launch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["TORCH_EXTENSIONS_DIR"] = str(REPOSITORY / ".build" / "torch_extensions")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    script = [str(Path(__file__).parent / "builders" / "ranks.py"), str(inputs.pretrained), str(folder)]
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        script.append("--no-deepspeed")
+    done = subprocess.run(
+        [*launch, *script], capture_output=True, text=True, timeout=500, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture
+def single() -> Iterator[Runtime]:
+    """This process alone."""
+    reset_state()
+    yield processes.start(device="cpu", strategy="single", precision="f32", cpu_threads=1, timeout_s=60)
+    reset_state()
+
+
+def cases_of(report: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
+    names = ((f"{strategy}-{size}", size) for strategy, size in CASES)
+    return [(name, size, report[name]) for name, size in names if name in report]
+
+
+def test_every_strategy_holds_its_share_and_takes_the_same_steps(
+    ranks: list[dict[str, Any]], inputs: Inputs, single: Runtime, tmp_path: Path
+) -> None:
+    wanted = take_steps(inputs.pretrained, single, tmp_path)
+    for report in ranks:
+        assert len(cases_of(report)) >= 4
+        for name, size, found in cases_of(report):
+            assert found["loaded"] == wanted["loaded"], name
+            assert found["shard_elements"] == [ELEMENTS // size] * 2, name
+            assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-6), name
+            assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5), name
+            assert_same_model(Path(wanted["saved"]), Path(found["saved"]), within=2e-6)
+
+
+@pytest.mark.falsifies("INV-TRAIN-007")
+def test_a_gradient_that_is_not_finite_touches_no_weight_under_any_strategy(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for report in ranks:
+        for name, _, found in cases_of(report):
+            assert (found["refused"], found["untouched"]) == ("INV-TRAIN-007", True), name
+
+
+def test_a_save_that_rank_0_refuses_is_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for report in ranks:
+        for name, _, found in cases_of(report):
+            assert found.get("kept_the_first"), name
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-001")
+def test_one_altered_element_of_one_shard_is_named_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for report in ranks:
+        assert "FALSIFY-APR-DIST-TRAINER-001" in report["damage"]
+        assert "model.layers.1.mlp.up_proj.weight" in report["damage"]
+
+
+def test_weights_from_scratch_do_not_depend_on_the_sharding(
+    ranks: list[dict[str, Any]], inputs: Inputs, single: Runtime
+) -> None:
+    with AprReader(inputs.pretrained) as reader:
+        keys = reader.metadata.to_mapping()
+    config = TransformerConfig.from_metadata(
+        keys, family=Family.QWEN2, where=inputs.pretrained, tie_word_embeddings=True
+    )
+    assert {report["drawn"] for report in ranks} == {drawn(single, config)}
