@@ -5,7 +5,7 @@ Python loop), ``cold`` (page cache dropped for the shards), ``start`` (first bat
 sparse data set of a trillion tokens in 100,000 shards, which takes no disk space and is removed).
 Every way takes its turn in every round, in rotating order; figures are the median over rounds with
 minimum and maximum. On a machine that others use, the processor time of a batch says more than its wall time;
-that of worker processes is not in it. ``litdata`` and ``mosaicml-streaming`` take part where they are installed.
+that of worker processes is not in it. ``litdata`` and ``mosaicml-streaming`` take part where installed.
 
     python benchmarks/bench_loader.py [--sections throughput handover cold start] [--rounds 5]
         [--shards 20] [--seconds 0.5] [--folder DIR] [--json PATH]

@@ -91,7 +91,7 @@ def test_fsdp2_halves_the_model_and_changes_no_number(alone: Path, fsdp2: Path) 
     assert (facts["parameter_elements"], facts["shard_elements"]) == (ELEMENTS, HALVES)
     assert verdict(alone)["facts"]["shard_elements"] == [ELEMENTS]
     assert_same_numbers(alone, fsdp2)
-    assert_same_model(alone / "checkpoint.apr", fsdp2 / "checkpoint.apr", within=2e-6)
+    assert_same_model(alone / "checkpoint.apr", fsdp2 / "checkpoint.apr", within=2e-5)
 
 
 @needs_compiler
@@ -102,7 +102,7 @@ def test_zero3_halves_the_model_and_changes_no_number(alone: Path, inputs: Input
     assert (facts["strategy"], facts["zero_stage"], facts["world_size"]) == ("zero3", 3, 2)
     assert facts["shard_elements"] == facts["optimizer_elements"] == HALVES
     assert_same_numbers(alone, run_dir)
-    assert_same_model(alone / "checkpoint.apr", run_dir / "checkpoint.apr", within=2e-6)
+    assert_same_model(alone / "checkpoint.apr", run_dir / "checkpoint.apr", within=2e-5)
 
 
 @needs_compiler
@@ -120,7 +120,7 @@ def test_zero2_goes_on_from_what_fsdp2_saved(
     for line in metrics(alone)[2:]:
         assert steps[line["step"]]["train_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
         assert steps[line["step"]]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-5)
-    assert_same_model(alone / "checkpoint.apr", run_dir / "checkpoint.apr", within=2e-6)
+    assert_same_model(alone / "checkpoint.apr", run_dir / "checkpoint.apr", within=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_every_strategy_holds_its_share_and_takes_the_same_steps(
             assert found["shard_elements"] == [ELEMENTS // size] * 2, name
             assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-6), name
             assert found["norms"] == pytest.approx(wanted["norms"], rel=1e-5), name
-            assert_same_model(Path(wanted["saved"]), Path(found["saved"]), within=2e-6)
+            assert_same_model(Path(wanted["saved"]), Path(found["saved"]), within=2e-5)
 
 
 @pytest.mark.falsifies("INV-TRAIN-007")

@@ -7,6 +7,7 @@ a refusal take no longer than they must.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,12 @@ VERBS: Mapping[str, str] = {
     "validate": "files:validate",
     "stamp": "files:stamp",
     "diff": "files:diff",
+    "plan": "plan:plan",
+    "report": "report:report",
+    "doctor": "doctor:doctor",
+    "config show": "config:show",
+    "config check": "config:check",
+    "config diff": "config:diff",
     "contracts validate": "contracts:validate",
     "contracts lint": "contracts:lint",
     "contracts status": "contracts:status",
@@ -35,6 +42,9 @@ VERBS: Mapping[str, str] = {
     "tokenize decode": "tokens:decode",
 }
 """Verb to ``room:function`` under this package."""
+
+OWN_FLAGS = ("plan",)
+"""Verbs that take the trainer's flags and parse them as the trainer does."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = error.exit_code
         if debug:
             traceback.print_exc()
+    except BrokenPipeError:  # the reader of a pipe, such as head, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.OK
     except KeyboardInterrupt:
         print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
         code = ExitCode.INTERRUPTED
@@ -61,6 +74,8 @@ def _dispatch(given: list[str]) -> int:
         return 0
     words = 2 if given and any(verb.startswith(given[0] + " ") for verb in VERBS) else 1
     verb, rest = " ".join(given[:words]), given[words:]
+    if verb in OWN_FLAGS:
+        return int(_load(verb)(rest) or 0)
     if verb in VERBS:
         result = tyro.cli(
             _load(verb),

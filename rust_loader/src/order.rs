@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn the_order_is_pinned() {
         // A change here changes every run in the world that resumes: never by accident.
-        assert_eq!(order(1234, 0, 10), [3, 1, 2, 6, 5, 9, 8, 0, 4, 7]);
+        assert_eq!(order(1234, 0, 10), [7, 1, 8, 9, 0, 4, 6, 5, 2, 3]);
     }
 
     #[test]
