@@ -167,7 +167,7 @@ def latencies_us(batches: Batches, think: Callable[[], None], count: int) -> lis
     return sorted(latencies)
 
 
-def handover(manifest: Manifest, rounds: int, count: int = 400) -> tuple[Table, dict[str, list[float]]]:
+def handover(manifest: Manifest, rounds: int, count: int = 200) -> tuple[Table, dict[str, list[float]]]:
     """Per way: the median of each round in us; and [p50, p99, p99.9] of all rounds together."""
     read_in(manifest.folder)
     chosen = {**ours(manifest), **rivals(manifest.folder)}
