@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use bytemuck::{Pod, Zeroable};
 
 use crate::error::Result;
-use crate::shard::{OpenShard, ShardSet, View, to_usize};
+use crate::set::ShardSet;
+use crate::shard::{OpenShard, View, to_usize};
 use crate::stream::Row;
 
 /// Rows gathered at a time: as many shards may be held open beyond the set's limit.

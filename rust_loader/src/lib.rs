@@ -1,6 +1,6 @@
 //! Token shards to training batches.
 //!
-//! A data set is a list of flat little-endian `u32` files. This crate maps them ([`shard`]), decides
+//! A data set is a list of flat little-endian `u32` files. This crate maps them ([`shard`], [`set`]), decides
 //! which sequence stands at which position of the endless training stream ([`order`], [`stream`]),
 //! copies or views the rows of a batch ([`batch`]) and runs ahead of the consumer ([`ring`]).
 //! `python` is the face that `apr_dist.data.loader` imports; nothing here knows about ranks,
@@ -19,6 +19,7 @@ pub mod order;
 #[cfg(feature = "python")]
 mod python;
 pub mod ring;
+pub mod set;
 pub mod shard;
 pub mod stream;
 

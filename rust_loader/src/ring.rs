@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::batch::{populate, read_ahead};
 use crate::error::{Error, Result};
-use crate::shard::{ShardSet, to_usize};
+use crate::set::ShardSet;
+use crate::shard::to_usize;
 use crate::stream::{Row, Stream};
 
 /// A row that takes longer than this was not in memory; one that was takes about 1 us.

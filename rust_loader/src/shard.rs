@@ -1,13 +1,13 @@
-//! Shards: opening, checking against the manifest, verifying once, reading rows, and a bounded
-//! cache of open ones.
+//! One shard: opening it, checking it against the manifest, and reading its rows. Which shards are open
+//! is [`crate::set`]'s to say.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -156,6 +156,49 @@ pub struct OpenShard {
 }
 
 impl OpenShard {
+    /// Opens and maps the shard at `path`, which must hold `words` tokens.
+    pub(crate) fn open(path: PathBuf, words: u64, options: &Options) -> Result<Self> {
+        let file = File::open(&path).map_err(|error| open_error(&path, error))?;
+        let metadata = file.metadata().map_err(|error| open_error(&path, error))?;
+        let bytes = words * WORD;
+        if metadata.len() != bytes {
+            return Err(Error::Size { path, found: metadata.len(), expected: bytes });
+        }
+        let map = match options.access {
+            Access::Mmap if bytes > 0 => {
+                Some(Mapping::new(&file, to_usize(words)).map_err(|error| open_error(&path, error))?)
+            }
+            _ => None,
+        };
+        let seen = map.as_ref().filter(|_| options.sequential).map(Seen::nothing_of);
+        let stamp = Stamp::of(&metadata);
+        Ok(Self { path, file, map, bytes, stamp, seen })
+    }
+
+    /// Whether the file at its path is still the one that was opened, and as it was.
+    pub(crate) fn is_unchanged(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)
+    }
+
+    /// Tells the file, as it was opened, from any other; never 0.
+    pub(crate) fn identity(&self) -> u64 {
+        self.stamp.digest()
+    }
+
+    /// Where it lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Says how its tokens will be read: all of them, or some here and there.
+    pub(crate) fn expect(&self, all: bool) {
+        match &self.map {
+            Some(map) if all => map.expect_all(),
+            Some(map) => map.expect_random(),
+            None => {}
+        }
+    }
+
     /// Copies the tokens from `start` on into `row`.
     pub fn read(&self, start: u64, row: &mut [u32]) -> Result<()> {
         if let Some(map) = &self.map {
@@ -257,7 +300,7 @@ impl OpenShard {
         Err(self.changed(format!("it held {} bytes and now holds {found}", self.bytes)))
     }
 
-    fn changed(&self, what: String) -> Error {
+    pub(crate) fn changed(&self, what: String) -> Error {
         Error::Changed { path: self.path.clone(), what }
     }
 
@@ -271,7 +314,7 @@ impl OpenShard {
     }
 
     /// xxh3-64 of the content, read with `pread` so that a truncation meanwhile is an error.
-    fn hash(&self) -> Result<u64> {
+    pub(crate) fn hash(&self) -> Result<u64> {
         if let Some(map) = &self.map {
             // Pages that come in through the map arrive as large ones; the hash then finds them.
             map.populate(0, map.words()).map_err(|error| self.read_error(error))?;
@@ -310,223 +353,6 @@ impl View {
     }
 }
 
-struct Entry {
-    index: u32,
-    shard: Arc<OpenShard>,
-    used: u64,
-    checked: Instant,
-}
-
-/// The open shards, and for every shard its place among them: looked up for every row, so not hashed.
-struct Cache {
-    entries: Vec<Entry>,
-    places: Vec<u32>,
-    clock: u64,
-}
-
-const NOT_OPEN: u32 = u32::MAX;
-
-impl Cache {
-    fn of(shards: usize) -> Self {
-        Self { entries: Vec::new(), places: vec![NOT_OPEN; shards], clock: 0 }
-    }
-
-    /// The open shard, or None when it is not open or its file is no longer the one that was opened.
-    fn find(&mut self, index: u32, now: Instant, recheck: Duration) -> Option<Arc<OpenShard>> {
-        self.clock += 1;
-        let place = self.places[index as usize];
-        let entry = self.entries.get_mut(place as usize)?;
-        entry.used = self.clock;
-        if now.saturating_duration_since(entry.checked) >= recheck {
-            let metadata = std::fs::metadata(&entry.shard.path);
-            if !metadata.is_ok_and(|metadata| Stamp::of(&metadata) == entry.shard.stamp) {
-                self.remove(place);
-                return None;
-            }
-            entry.checked = now;
-        }
-        Some(Arc::clone(&entry.shard))
-    }
-
-    fn insert(&mut self, index: u32, shard: Arc<OpenShard>, max_open: usize) {
-        self.clock += 1;
-        // Another thread may have opened it meanwhile: the newer one stays.
-        self.remove(self.places[index as usize]);
-        while self.entries.len() >= max_open.max(1) {
-            let oldest = (0..).zip(&self.entries).min_by_key(|(_, entry)| entry.used);
-            let Some((place, _)) = oldest else { break };
-            self.remove(place);
-        }
-        #[allow(clippy::cast_possible_truncation, reason = "there are fewer places than shards, a u32")]
-        let place = self.entries.len() as u32;
-        self.places[index as usize] = place;
-        self.entries.push(Entry { index, shard, used: self.clock, checked: Instant::now() });
-    }
-
-    fn remove(&mut self, place: u32) {
-        if place as usize >= self.entries.len() {
-            return;
-        }
-        let removed = self.entries.swap_remove(place as usize);
-        self.places[removed.index as usize] = NOT_OPEN;
-        if let Some(moved) = self.entries.get(place as usize) {
-            self.places[moved.index as usize] = place;
-        }
-    }
-
-    fn clear(&mut self) {
-        self.entries.clear();
-        self.places.fill(NOT_OPEN);
-    }
-}
-
-/// All shards of a stream, at most `max_open` of them open.
-pub struct ShardSet {
-    folders: Vec<PathBuf>,
-    facts: Vec<ShardFacts>,
-    options: Options,
-    cache: Mutex<Cache>,
-    /// Digest of the stamp under which a shard was last accepted, 0 before that.
-    accepted: Vec<AtomicU64>,
-    /// What was read so far.
-    pub counters: Counters,
-}
-
-impl ShardSet {
-    /// A set of `facts` lying in `folders`; reads nothing unless `verify` is [`Verify::Open`].
-    pub fn new(folders: Vec<PathBuf>, facts: Vec<ShardFacts>, options: Options) -> Result<Self> {
-        let accepted: Vec<_> = facts.iter().map(|_| AtomicU64::new(0)).collect();
-        let set = Self {
-            folders,
-            facts,
-            options,
-            cache: Mutex::new(Cache::of(accepted.len())),
-            accepted,
-            counters: Counters::default(),
-        };
-        if set.options.verify == Verify::Open {
-            for index in 0..set.facts.len() {
-                set.open(&set.facts[index], index)?;
-            }
-        }
-        Ok(set)
-    }
-
-    /// What the manifest says about each shard.
-    #[must_use]
-    pub fn facts(&self) -> &[ShardFacts] {
-        &self.facts
-    }
-
-    /// How the set is used.
-    #[must_use]
-    pub fn options(&self) -> &Options {
-        &self.options
-    }
-
-    /// Shards open now.
-    pub fn open_count(&self) -> Result<usize> {
-        Ok(self.cache.lock()?.entries.len())
-    }
-
-    /// Where shard `index` lies.
-    #[must_use]
-    pub fn path(&self, index: u32) -> PathBuf {
-        let facts = &self.facts[index as usize];
-        self.folders[facts.folder as usize].join(&*facts.file)
-    }
-
-    /// Shard `index`, opened, checked and verified.
-    pub fn get(&self, index: u32) -> Result<Arc<OpenShard>> {
-        let known = self.cache.lock()?.find(index, Instant::now(), self.options.recheck);
-        known.map_or_else(|| self.get_anew(index), Ok)
-    }
-
-    /// The shards at `indices`, in that order.
-    pub fn get_all(&self, indices: impl ExactSizeIterator<Item = u32>) -> Result<Vec<Arc<OpenShard>>> {
-        let now = Instant::now();
-        let mut shards = Vec::with_capacity(indices.len());
-        let mut cache = self.cache.lock()?;
-        for index in indices {
-            if let Some(shard) = cache.find(index, now, self.options.recheck) {
-                shards.push(shard);
-            } else {
-                drop(cache);
-                shards.push(self.get_anew(index)?);
-                cache = self.cache.lock()?;
-            }
-        }
-        Ok(shards)
-    }
-
-    /// Opens without holding the lock: hashing a shard must not keep others from their open ones.
-    fn get_anew(&self, index: u32) -> Result<Arc<OpenShard>> {
-        let facts = &self.facts[index as usize];
-        let opened = match self.open(facts, index as usize) {
-            Err(Error::Limit { .. }) => {
-                self.cache.lock()?.clear();
-                self.open(facts, index as usize)?
-            }
-            other => other?,
-        };
-        let shard = Arc::new(opened);
-        self.cache.lock()?.insert(index, Arc::clone(&shard), self.options.max_open);
-        Ok(shard)
-    }
-
-    fn open(&self, facts: &ShardFacts, index: usize) -> Result<OpenShard> {
-        let path = self.folders[facts.folder as usize].join(&*facts.file);
-        let file = File::open(&path).map_err(|error| open_error(&path, error))?;
-        let metadata = file.metadata().map_err(|error| open_error(&path, error))?;
-        let bytes = facts.words * WORD;
-        if metadata.len() != bytes {
-            return Err(Error::Size { path, found: metadata.len(), expected: bytes });
-        }
-        let map = match self.options.access {
-            Access::Mmap if bytes > 0 => {
-                let map = Mapping::new(&file, to_usize(facts.words)).map_err(|e| open_error(&path, e))?;
-                Some(map)
-            }
-            _ => None,
-        };
-        let seen = map.as_ref().filter(|_| self.options.sequential).map(Seen::nothing_of);
-        let stamp = Stamp::of(&metadata);
-        let shard = OpenShard { path, file, map, bytes, stamp, seen };
-        self.counters.opened.fetch_add(1, Ordering::Relaxed);
-        self.accept(&shard, facts, index)?;
-        Ok(shard)
-    }
-
-    /// Advises on, and verifies where due, a shard that was just opened. One that changed since it was
-    /// accepted is judged by its content, and refused when there is no hash to judge it by.
-    fn accept(&self, shard: &OpenShard, facts: &ShardFacts, index: usize) -> Result<()> {
-        let digest = shard.stamp.digest();
-        let before = self.accepted[index].load(Ordering::Acquire);
-        let hash = facts.xxh3.filter(|_| self.options.verify != Verify::Off);
-        if let Some(map) = &shard.map {
-            if self.options.sequential || (hash.is_some() && before != digest) {
-                map.expect_all();
-            } else {
-                map.expect_random();
-            }
-        }
-        if before == digest {
-            return Ok(());
-        }
-        if let Some(expected) = hash {
-            let found = shard.hash()?;
-            self.counters.verified.fetch_add(1, Ordering::Relaxed);
-            if found != expected {
-                return Err(Error::Hash { path: shard.path.clone(), found, expected });
-            }
-        } else if before != 0 {
-            return Err(shard.changed("another file took its place, or it was written to".into()));
-        }
-        self.accepted[index].store(digest, Ordering::Release);
-        Ok(())
-    }
-}
-
 fn open_error(path: &Path, source: io::Error) -> Error {
     let path = path.to_path_buf();
     let limits = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
@@ -541,159 +367,4 @@ fn open_error(path: &Path, source: io::Error) -> Error {
 #[allow(clippy::cast_possible_truncation, reason = "usize has 64 bits, see lib.rs")]
 pub(crate) const fn to_usize(value: u64) -> usize {
     value as usize
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs;
-
-    struct Fixture {
-        folder: tempfile::TempDir,
-        facts: Vec<ShardFacts>,
-    }
-
-    impl Fixture {
-        /// Shards of the given sizes; token n of shard s is `s * 1000 + n`.
-        fn new(sizes: &[u32]) -> Self {
-            let folder = tempfile::tempdir().unwrap();
-            let mut facts = Vec::new();
-            for (shard, &size) in (0_u32..).zip(sizes) {
-                let words: Vec<u32> = (0..size).map(|n| shard * 1000 + n).collect();
-                let bytes: &[u8] = bytemuck::cast_slice(&words);
-                let file = format!("shard-{shard:05}.bin");
-                fs::write(folder.path().join(&file), bytes).unwrap();
-                let (words, xxh3) = (u64::from(size), Some(xxh3_64(bytes)));
-                facts.push(ShardFacts { folder: 0, file: file.into(), words, xxh3 });
-            }
-            Self { folder, facts }
-        }
-
-        fn set(&self, options: Options) -> ShardSet {
-            ShardSet::new(vec![self.folder.path().to_path_buf()], self.facts.clone(), options).unwrap()
-        }
-
-        fn path(&self, shard: usize) -> PathBuf {
-            self.folder.path().join(&*self.facts[shard].file)
-        }
-    }
-
-    fn both_ways(mut check: impl FnMut(Options)) {
-        for access in [Access::Mmap, Access::Pread] {
-            check(Options { access, recheck: Duration::ZERO, ..Options::default() });
-        }
-    }
-
-    #[test]
-    fn rows_are_read_narrow_and_wide() {
-        both_ways(|options| {
-            let set = Fixture::new(&[50, 80]);
-            let shard = set.set(options).get(1).unwrap();
-            let (mut narrow, mut wide) = ([0; 3], [0; 3]);
-            shard.read(77, &mut narrow).unwrap();
-            shard.read_wide(77, &mut wide).unwrap();
-            assert_eq!(narrow, [1077, 1078, 1079]);
-            assert_eq!(wide, [1077, 1078, 1079]);
-        });
-    }
-
-    #[test]
-    fn a_truncated_shard_is_an_error_of_the_open_one_and_of_the_next_one() {
-        both_ways(|options| {
-            let fixture = Fixture::new(&[50_000]);
-            let set = fixture.set(options);
-            let shard = set.get(0).unwrap();
-            File::options().write(true).open(fixture.path(0)).unwrap().set_len(100).unwrap();
-            let mut row = [0; 10];
-            assert!(matches!(shard.read(49_000, &mut row), Err(Error::Changed { .. })));
-            assert!(matches!(shard.populate(49_000, 10), Err(Error::Changed { .. }) | Ok(())));
-            assert!(matches!(set.get(0), Err(Error::Size { found: 100, .. })));
-        });
-    }
-
-    #[test]
-    fn a_replaced_shard_is_judged_by_its_content() {
-        both_ways(|options| {
-            let fixture = Fixture::new(&[50]);
-            let set = fixture.set(options);
-            let content = fs::read(fixture.path(0)).unwrap();
-            let old = set.get(0).unwrap();
-            for (content, fits) in [(content, true), (vec![0; 200], false)] {
-                let fresh = fixture.folder.path().join("fresh");
-                fs::write(&fresh, content).unwrap();
-                fs::rename(&fresh, fixture.path(0)).unwrap();
-                assert_eq!(set.get(0).is_ok(), fits);
-            }
-            let mut row = [0; 2];
-            old.read(48, &mut row).unwrap();
-            assert_eq!(row, [48, 49], "the replaced file lives on for those who hold it");
-        });
-    }
-
-    #[test]
-    fn without_a_hash_a_replaced_shard_is_refused() {
-        let mut fixture = Fixture::new(&[50]);
-        fixture.facts[0].xxh3 = None;
-        let set = fixture.set(Options { recheck: Duration::ZERO, ..Options::default() });
-        set.get(0).unwrap();
-        fs::remove_file(fixture.path(0)).unwrap();
-        fs::write(fixture.path(0), vec![0; 200]).unwrap();
-        assert!(matches!(set.get(0), Err(Error::Changed { .. })));
-    }
-
-    #[test]
-    fn a_wrong_hash_is_an_error_unless_nobody_looks() {
-        let mut fixture = Fixture::new(&[50]);
-        fixture.facts[0].xxh3 = Some(1);
-        let folders = vec![fixture.folder.path().to_path_buf()];
-        let open = Options { verify: Verify::Open, ..Options::default() };
-        assert!(matches!(ShardSet::new(folders, fixture.facts.clone(), open), Err(Error::Hash { .. })));
-        assert!(matches!(fixture.set(Options::default()).get(0), Err(Error::Hash { expected: 1, .. })));
-        assert!(fixture.set(Options { verify: Verify::Off, ..Options::default() }).get(0).is_ok());
-    }
-
-    #[test]
-    fn the_least_recently_used_shard_makes_room() {
-        let fixture = Fixture::new(&[50; 4]);
-        let set = fixture.set(Options { max_open: 2, ..Options::default() });
-        for index in [0, 1, 0, 2, 0, 3] {
-            set.get(index).unwrap();
-            assert!(set.open_count().unwrap() <= 2);
-        }
-        let opened = set.counters.opened.load(Ordering::Relaxed);
-        set.get(0).unwrap();
-        assert_eq!(set.counters.opened.load(Ordering::Relaxed), opened, "0 was used most recently but one");
-        assert_eq!(opened, 4);
-        assert_eq!(set.counters.verified.load(Ordering::Relaxed), 4);
-    }
-
-    #[test]
-    fn a_view_holds_its_map_when_the_set_is_gone() {
-        let fixture = Fixture::new(&[50]);
-        let view = fixture.set(Options::default()).get(0).unwrap().view(10, 5).unwrap().unwrap();
-        drop(fixture);
-        let shard = &view.shard;
-        let mut row = [0; 5];
-        shard.map.as_ref().unwrap().copy_to(view.start, &mut row);
-        assert_eq!(row, [10, 11, 12, 13, 14]);
-        assert_eq!(view.pointer(), shard.map.as_ref().unwrap().pointer(10, 5));
-    }
-
-    #[test]
-    fn rows_read_with_pread_have_no_views() {
-        let fixture = Fixture::new(&[50]);
-        let set = fixture.set(Options { access: Access::Pread, ..Options::default() });
-        assert!(set.get(0).unwrap().view(0, 5).unwrap().is_none());
-    }
-
-    #[test]
-    fn a_missing_shard_and_a_folder_in_its_place_are_errors() {
-        let fixture = Fixture::new(&[50, 50]);
-        fs::remove_file(fixture.path(0)).unwrap();
-        fs::remove_file(fixture.path(1)).unwrap();
-        fs::create_dir(fixture.path(1)).unwrap();
-        let set = fixture.set(Options::default());
-        assert!(matches!(set.get(0), Err(Error::Missing { .. })));
-        assert!(set.get(1).is_err());
-    }
 }

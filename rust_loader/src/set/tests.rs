@@ -1,0 +1,159 @@
+//! Shards that are not, or no longer, what the manifest says; and those that are.
+
+use super::*;
+use crate::shard::Access;
+use std::fs::{self, File};
+use xxhash_rust::xxh3::xxh3_64;
+
+struct Fixture {
+    folder: tempfile::TempDir,
+    facts: Vec<ShardFacts>,
+}
+
+impl Fixture {
+    /// Shards of the given sizes; token n of shard s is `s * 1000 + n`.
+    fn new(sizes: &[u32]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut facts = Vec::new();
+        for (shard, &size) in (0_u32..).zip(sizes) {
+            let words: Vec<u32> = (0..size).map(|n| shard * 1000 + n).collect();
+            let bytes: &[u8] = bytemuck::cast_slice(&words);
+            let file = format!("shard-{shard:05}.bin");
+            fs::write(folder.path().join(&file), bytes).unwrap();
+            let (words, xxh3) = (u64::from(size), Some(xxh3_64(bytes)));
+            facts.push(ShardFacts { folder: 0, file: file.into(), words, xxh3 });
+        }
+        Self { folder, facts }
+    }
+
+    fn set(&self, options: Options) -> ShardSet {
+        ShardSet::new(vec![self.folder.path().to_path_buf()], self.facts.clone(), options).unwrap()
+    }
+
+    fn path(&self, shard: usize) -> PathBuf {
+        self.folder.path().join(&*self.facts[shard].file)
+    }
+}
+
+fn both_ways(mut check: impl FnMut(Options)) {
+    for access in [Access::Mmap, Access::Pread] {
+        check(Options { access, recheck: Duration::ZERO, ..Options::default() });
+    }
+}
+
+#[test]
+fn rows_are_read_narrow_and_wide() {
+    both_ways(|options| {
+        let set = Fixture::new(&[50, 80]);
+        let shard = set.set(options).get(1).unwrap();
+        let (mut narrow, mut wide) = ([0; 3], [0; 3]);
+        shard.read(77, &mut narrow).unwrap();
+        shard.read_wide(77, &mut wide).unwrap();
+        assert_eq!(narrow, [1077, 1078, 1079]);
+        assert_eq!(wide, [1077, 1078, 1079]);
+    });
+}
+
+#[test]
+fn a_truncated_shard_is_an_error_of_the_open_one_and_of_the_next_one() {
+    both_ways(|options| {
+        let fixture = Fixture::new(&[50_000]);
+        let set = fixture.set(options);
+        let shard = set.get(0).unwrap();
+        File::options().write(true).open(fixture.path(0)).unwrap().set_len(100).unwrap();
+        let mut row = [0; 10];
+        assert!(matches!(shard.read(49_000, &mut row), Err(Error::Changed { .. })));
+        assert!(matches!(shard.populate(49_000, 10), Err(Error::Changed { .. }) | Ok(())));
+        assert!(matches!(set.get(0), Err(Error::Size { found: 100, .. })));
+    });
+}
+
+#[test]
+fn a_replaced_shard_is_judged_by_its_content() {
+    both_ways(|options| {
+        let fixture = Fixture::new(&[50]);
+        let set = fixture.set(options);
+        let content = fs::read(fixture.path(0)).unwrap();
+        let old = set.get(0).unwrap();
+        for (content, fits) in [(content, true), (vec![0; 200], false)] {
+            let fresh = fixture.folder.path().join("fresh");
+            fs::write(&fresh, content).unwrap();
+            fs::rename(&fresh, fixture.path(0)).unwrap();
+            assert_eq!(set.get(0).is_ok(), fits);
+        }
+        let mut row = [0; 2];
+        old.read(48, &mut row).unwrap();
+        assert_eq!(row, [48, 49], "the replaced file lives on for those who hold it");
+    });
+}
+
+#[test]
+fn without_a_hash_a_replaced_shard_is_refused() {
+    let mut fixture = Fixture::new(&[50]);
+    fixture.facts[0].xxh3 = None;
+    let set = fixture.set(Options { recheck: Duration::ZERO, ..Options::default() });
+    set.get(0).unwrap();
+    fs::remove_file(fixture.path(0)).unwrap();
+    fs::write(fixture.path(0), vec![0; 200]).unwrap();
+    assert!(matches!(set.get(0), Err(Error::Changed { .. })));
+}
+
+#[test]
+fn a_wrong_hash_is_an_error_unless_nobody_looks() {
+    let mut fixture = Fixture::new(&[50]);
+    fixture.facts[0].xxh3 = Some(1);
+    let folders = vec![fixture.folder.path().to_path_buf()];
+    let open = Options { verify: Verify::Open, ..Options::default() };
+    assert!(matches!(ShardSet::new(folders, fixture.facts.clone(), open), Err(Error::Hash { .. })));
+    assert!(matches!(fixture.set(Options::default()).get(0), Err(Error::Hash { expected: 1, .. })));
+    assert!(fixture.set(Options { verify: Verify::Off, ..Options::default() }).get(0).is_ok());
+}
+
+#[test]
+fn the_least_recently_used_shard_makes_room() {
+    let fixture = Fixture::new(&[50; 4]);
+    let set = fixture.set(Options { max_open: 2, ..Options::default() });
+    for index in [0, 1, 0, 2, 0, 3] {
+        set.get(index).unwrap();
+        assert!(set.open_count().unwrap() <= 2);
+    }
+    let opened = set.counters.opened.load(Ordering::Relaxed);
+    set.get(0).unwrap();
+    assert_eq!(set.counters.opened.load(Ordering::Relaxed), opened, "0 was used most recently but one");
+    assert_eq!(opened, 4);
+    assert_eq!(set.counters.verified.load(Ordering::Relaxed), 4);
+}
+
+#[test]
+fn a_view_holds_its_map_when_the_set_is_gone() {
+    let fixture = Fixture::new(&[50]);
+    let set = fixture.set(Options::default());
+    let shard = set.get(0).unwrap();
+    let held = Arc::downgrade(&shard);
+    let view = shard.view(10, 5).unwrap().unwrap();
+    drop(set);
+    let mut row = [0; 5];
+    held.upgrade().unwrap().read(10, &mut row).unwrap();
+    assert_eq!(row, [10, 11, 12, 13, 14]);
+    assert!(!view.pointer().is_null());
+    drop(view);
+    assert!(held.upgrade().is_none());
+}
+
+#[test]
+fn rows_read_with_pread_have_no_views() {
+    let fixture = Fixture::new(&[50]);
+    let set = fixture.set(Options { access: Access::Pread, ..Options::default() });
+    assert!(set.get(0).unwrap().view(0, 5).unwrap().is_none());
+}
+
+#[test]
+fn a_missing_shard_and_a_folder_in_its_place_are_errors() {
+    let fixture = Fixture::new(&[50, 50]);
+    fs::remove_file(fixture.path(0)).unwrap();
+    fs::remove_file(fixture.path(1)).unwrap();
+    fs::create_dir(fixture.path(1)).unwrap();
+    let set = fixture.set(Options::default());
+    assert!(matches!(set.get(0), Err(Error::Missing { .. })));
+    assert!(set.get(1).is_err());
+}
