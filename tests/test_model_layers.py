@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from builders.models import tiny_config
 
+from apr_dist.errors import UsageError
 from apr_dist.model import matmul
 from apr_dist.model.attention import causal_attention
 from apr_dist.model.layers import GatedMLP, Linear, RMSNorm
@@ -149,6 +150,12 @@ def test_products_are_in_full_f32_whatever_the_backend() -> None:
     left, right = normal(64, 256), normal(256, 64, seed=1)
     exact = left.double() @ right.double()
     assert (matmul.mm(left, right).double() - exact).abs().max() < 1e-6 * 256
+
+
+def test_a_backend_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(matmul.BACKEND_VARIABLE, "mkl")
+    with pytest.raises(UsageError, match=r"APR_DIST_CPU_MATMUL is 'mkl'.*torch or onednn"):
+        cpu_matmul_backend.__wrapped__()
 
 
 def test_the_backend_never_changes_within_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

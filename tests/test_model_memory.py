@@ -93,15 +93,19 @@ def test_a_block_compiles_to_one_graph_that_is_never_compiled_again(
 FAULTS = """
 import resource, torch
 from apr_dist.model.host_memory import keep_freed_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(16 << 20).fill_(1.0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-given_back = faults()
+
+def steps():  # like a step: many blocks, all freed at its end; page faults of the last four of eight
+    faults = []
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.empty((9 << 20) + 4096 * i).fill_(1.0) for i in range(8)]
+        del blocks
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return sum(faults[4:])
+
+given_back = steps()
 assert keep_freed_memory()
-faults()
-print(given_back, faults())
+print(given_back, steps())
 """
 
 

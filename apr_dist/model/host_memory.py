@@ -16,7 +16,8 @@ _TOP_PAD_BYTES = 64 << 20
 def keep_freed_memory() -> bool:
     """Make this process keep what it frees for its next allocation; returns whether that is possible here.
 
-    The process then stays as large as its largest moment. Only glibc can be told; see mallopt(3).
+    The process then stays as large as its largest moment, and somewhat larger where sizes vary. Only
+    glibc can be told; see mallopt(3).
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from apr_dist.errors import UsageError
+
 BACKEND_VARIABLE = "APR_DIST_CPU_MATMUL"
 """Environment variable that overrides the choice: ``torch`` or ``onednn``."""
 
@@ -30,9 +32,15 @@ class MatmulBackend(StrEnum):
 
 @functools.cache
 def cpu_matmul_backend() -> MatmulBackend:
-    """The backend of this process; constant for its life."""
+    """The backend of this process; constant for its life.
+
+    Raises:
+        UsageError: the environment variable names no backend.
+    """
     chosen = os.environ.get(BACKEND_VARIABLE)
-    if chosen:
+    if chosen is not None:
+        if chosen not in list(MatmulBackend):
+            raise UsageError(f"{BACKEND_VARIABLE} is {chosen!r}", expected=" or ".join(MatmulBackend))
         return MatmulBackend(chosen) if _onednn_is_there() else MatmulBackend.TORCH
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return MatmulBackend.ONEDNN if wide and not _is_intel() and _onednn_is_there() else MatmulBackend.TORCH

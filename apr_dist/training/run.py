@@ -23,6 +23,9 @@ from apr_dist.gates.output import create_run_dir
 from apr_dist.gates.preflight import Preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.host_memory import keep_freed_memory
+from apr_dist.model.loss import choose_loss_backend
+from apr_dist.model.matmul import cpu_matmul_backend
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.runtime import Runtime
@@ -80,10 +83,7 @@ def execute(
         where="rank 0",
         tie_word_embeddings=facts["tied"],
     )
-    say(
-        f"running on {runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"
-        f" {config.parallel.precision}, {runtime.cpu_threads} CPU thread(s) each"
-    )
+    _say_how(config, runtime, say)
     resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
     runtime.on_main(lambda: _open_run_dir(config, fresh=resumed is None))
     reader = preflight.reader if preflight else None
@@ -106,6 +106,18 @@ def execute(
         say=say,
     )
     return _train(session)
+
+
+def _say_how(config: TrainConfig, runtime: Runtime, say: Say) -> None:
+    """The choices that were made for this machine, in one line."""
+    how = f"loss {choose_loss_backend(runtime.device)}"
+    if runtime.device.type == "cpu":
+        kept = "kept" if keep_freed_memory() else "returned"
+        how += f", products {cpu_matmul_backend()}, freed memory {kept}, {runtime.cpu_threads} thread(s) each"
+    say(
+        f"running on {runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"
+        f" {config.parallel.precision}; {how}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
