@@ -38,7 +38,7 @@ $(BUILD)/tools: constraints.txt
 
 $(BUILD)/installed: $(BUILD)/tools pyproject.toml constraints.txt $(RUST_SOURCES)
 	@echo "installing apr-dist and building its Rust extension (a few minutes the first time)"
-	@$(INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 $(BUILD)/model-wheels: $(BUILD)/installed
