@@ -311,6 +311,13 @@ def test_validation_on_the_training_shards(
     assert "[FALSIFY-APR-DIST-TRAINER-011]" in error
 
 
+def test_an_architecture_named_twice(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--init", str(inputs.pretrained), "--model", str(inputs.model))
+    assert "both name" in refused(inputs, tmp_path / "run", capfd, *flags, code=ExitCode.USAGE)
+
+
 def test_an_unknown_flag_and_an_unknown_key(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

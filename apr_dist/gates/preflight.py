@@ -72,6 +72,13 @@ def run_preflight(
         AprDistError: the first gate's refusal; the file is closed again.
     """
     check_batch(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, world_size=world_size)
+    if config.init is not None and config.model != TrainConfig.model_fields["model"].default:
+        raise UsageError(
+            f"--model {config.model} and --init {config.init} both name an architecture",
+            where="command line",
+            expected="the file's own architecture with --init, or --model without it",
+            remedy="leave one of them out",
+        )
     with ExitStack() as stack:
         path = resume_from or config.init
         found = _model_file(path, stack, say) if path else _from_scratch(config)
