@@ -104,7 +104,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOADER + "006",
         "the hash of a shard is not compared",
-        "rust_loader/src/shard.rs",
+        "rust_loader/src/set.rs",
         "            if found != expected {",
         "            if found == 0 && found != expected {",
     ),
