@@ -19,7 +19,7 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter
 from apr_dist.config import TrainConfig, parse_command_line
-from apr_dist.errors import ExitCode, WeightsRefused
+from apr_dist.errors import ExitCode, UsageError, WeightsRefused
 from apr_dist.gates.preflight import run_preflight
 from apr_dist.gates.weights import check_values
 from apr_dist.model.config import Family, preset
@@ -191,9 +191,11 @@ def test_architecture_and_weights_of_an_init_come_together_on_every_device(
     flags = ("--device", device, "--model", str(inputs.model))
     own, without = preflight_of(inputs, tmp_path / "run", *flags)
     assert not without
-    # Another architecture on the command line does not separate the file's weights from its own.
-    other = ("--device", device, "--model", "qwen2.5-7b", "--init", str(inputs.pretrained))
-    assert preflight_of(inputs, tmp_path / "run", *other) == (own, True)
+    init = ("--device", device, "--init", str(inputs.pretrained))
+    assert preflight_of(inputs, tmp_path / "run", *init) == (own, True)
+    # Another architecture on the command line cannot separate the file's weights from its own.
+    with pytest.raises(UsageError, match="both name an architecture"):
+        preflight_of(inputs, tmp_path / "run", *init, "--model", "qwen2.5-7b")
 
 
 @pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-ARCH-CUDA-003")
