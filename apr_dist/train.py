@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from apr_dist.config import Invocation, TrainConfig, parse_command_line
+from apr_dist.config import TrainConfig
+from apr_dist.config_input import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode
 from apr_dist.gates.preflight import Preflight, run_preflight
 

@@ -14,7 +14,8 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from apr_dist.config import StrategyChoice, TrainConfig, parse_command_line
+from apr_dist.config import StrategyChoice, TrainConfig
+from apr_dist.config_input import parse_command_line
 from apr_dist.errors import DistributedError, UsageError
 from apr_dist.parallel.strategy import Strategy, choose, group_size
 

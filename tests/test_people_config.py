@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from apr_dist.cli.config import check, diff, show
-from apr_dist.config import Mode, TrainConfig, leaves, read_yaml, validate
+from apr_dist.config import Mode, TrainConfig, leaves
+from apr_dist.config_input import read_yaml, validate
 from apr_dist.errors import UsageError
 from apr_dist.model.config import preset
 from apr_dist.training.config_text import (

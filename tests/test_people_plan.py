@@ -12,7 +12,8 @@ from builders.people import LiveBytes, decoder_config, two_steps
 from builders.runs import Inputs
 
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config import Precision, StrategyChoice, TrainConfig, validate
+from apr_dist.config import Precision, StrategyChoice, TrainConfig
+from apr_dist.config_input import validate
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.model import chunked_loss
 from apr_dist.model.config import PRESETS

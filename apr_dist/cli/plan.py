@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from apr_dist.config import parse_command_line
+from apr_dist.config_input import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.training.plan import Rate, make_plan
 from apr_dist.training.plan_text import plan_json, plan_lines

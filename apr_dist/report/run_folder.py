@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apr_dist.config import read_tree
+from apr_dist.config_input import read_tree
 from apr_dist.errors import UsageError
 
 METRICS_NAME, VERDICT_NAME, CONFIG_NAME = "metrics.jsonl", "verdict.json", "config.yaml"

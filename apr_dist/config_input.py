@@ -1,0 +1,189 @@
+"""From text to a configuration: the command line and YAML files, refused with the nearest match.
+
+Both become one tree of plain values under the keys of ``config``, validated in one place; a flag wins over
+the file. What the keys are and mean is in ``config``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from apr_dist.config import TrainConfig, flag_of, leaves, nearest
+from apr_dist.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What one command line asked for."""
+
+    config: TrainConfig
+    debug: bool
+
+
+def parse_command_line(arguments: Sequence[str]) -> Invocation:
+    """Read flags (and the file ``--config`` names) into one validated configuration.
+
+    Raises:
+        UsageError: unknown flag or key (with the nearest match), bad value, unreadable file.
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        _refuse_unknown(
+            unknown[0], [flag_of(key) for key, _ in leaves(TrainConfig)] + ["--config", "--debug"]
+        )
+    values = vars(given)
+    debug, path = bool(values.pop("debug", False)), values.pop("config", None)
+    tree = read_yaml(Path(path)) if path else {}
+    for key, value in values.items():
+        _put(tree, key, value)
+    return Invocation(config=validate(tree, where="command line"), debug=debug)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file into a tree, refusing unknown keys by their path.
+
+    Raises:
+        UsageError: missing, not YAML, not a mapping, or with a key that does not exist.
+    """
+    tree = read_tree(path)
+    _check_keys(tree, TrainConfig, path, "")
+    return tree
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a configuration file into a tree of plain values, whatever its keys are.
+
+    Raises:
+        UsageError: missing, not YAML, or not a mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"the configuration file cannot be read ({error.strerror})",
+            where=path,
+            expected="a YAML file",
+            remedy="give the path of one of configs/*.yaml",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"the configuration is not YAML ({' '.join(str(error).split())})",
+            where=path,
+            expected="YAML text",
+        ) from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(
+            f"the configuration is a {type(tree).__name__}",
+            where=path,
+            expected="a mapping of keys to values",
+        )
+    return tree
+
+
+def validate(tree: Mapping[str, Any], *, where: str | Path) -> TrainConfig:
+    """Turn a tree of plain values into a configuration.
+
+    Raises:
+        UsageError: naming the first key whose value is wrong, the value, and what it may be.
+    """
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{key} is {first.get('input')!r}",
+            where=where,
+            expected=plain_message(first["msg"]),
+            remedy=f"correct the key {key} (flag {flag_of(key)})",
+        ) from error
+
+
+def plain_message(message: str) -> str:
+    """What a validation message asks for, to follow the word "expected"."""
+    text = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, where="command line", remedy="see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        description="Train a language model, from a pretrained APR file or from scratch.",
+        epilog="Example: accelerate launch apr_dist/train.py --init model.apr --dataset data/train "
+        "--val-dataset data/validation --run-dir runs/first --num-steps 500",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="PATH", help="YAML file of the keys below; a flag wins over it")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    for key, field in leaves(TrainConfig):
+        text = f"{field.description} (default: {_shown(field.get_default(call_default_factory=True))})"
+        flag, help_text = flag_of(key), text.replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=help_text)
+        else:
+            parser.add_argument(flag, dest=key, metavar=_metavar(field), help=help_text)
+    return parser
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def _metavar(field: FieldInfo) -> str:
+    kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
+    kind = kinds[0]
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return "{" + ",".join(kind) + "}"
+    return getattr(kind, "__name__", "VALUE").upper()
+
+
+def _put(tree: dict[str, Any], key: str, value: object) -> None:
+    *groups, last = key.split(".")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+    tree[last] = None if value == "none" else value
+
+
+def _check_keys(tree: Mapping[str, Any], section: type[BaseModel], path: Path, prefix: str) -> None:
+    for key, value in tree.items():
+        field = section.model_fields.get(str(key))
+        if field is None:
+            close = nearest(str(key), list(section.model_fields))
+            raise UsageError(
+                f"unknown key {prefix}{key}",
+                where=path,
+                expected=f"one of {', '.join(section.model_fields)}",
+                remedy=f"did you mean {prefix}{close}?".rstrip("?") if close else "remove the key",
+            )
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict):
+            _check_keys(value, inner, path, f"{prefix}{key}.")
+
+
+def _refuse_unknown(argument: str, known: Sequence[str]) -> NoReturn:
+    word = argument.split("=", 1)[0]
+    close = nearest(word, known) if word.startswith("-") else None
+    raise UsageError(
+        f"unknown {'flag' if word.startswith('-') else 'argument'} {word}",
+        where="command line",
+        expected="one of the flags that --help lists",
+        remedy=f"use {close}" if close else "see --help",
+    )
