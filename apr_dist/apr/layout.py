@@ -92,6 +92,9 @@ BLOCKS: Final = {DType.APR_Q4: (32, 18), DType.Q4_K: (256, 144), DType.Q6_K: (25
 VOCABULARY: Final = "tokenizer.vocabulary"
 """Custom metadata key whose presence the flag HAS_VOCAB announces."""
 
+TOKENIZER_TEXT: Final = "tokenizer.json"
+"""Custom metadata key that holds the text of the tokenizer's file of the same name."""
+
 WRITABLE: Final = frozenset({DType.F32, DType.F16, DType.BF16})
 """What a new file may hold: the dtypes that every reader understands alike."""
 

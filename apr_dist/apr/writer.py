@@ -10,7 +10,6 @@ from typing import Any, Self
 from zlib import crc32
 
 from apr_dist.apr.checksum import combine
-from apr_dist.apr.files import AtomicFile
 from apr_dist.apr.layout import (
     FOOTER_BYTES,
     HEADER_BYTES,
@@ -29,6 +28,7 @@ from apr_dist.apr.layout import (
     payload_bytes,
 )
 from apr_dist.apr.metadata import AprMetadata
+from apr_dist.atomic_files import AtomicFile
 from apr_dist.errors import OutputError
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from apr_dist.atomic_files import write_atomically
 from apr_dist.contracts import collection, overview, repository, scoreboard
 from apr_dist.contracts import lint as gates
-from apr_dist.data.storage import write_atomically
 from apr_dist.errors import ExitCode
 
 Name = Annotated[str, tyro.conf.Positional]

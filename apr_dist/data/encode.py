@@ -18,6 +18,7 @@ from pathlib import Path
 import tokenizers
 
 from apr_dist import __version__
+from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.data.corpus import STDIN, Problem, Source, list_sources
 from apr_dist.data.encode_facts import (
     EncodeProgress,
@@ -32,7 +33,6 @@ from apr_dist.data.journal import Journal, is_publishing
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
 from apr_dist.data.publish import SOURCES_NAME, WORK_FOLDER, publish, refuse_existing
 from apr_dist.data.split_writer import SplitWriter
-from apr_dist.data.storage import write_atomically, writing_to
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import CorpusError, ShardError, TokenizerError, UsageError
 

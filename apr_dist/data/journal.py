@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
+from apr_dist.atomic_files import writing_to
 from apr_dist.data.manifest_file import Shard
 from apr_dist.data.split_writer import OpenShard
-from apr_dist.data.storage import writing_to
 from apr_dist.errors import OutputError
 
 JOURNAL_NAME = "journal.jsonl"

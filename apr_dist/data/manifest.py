@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apr_dist.atomic_files import write_atomically
 from apr_dist.data.manifest_file import (
     OLDER_SCHEMA,
     SCHEMA,
@@ -23,7 +24,6 @@ from apr_dist.data.manifest_file import (
     parse_manifest,
 )
 from apr_dist.data.shard_files import INDEX_SUFFIX, check_shard_files, shard_names, shards_of_older_folder
-from apr_dist.data.storage import write_atomically
 from apr_dist.errors import ManifestError, ShardError
 
 if TYPE_CHECKING:

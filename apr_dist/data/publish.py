@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from apr_dist.atomic_files import flush_folder, writing_to
 from apr_dist.data.manifest import MANIFEST_NAME, Manifest
 from apr_dist.data.shard_files import INDEX_SUFFIX, shard_names
-from apr_dist.data.storage import flush_folder, writing_to
 from apr_dist.errors import OutputError
 
 WORK_FOLDER = ".encoding"

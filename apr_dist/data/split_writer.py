@@ -15,9 +15,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from apr_dist.atomic_files import writing_to
 from apr_dist.data.manifest_file import Shard
 from apr_dist.data.shard_files import INDEX_SUFFIX
-from apr_dist.data.storage import writing_to
 
 _FLUSH_TOKENS = 1 << 18
 _READ_BYTES = 1 << 22

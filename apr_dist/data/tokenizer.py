@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.data.manifest_file import TokenizerIdentity
-from apr_dist.data.storage import write_atomically, writing_to
 from apr_dist.data.tokenizer_json import TokenizerJson, parse_tokenizer_json, unencodable_bytes
 from apr_dist.errors import OutputError, TokenizerError
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
@@ -289,7 +290,7 @@ def _own_tokenizer(
     config: TrainConfig, reader: AprReader | None
 ) -> tuple[TokenizerIdentity | None, Path | None]:
     """The tokenizer that was named, else the one inside the model file, else the one beside it."""
-    embedded = reader.metadata.custom.get("tokenizer.json") if reader else None
+    embedded = reader.metadata.custom.get(TOKENIZER_TEXT) if reader else None
     if config.tokenizer is None and reader is not None and isinstance(embedded, str):
         content = embedded.encode()
         return identify(parse_tokenizer_json(content, where=reader.path), content, {}), reader.path

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +36,7 @@ class ImportSummary:
     Attributes:
         source: the file or folder that was read.
         target: the APR file that was written.
-        original_format: ``"gguf"`` or ``"safetensors"``.
+        original_format: ``"gguf"``, ``"safetensors"`` or ``"apr-v1"``.
         tensor_count: tensors in the target.
         param_count: elements in the target.
         size_bytes: length of the target file.
@@ -53,6 +54,29 @@ class ImportSummary:
     dtypes: Mapping[str, int]
     tied: bool
     notes: tuple[str, ...] = ()
+
+
+def summarize(
+    source: Path,
+    target: Path,
+    original_format: str,
+    specs: Sequence[TensorSpec],
+    *,
+    tied: bool,
+    notes: tuple[str, ...] = (),
+) -> ImportSummary:
+    """The summary of an import that wrote ``specs`` to ``target``."""
+    return ImportSummary(
+        source=Path(source),
+        target=Path(target),
+        original_format=original_format,
+        tensor_count=len(specs),
+        param_count=sum(math.prod(spec.shape) for spec in specs),
+        size_bytes=Path(target).stat().st_size,
+        dtypes=count_dtypes(specs),
+        tied=tied,
+        notes=notes,
+    )
 
 
 def total_bytes(specs: Iterable[TensorSpec]) -> int:

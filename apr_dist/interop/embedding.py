@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from apr_dist.apr.files import map_readonly
-from apr_dist.apr.layout import MAX_METADATA_BYTES, VOCABULARY
+from apr_dist.apr.layout import MAX_METADATA_BYTES, TOKENIZER_TEXT, VOCABULARY
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import TokenizerError
 
-TEXT_KEY: Final = "tokenizer.json"
 FILES_KEY: Final = "apr_dist.files"
 
 COMPANIONS: Final = (
@@ -50,7 +49,7 @@ def embed_tokenizer(metadata: AprMetadata, folder: Path) -> tuple[AprMetadata, t
         ModelFileMissing: a file that is there cannot be read.
     """
     files = {name: _packed(folder / name) for name in COMPANIONS if (folder / name).is_file()}
-    description = folder / "tokenizer.json"
+    description = folder / TOKENIZER_TEXT
     if not description.is_file():
         return _with_files(metadata, files), ("no tokenizer.json: the tokenizer is not embedded",)
     content = bytes(map_readonly(description))
@@ -67,12 +66,12 @@ def embed_text(
     """
     facts = parse_tokenizer_json(content, where=where)
     keys: dict[str, Any] = _token_keys(metadata, facts.effective_vocabulary, facts.merges)
-    plain = _with_files(metadata.with_custom(keys | {TEXT_KEY: content.decode()}), files or {})
+    plain = _with_files(metadata.with_custom(keys | {TOKENIZER_TEXT: content.decode()}), files or {})
     if _fits(plain):
         return plain, ()
     needed = {name: text for name, text in (files or {}).items() if name not in _DERIVED}
     short = json.dumps(json.loads(content), ensure_ascii=False, separators=(",", ":"))
-    tight = _with_files(metadata.with_custom(keys | {TEXT_KEY: short}), needed)
+    tight = _with_files(metadata.with_custom(keys | {TOKENIZER_TEXT: short}), needed)
     if _fits(tight):
         return tight, ("tokenizer.json is embedded without its white space, to fit the 16 MiB of metadata",)
     raise TokenizerError(
@@ -129,8 +128,8 @@ def embedded_files(metadata: AprMetadata, *, where: Path) -> dict[str, bytes]:
     inside = metadata.custom.get(FILES_KEY)
     if isinstance(inside, Mapping):
         packed |= {name: inside[name] for name in COMPANIONS if name in inside}
-    if isinstance(metadata.custom.get(TEXT_KEY), str):
-        packed["tokenizer.json"] = metadata.custom[TEXT_KEY]
+    if isinstance(metadata.custom.get(TOKENIZER_TEXT), str):
+        packed[TOKENIZER_TEXT] = metadata.custom[TOKENIZER_TEXT]
     return {name: _unpacked(name, value, where) for name, value in packed.items()}
 
 

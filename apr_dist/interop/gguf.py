@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from apr_dist.interop.convert import (
     CHUNK_ELEMENTS,
     ImportSummary,
     Progress,
-    count_dtypes,
     encode,
+    summarize,
     total_bytes,
 )
 from apr_dist.interop.embedding import embed_text
@@ -87,17 +86,7 @@ def import_gguf(
             notes = (*notes, *more)
         with AprWriter(target, metadata=metadata, tensors=specs, overwrite=overwrite) as writer:
             _write_all(file, plans, writer, progress)
-    return ImportSummary(
-        source=Path(source),
-        target=Path(target),
-        original_format="gguf",
-        tensor_count=len(specs),
-        param_count=sum(math.prod(spec.shape) for spec in specs),
-        size_bytes=Path(target).stat().st_size,
-        dtypes=count_dtypes(specs),
-        tied=tied,
-        notes=(*note, *notes),
-    )
+    return summarize(source, target, "gguf", specs, tied=tied, notes=(*note, *notes))
 
 
 def _embed(metadata: AprMetadata, source: Path) -> tuple[AprMetadata, tuple[str, ...]]:

@@ -11,9 +11,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from apr_dist.apr.files import atomic_path
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
+from apr_dist.atomic_files import atomic_path
 from apr_dist.errors import ArchitectureRefused, UnsupportedModelFile
 from apr_dist.interop.convert import Progress
 from apr_dist.interop.gguf_file import load_gguf_package

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import UnsupportedModelFile
-from apr_dist.interop.embedding import TEXT_KEY
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -44,7 +44,7 @@ def gguf_tokenizer(metadata: AprMetadata, *, rows: int, where: Path) -> GgufToke
         UnsupportedModelFile: it cuts text in a way that GGUF has no name for, or has more tokens than rows.
         TokenizerError: it is malformed or no BPE.
     """
-    text = metadata.custom.get(TEXT_KEY)
+    text = metadata.custom.get(TOKENIZER_TEXT)
     if not isinstance(text, str):
         return None
     facts = parse_tokenizer_json(text.encode(), where=where)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from apr_dist.apr.files import AtomicFile, output_errors, sync_folder
-from apr_dist.apr.layout import WRITABLE, DType, payload_bytes
+from apr_dist.apr.layout import TOKENIZER_TEXT, WRITABLE, DType, payload_bytes
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
+from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, writing_to
 from apr_dist.errors import ArchitectureRefused, OutputError
 from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, total_bytes
 from apr_dist.interop.embedding import embedded_files, token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
-from apr_dist.interop.tie import tied_head
+from apr_dist.interop.tie import HEAD, tied_head
 
 MAX_SHARD_BYTES: Final = 5_000_000_000
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +86,7 @@ def export_huggingface(
         for name, content in texts.items():
             _write_text(folder / name, content)
         size = sum(path.stat().st_size for path in folder.iterdir())
-        notes = (
-            () if "tokenizer.json" in texts else ("no tokenizer is embedded in the file: none was written",)
-        )
+        notes = () if TOKENIZER_TEXT in texts else ("no tokenizer is embedded in the file: none was written",)
     return ExportSummary(
         source=Path(source),
         target=Path(target),
@@ -191,7 +187,7 @@ def _texts(reader: AprReader, specs: Sequence[TensorSpec], tied: bool) -> dict[s
     ids = token_ids(reader.metadata)
     config = config_from_metadata(reader.metadata, tied=tied, dtype=common, token_ids=ids)
     texts = {"config.json": config_text(config), "README.md": model_card(reader.metadata).encode()}
-    if "tokenizer.json" in embedded_files(reader.metadata, where=reader.path):
+    if TOKENIZER_TEXT in embedded_files(reader.metadata, where=reader.path):
         texts["tokenizer_config.json"] = config_text(tokenizer_config(reader.metadata))
     return texts
 
@@ -224,13 +220,13 @@ def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
 def _new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its place when the block ends well."""
     _refuse_existing(target, overwrite)
-    work = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
-    with output_errors(target):
+    work = temporary_beside(target)
+    with writing_to(target):
         work.mkdir()
     try:
         yield work
-        with output_errors(target):
-            sync_folder(work)
+        with writing_to(target):
+            flush_folder(work)
             _take_place(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -258,4 +254,4 @@ def _take_place(work: Path, target: Path) -> None:
         target.rename(old)
         work.rename(target)
         shutil.rmtree(old)
-    sync_folder(target.parent)
+    flush_folder(target.parent)

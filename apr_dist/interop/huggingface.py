@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -32,15 +31,15 @@ from apr_dist.interop.convert import (
     COPY_BYTES,
     ImportSummary,
     Progress,
-    count_dtypes,
     encode,
+    summarize,
     total_bytes,
 )
 from apr_dist.interop.embedding import embed_tokenizer
 from apr_dist.interop.hf_config import metadata_from_config, read_config
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
+from apr_dist.interop.tie import EMBEDDING, HEAD
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -96,17 +95,7 @@ def import_huggingface(
                     done += piece.nbytes
                     if progress:
                         progress(done, total)
-    return ImportSummary(
-        source=Path(source),
-        target=Path(target),
-        original_format="safetensors",
-        tensor_count=len(specs),
-        param_count=sum(math.prod(spec.shape) for spec in specs),
-        size_bytes=Path(target).stat().st_size,
-        dtypes=count_dtypes(specs),
-        tied=tied,
-        notes=(*notes, *more),
-    )
+    return summarize(source, target, "safetensors", specs, tied=tied, notes=(*notes, *more))
 
 
 def _locate(source: Path) -> tuple[Path, list[Path]]:

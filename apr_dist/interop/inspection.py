@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apr_dist.apr.finite import count_non_finite
-from apr_dist.apr.layout import VOCABULARY, Flag, TensorEntry
+from apr_dist.apr.layout import TOKENIZER_TEXT, VOCABULARY, Flag, TensorEntry
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.quality import Quality, QualityFacts, score_quality
 from apr_dist.apr.reader import AprReader
@@ -220,7 +220,7 @@ def _tokenizer(reader: AprReader) -> TokenizerFacts | None:
     tokens = reader.metadata.custom.get(VOCABULARY)
     if isinstance(tokens, list):
         return TokenizerFacts(where="embedded", tokens=len(tokens))
-    beside = reader.path.with_suffix(".tokenizer") / "tokenizer.json"
+    beside = reader.path.with_suffix(".tokenizer") / TOKENIZER_TEXT
     if not beside.is_file():
         return None
     try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from apr_dist.apr.legacy import Apr1File
 from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.interop.convert import ImportSummary, Progress, count_dtypes, total_bytes
+from apr_dist.interop.convert import ImportSummary, Progress, summarize, total_bytes
+from apr_dist.interop.tie import HEAD
 
 
 def import_apr1(
@@ -29,14 +29,11 @@ def import_apr1(
                 done += file.tensors[spec.name].size_bytes
                 if progress:
                     progress(done, total)
-    return ImportSummary(
-        source=Path(source),
-        target=Path(target),
-        original_format="apr-v1",
-        tensor_count=len(specs),
-        param_count=sum(math.prod(spec.shape) for spec in specs),
-        size_bytes=Path(target).stat().st_size,
-        dtypes=count_dtypes(specs),
-        tied="lm_head.weight" not in {spec.name for spec in specs},
+    return summarize(
+        source,
+        target,
+        "apr-v1",
+        specs,
+        tied=HEAD not in file.tensors,
         notes=("converted from APR v1: dimensions that it did not state are not stated now either",),
     )

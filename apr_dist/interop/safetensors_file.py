@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from apr_dist.apr.bounded_json import parse_object
-from apr_dist.apr.files import AtomicFile, forget, map_readonly
+from apr_dist.apr.files import forget, map_readonly
 from apr_dist.apr.layout import DType
 from apr_dist.apr.writer import TensorSpec
+from apr_dist.atomic_files import AtomicFile
 from apr_dist.errors import DamagedModelFile, NotAModelFile, UnsupportedModelFile
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors package

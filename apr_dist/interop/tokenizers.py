@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
 from apr_dist.data.manifest import TokenizerIdentity
 from apr_dist.data.tokenizer import import_tokenizer, write_tokenizer_folder
@@ -183,7 +184,7 @@ def tokenizer_json_from_apr(path: Path) -> tuple[bytes, dict[str, str]]:
     """
     with AprReader(path, verify="structure") as reader:
         custom = reader.metadata.custom
-    text = custom.get("tokenizer.json")
+    text = custom.get(TOKENIZER_TEXT)
     if not isinstance(text, str):
         raise TokenizerError(
             "it embeds no tokenizer.json",

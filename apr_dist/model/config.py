@@ -271,6 +271,34 @@ def _sliding_window(values: Mapping[str, Any], family: Family, where: str | Path
     return None
 
 
+def _llama(
+    *,
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    inner: int,
+    positions: int,
+    theta: float = 1e4,
+    tied: bool = True,
+) -> TransformerConfig:
+    return TransformerConfig(
+        family=Family.LLAMA,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        intermediate_size=inner,
+        max_position_embeddings=positions,
+        rope_theta=theta,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+    )
+
+
 def _qwen25(size: str) -> TransformerConfig:
     hidden, layers, heads, kv_heads, inner, vocabulary = {
         "0.5b": (896, 24, 14, 2, 4864, 151_936),
@@ -311,33 +339,11 @@ def _qwen3(hidden: int, layers: int, heads: int, inner: int) -> TransformerConfi
 
 
 PRESETS: Final[Mapping[str, TransformerConfig]] = {
-    "llama-370m": TransformerConfig(
-        family=Family.LLAMA,
-        vocab_size=50_257,
-        hidden_size=1024,
-        num_layers=24,
-        num_heads=16,
-        num_kv_heads=4,
-        head_dim=64,
-        intermediate_size=2816,
-        max_position_embeddings=4096,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+    "llama-370m": _llama(
+        vocabulary=50_257, hidden=1024, layers=24, heads=16, kv_heads=4, inner=2816, positions=4096
     ),
-    "smollm2-135m": TransformerConfig(
-        family=Family.LLAMA,
-        vocab_size=49_152,
-        hidden_size=576,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        intermediate_size=1536,
-        max_position_embeddings=8192,
-        rope_theta=1e5,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+    "smollm2-135m": _llama(
+        vocabulary=49_152, hidden=576, layers=30, heads=9, kv_heads=3, inner=1536, positions=8192, theta=1e5
     ),
     "qwen2.5-0.5b": _qwen25("0.5b"),
     "qwen2.5-coder-0.5b": _qwen25("0.5b"),
@@ -347,34 +353,29 @@ PRESETS: Final[Mapping[str, TransformerConfig]] = {
     "qwen2.5-coder-7b": _qwen25("7b"),
     "qwen3-0.6b": _qwen3(hidden=1024, layers=28, heads=16, inner=3072),
     "qwen3-4b": _qwen3(hidden=2560, layers=36, heads=32, inner=9728),
-    "mistral-7b": TransformerConfig(
+    "mistral-7b": replace(
+        _llama(
+            vocabulary=32_000,
+            hidden=4096,
+            layers=32,
+            heads=32,
+            kv_heads=8,
+            inner=14_336,
+            positions=32_768,
+            tied=False,
+        ),
         family=Family.MISTRAL,
-        vocab_size=32_000,
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=14_336,
-        max_position_embeddings=32_768,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
         sliding_window=4096,
     ),
-    "llama-2-7b": TransformerConfig(
-        family=Family.LLAMA,
-        vocab_size=32_000,
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        intermediate_size=11_008,
-        max_position_embeddings=4096,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+    "llama-2-7b": _llama(
+        vocabulary=32_000,
+        hidden=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        inner=11_008,
+        positions=4096,
+        tied=False,
     ),
 }
 """Published configurations by name. Llama-370M is a historical name: its dimensions give 322 M."""

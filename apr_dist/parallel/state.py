@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from apr_dist.data.storage import flush_folder, writing_to
+from apr_dist.atomic_files import atomic_path
 from apr_dist.errors import DamagedModelFile
 from apr_dist.parallel.moments import MOMENTS, STEP, fill_moments
 from apr_dist.parallel.runtime import Runtime
@@ -36,18 +35,11 @@ def save_optimizer(moments: Mapping[str, torch.Tensor], path: Path) -> str:
     Raises:
         OutputError: it cannot be written; a file that stood there still stands.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing_to(path):
+    with atomic_path(path, overwrite=True) as temporary:
         try:
             save_file(dict(moments), temporary, metadata={"format": "apr-dist-adamw-v1"})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            flush_folder(path.parent)
         except SafetensorError as error:  # the library wraps the operating system's refusal in its own
             raise OSError(None, str(error)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
     return file_digest(path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from apr_dist.data.storage import write_atomically
+from apr_dist.atomic_files import write_atomically
 from apr_dist.report.figures import Picture, draw
 from apr_dist.report.run_folder import Run, config_differences, read_runs
 

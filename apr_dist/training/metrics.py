@@ -11,7 +11,7 @@ from typing import IO, Any, Self
 
 import torch
 
-from apr_dist.data.storage import write_atomically
+from apr_dist.atomic_files import write_atomically
 from apr_dist.errors import NumericalInstability, OutputError
 
 

@@ -13,10 +13,10 @@ import torch
 
 from apr_dist import __version__
 from apr_dist.apr.reader import AprReader
+from apr_dist.atomic_files import write_atomically
 from apr_dist.config import TrainConfig
 from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
-from apr_dist.data.storage import write_atomically
 from apr_dist.data.synthetic import SyntheticEvaluation, SyntheticTokens
 from apr_dist.errors import AprDistError, OutputError
 from apr_dist.gates.output import create_run_dir

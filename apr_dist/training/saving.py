@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.config import TrainConfig
-from apr_dist.data.storage import write_atomically, writing_to
 from apr_dist.parallel.moments import whole_moments
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state import file_digest, save_optimizer

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apr_dist.data.storage import flush_folder, write_atomically, writing_to
+from apr_dist.atomic_files import flush_folder, write_atomically, writing_to
 from apr_dist.errors import DamagedModelFile
 from apr_dist.parallel.state import STATE_DAMAGED, file_digest
 

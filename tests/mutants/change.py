@@ -52,6 +52,7 @@ MATCH, IMPORT, REPAIR, LOOP = (
 
 CONFIG = "apr_dist/config.py"
 FILES = "apr_dist/apr/files.py"
+ATOMIC = "apr_dist/atomic_files.py"
 STRUCTURE = "apr_dist/apr/structure.py"
 READER = "apr_dist/apr/reader.py"
 MODEL_CONFIG = "apr_dist/model/config.py"

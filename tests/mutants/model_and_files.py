@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutants.change import (
     ARCH,
+    ATOMIC,
     ATTENTION,
     CHECKPOINT,
     FILES,
@@ -85,7 +86,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "025",
         "a full disk is an internal error",
-        FILES,
+        ATOMIC,
         "                rest, offset = rest[written:], offset + written\n        except OSError as error:",
         "                rest, offset = rest[written:], offset + written\n        except KeyError as error:",
     ),
@@ -107,7 +108,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         CHECKPOINT + "010",
         "a file that failed takes the name all the same",
-        FILES,
+        ATOMIC,
         "        if kind is None:\n            self.commit()",
         "        if kind is not KeyError:\n            self.commit()",
     ),
