@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
@@ -75,6 +76,13 @@ class VerifyShards(StrEnum):
     OFF = "off"
 
 
+class ShardAccess(StrEnum):
+    """How rows are read: out of a map of the shard, or with a system call each (network storage)."""
+
+    MMAP = "mmap"
+    PREAD = "pread"
+
+
 @dataclass(frozen=True)
 class ModeDefaults:
     """What GATE-TRAIN-009 calls atomic: the three values a mode sets together."""
@@ -107,8 +115,34 @@ class OptimizerSection(Section):
     lr_min_ratio: float = Field(0.01, ge=0, le=1, description="end of the cosine, as a share of lr")
 
 
+def _weights_from_text(value: object) -> object:
+    """``path=weight,path=weight``, as a flag gives a mixture, as the mapping a file gives."""
+    if value is None:
+        return {}
+    if not isinstance(value, str):
+        return value
+    pairs = [part.strip().rpartition("=") for part in value.split(",")]
+    found = {path: weight for path, _, weight in pairs}
+    if "" in found or len(found) < len(pairs):
+        raise ValueError("path=weight, separated by commas, each path once")
+    return found
+
+
+def _ids_from_text(value: object) -> object:
+    """``0,2``, as a flag gives ids, as the list a file gives."""
+    if value is None:
+        return ()
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
 class LoaderSection(Section):
     """How training sequences are drawn from the shards."""
+
+    mixture: Annotated[
+        Mapping[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_weights_from_text)
+    ] = Field(
+        {}, description="in place of dataset: folders of training shards and their weights in the stream"
+    )
 
     shuffle: ShuffleOrder = Field(
         ShuffleOrder.SEQUENCE,
@@ -121,6 +155,19 @@ class LoaderSection(Section):
     max_epochs: int | None = Field(
         None, gt=0, description="passes over the data before StreamExhausted; none: cycle, and say so"
     )
+    access: ShardAccess = Field(
+        ShardAccess.MMAP,
+        description="mmap, or pread: for network storage, where a map turns errors to signals",
+    )
+    prefetch_batches: int | None = Field(
+        None, ge=0, description="global batches made ahead by a thread; 0: none; none: by their size"
+    )
+    pin_memory: bool | None = Field(
+        None, description="gather into page-locked memory; none: where a CUDA device is"
+    )
+    ignored_ids: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_ids_from_text)
+    ] = Field((), description="targets that do not count in the loss, in training and evaluation (padding)")
 
 
 class EvaluationSection(Section):
@@ -234,6 +281,7 @@ class TrainConfig(Section):
         facts = self.resolved().model_dump(mode="json")
         for name in _NOT_THE_MATHEMATICS:
             facts.pop(name)
+        facts["loader"].pop("mixture")
         return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -102,13 +102,18 @@ def validate(tree: Mapping[str, Any], *, where: str | Path) -> TrainConfig:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = _leaf_of(".".join(str(part) for part in first["loc"]))
         raise UsageError(
             f"{key} is {first.get('input')!r}",
             where=where,
             expected=plain_message(first["msg"]),
             remedy=f"correct the key {key} (flag {flag_of(key)})",
         ) from error
+
+
+def _leaf_of(place: str) -> str:
+    """The settable key that a place inside its value belongs to; ``place`` itself where it is none."""
+    return next((key for key, _ in leaves(TrainConfig) if place.startswith(f"{key}.")), place)
 
 
 def plain_message(message: str) -> str:
@@ -148,6 +153,10 @@ def _shown(value: object) -> str:
 
 
 def _metavar(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Mapping:
+        return "PATH=WEIGHT,..."
+    if get_origin(field.annotation) is tuple:
+        return "INT,..."
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     kind = kinds[0]
     if isinstance(kind, type) and issubclass(kind, StrEnum):

@@ -22,6 +22,7 @@ from apr_dist.data.evaluation_loader import EvaluationLoader
 from apr_dist.data.mixture import CYCLE_BATCHES, Mixture, Progress, Source
 from apr_dist.data.prefetch import BufferKind, Course, RunAhead, default_depth
 from apr_dist.data.token_stream import Access, ShardStream, Shuffle, Verify, check_seed, choice, share_of
+from apr_dist.data.training_set import cycle_units
 from apr_dist.errors import DataError, StreamExhausted, UsageError
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class TokenLoader:
         self._block = block_sequences if self.shuffle is Shuffle.BLOCK else 1
         check_seed(seed)
         self._check_order(block_sequences, max_epochs, dtype)
+        _check_pinning(pin_memory)
         self._max_epochs = max_epochs
         self._global_batch = 0
         self._options: dict[str, Any] = {
@@ -109,9 +111,7 @@ class TokenLoader:
             "recheck_s": recheck_s,
             "wide": dtype == torch.int64,
         }
-        self._stream = ShardStream(
-            dataset, self._options, cycle=-(-CYCLE_BATCHES * global_batch // self._block)
-        )
+        self._stream = ShardStream(dataset, self._options, cycle=cycle_units(global_batch, self._block))
         self._batches = self._count_batches()
         self._views = self.shuffle is Shuffle.BLOCK and self._options["access"] == Access.MMAP.value
         depth = default_depth(self._share, seq_length + 1, views=self._views)
@@ -140,12 +140,21 @@ class TokenLoader:
         """Whole passes over the data done so far; of a mixture: over the source with most of them."""
         return max(progress.epoch for progress in self.progress().values())
 
-    def progress(self) -> dict[str, Progress]:
-        """How far each source of a mixture has come, by name; a single data set is named by its folder."""
-        found = self._stream.open().progress(self.position)
+    def progress(self, batches: int | None = None) -> dict[str, Progress]:
+        """How far each source of a mixture has come, by name; a single data set is named by its folder.
+
+        Args:
+            batches: global batches handed out; None: as many as the state says.
+        """
+        positions = self.position if batches is None else batches * self._batch_size
+        found = self._stream.open().progress(positions)
         sources = self._dataset.sources if isinstance(self._dataset, Mixture) else ()
         names = [source.name for source in sources] or [self._dataset.folder.name]
-        return {name: Progress(*one) for name, one in zip(names, found, strict=True)}
+        sizes = [self._stream.open().sequences(source) for source in range(len(names))]
+        return {
+            name: Progress(done, epoch, max(0, done - 1) // size)
+            for name, (done, epoch), size in zip(names, found, sizes, strict=True)
+        }
 
     def batch(self, k: int) -> list[torch.Tensor]:
         """This rank's micro-batches of global batch ``k``, each int32 [micro_batch, seq_length + 1].
@@ -360,6 +369,15 @@ class TokenLoader:
                 falsifier="FALSIFY-APR-DIST-LOADER-009",
             )
         return k * self._batch_size + self._rank * self._share
+
+
+def _check_pinning(pin_memory: bool | None) -> None:
+    if pin_memory and not torch.cuda.is_available():
+        raise UsageError(
+            "pin_memory is true and there is no CUDA device",
+            expected="page-locked memory only where a device copies from it",
+            remedy="leave pin_memory to its default, which pins where a CUDA device is",
+        )
 
 
 def _other_order(key: str, found: object, expected: object, dataset: Manifest | Mixture) -> DataError:

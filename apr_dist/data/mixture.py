@@ -45,10 +45,12 @@ class Progress:
     Attributes:
         sequences: handed out so far, over all ranks.
         epoch: whole passes over it done.
+        newest_pass: number, from 0, of the pass that the last sequence handed out belongs to.
     """
 
     sequences: int
     epoch: int
+    newest_pass: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,13 @@ class Mixture:
         """SHA-256 in hex over names, weights and fingerprints: the mixture's identity in checkpoints."""
         lines = [f"{source.name} {source.weight!r} {source.dataset.fingerprint}" for source in self.sources]
         return hashlib.sha256("\n".join(["mixture", *lines]).encode()).hexdigest()
+
+    def describe(self) -> list[dict[str, object]]:
+        """Name, weight and fingerprint of every source, for checkpoints and verdicts."""
+        return [
+            {"name": source.name, "weight": source.weight, "fingerprint": source.dataset.fingerprint}
+            for source in self.sources
+        ]
 
     def units_per_cycle(self, cycle: int) -> list[int]:
         """Units of each source in a cycle of ``cycle``, by largest remainders: less than one off its share.

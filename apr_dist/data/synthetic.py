@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from apr_dist.data.mixture import Progress
+
 
 class SyntheticTokens:
     """Uniform random token ids: global batch k is a pure function of (seed, k).
@@ -35,10 +37,9 @@ class SyntheticTokens:
         self._batch_size, self._micro = batch_size, micro_batch
         self._rank, self._world_size, self._seed = rank, world_size, seed
 
-    @property
-    def sequences_per_epoch(self) -> int:
-        """Synthetic data never repeats within a run."""
-        return 2**62
+    def progress(self, batches: int) -> dict[str, Progress]:
+        """How far the one source has come when ``batches`` global batches were handed out."""
+        return {"synthetic": Progress(batches * self._batch_size, 0, 0)}
 
     def batch(self, k: int) -> list[torch.Tensor]:
         """This rank's micro-batches of global batch ``k``, each int32 [micro_batch, seq + 1]."""

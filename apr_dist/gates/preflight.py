@@ -7,7 +7,7 @@ family, its dimensions, every shape, every value, the vocabulary, the data, the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import Any
 
 from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
-from apr_dist.config import TrainConfig
+from apr_dist.config import ShuffleOrder, TrainConfig
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
+from apr_dist.data.mixture import Mixture
 from apr_dist.data.tokenizer import identify, load_tokenizer
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary, weights
 from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
@@ -209,8 +211,8 @@ def _positions(found: Preflight, config: TrainConfig) -> GateResult:
 
 
 def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None]) -> None:
-    if config.dataset is None or config.val_dataset is None:
-        missing = "--dataset" if config.dataset is None else "--val-dataset"
+    missing = "--dataset" if config.dataset is None and not config.loader.mixture else "--val-dataset"
+    if missing == "--dataset" or config.val_dataset is None:
         raise UsageError(
             f"{missing} is not given",
             where="command line",
@@ -218,24 +220,35 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
             remedy="apr-dist tokenize encode-corpus --val-fraction 0.05 makes both",
             falsifier="INV-TRAIN-010",
         )
-    training, held_out = Manifest.load(config.dataset), Manifest.load(config.val_dataset)
-    found.warnings += [f"{m.folder}: {text}" for m in (training, held_out) for text in m.warnings]
-    sequences = check_sequences(training, seq_length=config.seq_length)
+    training, held_out = (
+        open_training_set(config.dataset, config.loader.mixture),
+        Manifest.load(config.val_dataset),
+    )
+    order = config.loader
+    block = order.block_sequences if order.shuffle is ShuffleOrder.BLOCK else 1
+    check_shares(training, global_batch=config.batch_size, block=block)
+    parts, everything = parts_of(training), (*parts_of(training), held_out)
+    found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
+    sequences = sum(check_sequences(part, seq_length=config.seq_length) for part in parts)
     held = check_sequences(held_out, seq_length=config.seq_length)
-    check_disjoint(training, held_out)
+    for part in parts:
+        check_disjoint(part, held_out)
     rows = found.model_config.vocab_size
-    _note(found, say, _check_tokenizer(found, config, training, rows))
-    for manifest in (training, held_out):
+    _note(found, say, _check_tokenizer(found, config, parts, rows))
+    for manifest in everything:
         vocabulary.check_shards(max_id=manifest.max_token_id, model_vocab=rows, where=manifest.folder)
+    vocabulary.check_ignored(order.ignored_ids, model_vocab=rows)
     result = GateResult(
         id=vocabulary.SHARD_ID,
         gate="shards fit the model",
-        measured=f"largest id {max(training.max_token_id or 0, held_out.max_token_id or 0):,}, "
+        measured=f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
         f"{sequences:,} + {held:,} sequences",
         required=f"ids below {rows:,}; nothing held out is trained on",
     )
     _note(found, say, result)
     found.provenance["data_fingerprint"] = training.fingerprint
+    if isinstance(training, Mixture):
+        found.provenance["data_sources"] = training.describe()
     found.provenance["val_data_fingerprint"] = held_out.fingerprint
     found.provenance["evaluation"] = _evaluation_identity(held_out, config)
     found.recorded_val_loss = _recorded_loss(found)
@@ -245,7 +258,10 @@ def _evaluation_identity(held_out: Manifest, config: TrainConfig) -> str:
     """What a validation loss was measured on; equal texts mean comparable losses."""
     sample = config.evaluation.max_sequences or "all"
     precision = config.parallel.precision.value
-    return f"{sample} sequences of {config.seq_length} from {held_out.fingerprint} in {precision}"
+    ignored = ",".join(map(str, config.loader.ignored_ids))
+    return f"{sample} sequences of {config.seq_length} from {held_out.fingerprint} in {precision}" + (
+        f" without the targets {ignored}" if ignored else ""
+    )
 
 
 def _recorded_loss(found: Preflight) -> float | None:
@@ -255,13 +271,16 @@ def _recorded_loss(found: Preflight) -> float | None:
     return float(loss) if same and isinstance(loss, float) else None
 
 
-def _check_tokenizer(found: Preflight, config: TrainConfig, training: Manifest, rows: int) -> GateResult:
-    recorded = training.tokenizer
+def _check_tokenizer(
+    found: Preflight, config: TrainConfig, parts: Sequence[Manifest], rows: int
+) -> GateResult:
+    recorded = next((part.tokenizer for part in parts if part.tokenizer), None)
     own, where = _own_tokenizer(config, found.reader)
-    where = where or training.folder
+    where = where or parts[0].folder
     identity = own or recorded
     # Ids may have gaps: what the model needs rows for is the bound of the ids, not their number.
-    tokens = max(identity.effective_vocab_count, identity.id_bound) if identity else training.vocab_size
+    sizes = [part.vocab_size for part in parts if part.vocab_size is not None]
+    tokens = max(identity.effective_vocab_count, identity.id_bound) if identity else max(sizes, default=None)
     if tokens is None:
         raise VocabularyRefused(
             "no tokenizer is known: none was given, and the manifest records none",
@@ -272,11 +291,12 @@ def _check_tokenizer(found: Preflight, config: TrainConfig, training: Manifest, 
         )
     from_init = config.init is not None
     vocabulary.check_tokenizer(effective=tokens, model_vocab=rows, from_init=from_init, where=where)
-    vocabulary.check_same_tokenizer(
-        shards_sha256=recorded.sha256 if recorded else None,
-        tokenizer_sha256=own.sha256 if own else None,
-        where=training.folder,
-    )
+    for part in parts:
+        vocabulary.check_same_tokenizer(
+            shards_sha256=part.tokenizer.sha256 if part.tokenizer else None,
+            tokenizer_sha256=identity.sha256 if identity else None,
+            where=part.folder,
+        )
     found.provenance["tokenizer_sha256"] = identity.sha256 if identity else None
     return GateResult(
         id=vocabulary.ABOVE_MODEL if from_init else vocabulary.NOT_EQUAL,

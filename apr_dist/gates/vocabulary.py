@@ -6,6 +6,7 @@ beyond its tokenizer (Qwen2.5: 151,665 of 151,936), never fewer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from apr_dist.errors import VocabularyRefused
@@ -67,6 +68,22 @@ def check_shards(*, max_id: int | None, model_vocab: int, where: Path) -> None:
             expected=f"ids below {model_vocab:,}",
             remedy="encode the corpus with this model's tokenizer",
             falsifier=SHARD_ID,
+        )
+
+
+def check_ignored(ids: Sequence[int], *, model_vocab: int) -> None:
+    """An id that is to be left out of the loss is one that the model has.
+
+    Raises:
+        VocabularyRefused: it is not, so the setting means another vocabulary.
+    """
+    beyond = [one for one in ids if one >= model_vocab]
+    if beyond:
+        raise VocabularyRefused(
+            f"loader.ignored_ids names {beyond[0]:,} and the model has {model_vocab:,} rows",
+            where="--loader.ignored-ids",
+            expected=f"ids below {model_vocab:,}",
+            remedy="name ids of this model's tokenizer",
         )
 
 

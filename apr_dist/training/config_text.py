@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -49,6 +49,10 @@ class Difference:
 def type_text(field: FieldInfo) -> str:
     """What a key's value may be, in words: ``integer above 0, or null``."""
     kinds = get_args(field.annotation) or (field.annotation,)
+    if get_origin(field.annotation) is Mapping:
+        return "mapping of text to number above 0"
+    if get_origin(field.annotation) is tuple:
+        return "list of integers at least 0"
     words = ", or ".join(_kind_text(kind, field) for kind in kinds if kind is not type(None))
     return f"{words}, or null" if type(None) in kinds else words
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from apr_dist.data.documents import loss_mask
 from apr_dist.errors import DataError
+from apr_dist.model.chunked_loss import IGNORE_INDEX
 from apr_dist.parallel.runtime import Runtime
 
 
@@ -43,13 +45,19 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def split_sequences(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def split_sequences(
+    tokens: torch.Tensor, device: torch.device, ignored_ids: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[batch, seq + 1] token ids to (inputs, targets), each [batch, seq], on the device.
 
-    Ids travel as 32-bit; targets widen to int64 only where they are used.
+    Ids travel as 32-bit; targets widen to int64 only where they are used. Those among ``ignored_ids``
+    become -100, which no loss counts.
     """
     moved = tokens.to(device, non_blocking=True)
-    return moved[:, :-1], moved[:, 1:].long()
+    targets = moved[:, 1:].long()
+    if ignored_ids:
+        targets = targets.where(loss_mask(targets, ignored_ids=ignored_ids), IGNORE_INDEX)
+    return moved[:, :-1], targets
 
 
 def evaluate(
@@ -58,6 +66,7 @@ def evaluate(
     runtime: Runtime,
     *,
     progress: Callable[[int, int], None] | None = None,
+    ignored_ids: Sequence[int] = (),
 ) -> Evaluation:
     """Mean loss of the bare decoder over this rank's batches, summed over all ranks.
 
@@ -69,6 +78,7 @@ def evaluate(
         batches: token ids, each [batch, seq + 1].
         runtime: this rank's view of the run.
         progress: called about every five seconds with (batches done, batches in all).
+        ignored_ids: targets that do not count.
 
     Raises:
         DataError: there was no token to evaluate on any rank.
@@ -80,7 +90,7 @@ def evaluate(
     try:
         with torch.no_grad(), runtime.accelerator.autocast():
             for done, tokens in enumerate(batches, start=1):
-                loss_sum, count = model(*split_sequences(tokens, runtime.device))
+                loss_sum, count = model(*split_sequences(tokens, runtime.device, ignored_ids))
                 total[0] += loss_sum.double()
                 total[1] += count
                 if progress is not None and time.perf_counter() - told > 5:

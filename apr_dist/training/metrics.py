@@ -29,7 +29,9 @@ class StepMetrics:
         wall_ms: wall time of the step in milliseconds.
         data_wait_ms: part of it spent waiting for the batch.
         tokens_seen: target tokens trained on so far, this step included.
-        data_epoch: passes over the training data begun so far, less one.
+        data_epoch: passes over the training data begun so far, less one; of a mixture, over the source
+            with most.
+        data_epochs: the same for each source, by name.
     """
 
     step: int
@@ -42,6 +44,7 @@ class StepMetrics:
     data_wait_ms: float
     tokens_seen: int
     data_epoch: int
+    data_epochs: Mapping[str, int]
 
 
 class MetricsFile:
@@ -84,6 +87,8 @@ class MetricsFile:
         """
         values = asdict(metrics)
         for key, value in values.items():
+            if key == "data_epochs":
+                continue
             if not math.isfinite(value) or (key == "tokens_per_sec" and value <= 0):
                 raise NumericalInstability(
                     f"{key} is {value}",

@@ -11,6 +11,7 @@ from typing import Final
 
 from apr_dist.config import Device, Mode, StrategyChoice, TrainConfig
 from apr_dist.data.manifest import Manifest
+from apr_dist.data.training_set import open_training_set, parts_of
 from apr_dist.errors import AprDistError
 from apr_dist.gates.data import check_sequences
 from apr_dist.gates.preflight import model_from_name, run_preflight
@@ -180,13 +181,14 @@ def _model_despite(config: TrainConfig, refusal: AprDistError) -> TransformerCon
 
 
 def _data(config: TrainConfig) -> Data | None:
-    if config.synthetic or config.dataset is None or config.val_dataset is None:
+    if config.synthetic or config.val_dataset is None:
         return None
     try:
-        training, held_out = Manifest.load(config.dataset), Manifest.load(config.val_dataset)
+        parts = parts_of(open_training_set(config.dataset, config.loader.mixture))
+        held_out = Manifest.load(config.val_dataset)
         return Data(
-            tokens=training.total_tokens,
-            sequences=check_sequences(training, seq_length=config.seq_length),
+            tokens=sum(part.total_tokens for part in parts),
+            sequences=sum(check_sequences(part, seq_length=config.seq_length) for part in parts),
             held_out_sequences=check_sequences(held_out, seq_length=config.seq_length),
         )
     except AprDistError:

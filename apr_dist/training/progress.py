@@ -41,11 +41,11 @@ class Progress:
     tokens_seen: int = 0
     train_loss: float | None = None
     grad_norm_max: float = 0.0
-    data_epoch: int = 0
     evaluated_at: int = -1
     evaluations: list[Evaluation] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
     first_gates: list[GateResult] = field(default_factory=list)
+    data_epochs: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_saved(cls, state: SavedState) -> Progress:

@@ -27,11 +27,15 @@ _FREE = {
         "parallel.timeout_s",
         "loader.verify",
         "loader.max_epochs",
+        "loader.access",
+        "loader.prefetch_batches",
+        "loader.pin_memory",
     ),
     *("early_stop.patience", "early_stop.min_epochs", "checkpoint.keep_last", "checkpoint.keep_every"),
     "evaluation.micro_batch_size",
 }
-"""Keys that change where and how often, not what is computed. Files are compared by content instead."""
+"""Keys that change where and how often, not what is computed. Files are compared by content instead; a
+mixture's fingerprint holds its weights."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,15 @@ def refuse_changes(config: TrainConfig, point: ResumePoint) -> None:
         UsageError: naming the keys, with both values.
     """
     allowed = {key.strip() for key in config.resume_allow.split(",")}
-    before, now = _flat(point.state.config), _flat(config.model_dump(mode="json"))
+    # A key that the saved configuration does not know had its default then.
+    before = _flat(TrainConfig().model_dump(mode="json")) | _flat(point.state.config)
+    now = _flat(config.model_dump(mode="json"))
     changed = [
         f"{key} was {before.get(key)} and is {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _FREE | allowed
+        if before.get(key) != now.get(key)
+        and key not in _FREE | allowed
+        and not key.startswith("loader.mixture.")
     ]
     if changed:
         key = changed[0].split(" ", 1)[0]

@@ -18,6 +18,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.synthetic import SyntheticEvaluation, SyntheticTokens
+from apr_dist.data.training_set import open_training_set
 from apr_dist.errors import AprDistError, OutputError
 from apr_dist.gates.output import create_run_dir
 from apr_dist.gates.preflight import Preflight
@@ -271,9 +272,10 @@ def _open_data(
             seed=config.seed,
         )
         return made_up, SyntheticEvaluation(made_up)
-    training, held_out = _manifest(config.dataset), _manifest(config.val_dataset)
+    assert config.val_dataset is not None
+    held_out = Manifest.load(config.val_dataset)
     loader = TokenLoader(
-        training,
+        open_training_set(config.dataset, config.loader.mixture),
         seq_length=config.seq_length,
         global_batch=config.batch_size,
         micro_batch=micro,
@@ -284,6 +286,9 @@ def _open_data(
         block_sequences=config.loader.block_sequences,
         max_epochs=config.loader.max_epochs,
         verify=config.loader.verify.value,
+        access=config.loader.access.value,
+        prefetch_batches=config.loader.prefetch_batches,
+        pin_memory=config.loader.pin_memory,
     )
     stack.callback(loader.close)
     evaluation = EvaluationLoader(
@@ -293,12 +298,9 @@ def _open_data(
         rank=runtime.rank,
         world_size=runtime.world_size,
         max_sequences=config.evaluation.max_sequences,
+        verify=config.loader.verify.value,
+        access=config.loader.access.value,
     )
     stack.callback(evaluation.close)
     say(f"training on {loader.sequences_per_epoch:,} sequences; held out: {evaluation.describe()}")
     return loader, evaluation
-
-
-def _manifest(folder: Path | None) -> Manifest:
-    assert folder is not None
-    return Manifest.load(folder)

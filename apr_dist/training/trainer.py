@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from apr_dist.config import TrainConfig
+from apr_dist.data.documents import loss_mask
+from apr_dist.data.mixture import Progress as DataProgress
+from apr_dist.errors import DataError
 from apr_dist.gates.result import GateResult
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import prepare
@@ -48,9 +51,8 @@ LR_FLOOR = 1e-7
 class TrainingData(Protocol):
     """Global batches by number: this rank's micro-batches, each int32 [micro_batch, seq + 1]."""
 
-    @property
-    def sequences_per_epoch(self) -> int:
-        """Sequences of one pass over the data."""
+    def progress(self, batches: int) -> dict[str, DataProgress]:
+        """How far each source has come when that many global batches were handed out."""
 
     def batch(self, k: int) -> list[torch.Tensor]:
         """This rank's micro-batches of global batch ``k``."""
@@ -101,6 +103,9 @@ class Trainer:
         self.metrics, self.saver, self.say = metrics, saver, say
         self.model, self.stop_request = model, StopRequest()
         self.progress = Progress() if resumed is None else Progress.from_saved(resumed)
+        if resumed is not None:
+            done = train_data.progress(resumed.step)
+            self.progress.data_epochs = {name: one.newest_pass for name, one in done.items()}
         self.began = time.perf_counter()
         options = config.optimizer
         optimizer = build_optimizer(
@@ -179,68 +184,96 @@ class Trainer:
         step = self.progress.step
         micro_batches = self.train_data.batch(step)
         data_wait_s = time.perf_counter() - began
-        eval_loss = evaluate(self.engine.evaluated, micro_batches, self.runtime).loss if compare else None
+        eval_loss = self._loss_of(micro_batches).loss if compare else None
         computed = time.perf_counter()
         lr = apply_lr(self.engine.optimizer, self.schedule.lr_at(step))
-        train_loss, signal_number = self._forward_backward(micro_batches)
+        train_loss, targets, signal_number = self._forward_backward(micro_batches)
         grad_norm = self.engine.step(
             lambda norm: check_finite(step=step + 1, train_loss=train_loss, grad_norm=norm)
         )
         wall_s = time.perf_counter() - computed + data_wait_s
-        self._record(train_loss, grad_norm, lr, wall_s, data_wait_s)
+        self._record(train_loss, targets, grad_norm, lr, wall_s, data_wait_s)
         if eval_loss is not None:
             self.progress.agreements.append(
                 Agreement(step=step + 1, train_loss=train_loss, eval_loss=eval_loss)
             )
         return signal_number
 
-    def _forward_backward(self, micro_batches: Sequence[torch.Tensor]) -> tuple[float, int]:
-        # Gradients are those of (sum of token losses) / (tokens of the global batch). Engines average
-        # over ranks, so each rank's share is scaled by the world size first.
-        global_tokens = self.config.batch_size * self.config.seq_length
-        scale = self.runtime.world_size / global_tokens
+    def _loss_of(self, micro_batches: Sequence[torch.Tensor]) -> Evaluation:
+        """The loss of a global batch, measured the way held-out sequences are."""
+        ignored = self.config.loader.ignored_ids
+        return evaluate(self.engine.evaluated, micro_batches, self.runtime, ignored_ids=ignored)
+
+    def _counted_targets(self, micro_batches: Sequence[torch.Tensor]) -> int:
+        """Targets of the global batch that count in the loss; a collective only where some may not."""
+        ignored = self.config.loader.ignored_ids
+        if not ignored:
+            return self.config.batch_size * self.config.seq_length
+        here = sum(int(loss_mask(tokens[:, 1:], ignored_ids=ignored).sum()) for tokens in micro_batches)
+        counted = self.runtime.sum(torch.tensor(here, dtype=torch.int64, device=self.runtime.device))
+        if not int(counted):
+            raise DataError(
+                f"every target of step {self.progress.step + 1} is one of loader.ignored_ids",
+                where="training shards",
+                expected="at least one target that counts in each global batch",
+                remedy="name fewer ids, or raise --batch-size",
+            )
+        return int(counted)
+
+    def _forward_backward(self, micro_batches: Sequence[torch.Tensor]) -> tuple[float, int, int]:
+        # Gradients are those of (sum of token losses) / (targets of the global batch that count). Engines
+        # average over ranks, so each rank's share is scaled by the world size first.
+        counted = self._counted_targets(micro_batches)
+        scale = self.runtime.world_size / counted
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for index, tokens in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            inputs, targets = split_sequences(tokens, self.runtime.device)
+            inputs, targets = split_sequences(tokens, self.runtime.device, self.config.loader.ignored_ids)
             total += self.engine.accumulate(inputs, targets, scale=scale, last=last).double()
         # A signal to one rank stops all: it travels with the loss, at no further collective.
         asked = [float(self.stop_request.received == number) for number in SIGNALS]
         sums = torch.cat([total.view(1), torch.tensor(asked, dtype=total.dtype, device=total.device)])
         loss, *signals = self.runtime.sum(sums).tolist()
         asked_by = dict(zip(SIGNALS, signals, strict=True))
-        return loss / global_tokens, next((number for number, ranks in asked_by.items() if ranks), 0)
+        return loss / counted, counted, next((number for number, ranks in asked_by.items() if ranks), 0)
 
     def _record(
-        self, train_loss: float, grad_norm: float, lr: float, wall_s: float, data_wait_s: float
+        self, train_loss: float, targets: int, grad_norm: float, lr: float, wall_s: float, data_wait_s: float
     ) -> None:
         state, config = self.progress, self.config
-        global_tokens = config.batch_size * config.seq_length
         state.step += 1
-        state.tokens_seen += global_tokens
+        state.tokens_seen += targets
         state.train_loss = train_loss
         state.grad_norm_max = max(state.grad_norm_max, grad_norm)
-        data_epoch = (state.step * config.batch_size - 1) // self.train_data.sequences_per_epoch
-        if data_epoch > state.data_epoch:
-            self.say(f"training data: pass {data_epoch + 1} begins (every sequence seen {data_epoch} times)")
-            state.data_epoch = data_epoch
+        self._count_passes()
         line = StepMetrics(
             step=state.step,
             train_loss=train_loss,
             grad_norm=grad_norm,
             lr=lr,
-            tokens_per_sec=global_tokens / wall_s,
+            tokens_per_sec=targets / wall_s,
             gpu_util_pct=gpu_utilisation(self.runtime.device),
             wall_ms=wall_s * 1e3,
             data_wait_ms=data_wait_s * 1e3,
             tokens_seen=state.tokens_seen,
-            data_epoch=state.data_epoch,
+            data_epoch=max(state.data_epochs.values()),
+            data_epochs=dict(state.data_epochs),
         )
         self.metrics.step(line)
         self.say(
             f"step {line.step:>6}/{config.num_steps}  loss {train_loss:.4f}  grad_norm {grad_norm:.3f}"
             f"  lr {lr:.2e}  {line.tokens_per_sec:,.0f} tokens/s  gpu {line.gpu_util_pct:.0f} %"
         )
+
+    def _count_passes(self) -> None:
+        """Say when a source of the training data begins again."""
+        state = self.progress
+        for name, progress in self.train_data.progress(state.step).items():
+            newest = progress.newest_pass
+            if newest > state.data_epochs.get(name, 0):
+                seen = f"every sequence seen {newest} times"
+                self.say(f"training data {name}: pass {newest + 1} begins ({seen})")
+            state.data_epochs[name] = newest
 
     def _evaluate(self) -> Evaluation:
         state = self.progress
@@ -249,6 +282,7 @@ class Trainer:
             self.eval_data,
             self.runtime,
             progress=lambda done, of: self.say(f"  evaluating: {done} of {of} batches"),
+            ignored_ids=self.config.loader.ignored_ids,
         )
         self.metrics.event(
             "evaluation",
@@ -303,6 +337,7 @@ class Trainer:
         facts = {
             "steps": state.step,
             "tokens_seen": state.tokens_seen,
+            "data": {name: asdict(one) for name, one in self.train_data.progress(state.step).items()},
             "train_loss": state.train_loss,
             "val_losses": [result.loss for result in state.evaluations],
             "wall_seconds": time.perf_counter() - self.began,

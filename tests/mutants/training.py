@@ -199,8 +199,8 @@ MUTANTS: tuple[Change, ...] = (
         LOOP + "011",
         "cycling is not said",
         TRAINER_FILE,
-        "        if data_epoch > state.data_epoch:",
-        "        if data_epoch > state.data_epoch + 1:",
+        "            if newest > state.data_epochs.get(name, 0):",
+        "            if newest > state.data_epochs.get(name, 0) + 1:",
     ),
     Change(
         TRAINER + "002",
@@ -220,8 +220,8 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "021",
         "the logged norm is a constant",
         TRAINER_FILE,
-        "        self._record(train_loss, grad_norm, lr, wall_s, data_wait_s)",
-        "        self._record(train_loss, 1.0, lr, wall_s, data_wait_s)",
+        "        self._record(train_loss, targets, grad_norm, lr, wall_s, data_wait_s)",
+        "        self._record(train_loss, targets, 1.0, lr, wall_s, data_wait_s)",
     ),
     Change(
         TRAINER + "023",
@@ -248,8 +248,8 @@ MUTANTS: tuple[Change, ...] = (
         DISTRIBUTED + "002",
         "gradients are not scaled by the world size",
         TRAINER_FILE,
-        "        scale = self.runtime.world_size / global_tokens",
-        "        scale = 1 / global_tokens",
+        "        scale = self.runtime.world_size / counted",
+        "        scale = 1 / counted",
     ),
     Change(
         DISTRIBUTED + "003",
