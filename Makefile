@@ -4,6 +4,8 @@
 #   make check   set up, then formatter, linters, types, layers, contracts, Rust tests
 #   make mutate  set up, then break the code behind each falsifier and see its test turn red
 #   make fuzz    set up, then 20,000 hostile model files
+#   make docs    set up, then build the documentation; a warning is an error
+#   make wheel   set up, then build wheel and source distribution, judge them, and use the wheel
 
 PYTHON ?= python3
 VENV   := .venv
@@ -24,7 +26,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/Cargo.toml rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo test mutate fuzz check format clean
+.PHONY: setup demo test mutate fuzz docs wheel check format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -78,6 +80,17 @@ mutate: $(BUILD)/model-wheels
 
 fuzz: $(BUILD)/installed
 	$(BIN)/python tests/fuzz_apr.py --files 20000
+
+docs: $(BUILD)/installed
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs $(BUILD)/docs
+	@echo "$(BUILD)/docs/index.html"
+
+# The wheel is built from the unpacked source distribution, so both are known to build.
+wheel: $(BUILD)/installed
+	rm -rf $(BUILD)/dist
+	PATH="$(abspath $(BIN)):$$PATH" CARGO_TARGET_DIR=$(abspath rust_loader/target) \
+	    maturin build --release --sdist --quiet --out $(BUILD)/dist
+	$(BIN)/python tests/check_wheel.py $(BUILD)/dist
 
 check: $(BUILD)/installed
 	$(BIN)/ruff format --check .

@@ -1,0 +1,30 @@
+"""How the documentation is built: ``make docs``. Pages are Markdown; ``_ext`` generates what can be."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
+
+from apr_dist import __version__  # noqa: E402  (the checkout's own, found by the line above)
+
+project = "apr-dist"
+author = "the apr-dist project"
+version = release = __version__
+extensions = ["myst_parser", "generated_pages"]
+exclude_patterns = ["_build", "_ext"]
+root_doc = "index"
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["deflist"]
+suppress_warnings: list[str] = []
+
+html_theme = "furo"
+html_title = "apr-dist"
+html_static_path = ["_static"]
+html_css_files = ["page.css"]
+html_copy_source = False
+html_show_sphinx = False
+# Both are read in black on white and in white on black; neither names a font that has to be fetched.
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
