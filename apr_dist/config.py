@@ -83,6 +83,30 @@ class ShardAccess(StrEnum):
     PREAD = "pread"
 
 
+class ScheduleKind(StrEnum):
+    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
+
+    COSINE = "cosine"
+    WSD = "wsd"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class Compile(StrEnum):
+    """What is handed to PyTorch's compiler."""
+
+    OFF = "off"
+    BLOCK = "block"
+
+
+class ActivationCheckpointing(StrEnum):
+    """What a block computes again in its backward pass instead of keeping it."""
+
+    OFF = "off"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
 @dataclass(frozen=True)
 class ModeDefaults:
     """What GATE-TRAIN-009 calls atomic: the three values a mode sets together."""
@@ -105,14 +129,21 @@ class Section(BaseModel):
 
 
 class OptimizerSection(Section):
-    """AdamW and the learning-rate schedule's tail."""
+    """AdamW and the learning-rate schedule."""
 
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, on matrices only")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm that is applied")
-    lr_min_ratio: float = Field(0.01, ge=0, le=1, description="end of the cosine, as a share of lr")
+    schedule: ScheduleKind = Field(
+        ScheduleKind.COSINE,
+        description="rate after warm-up: cosine, wsd (stable, then decay), linear, constant",
+    )
+    decay_steps: int | None = Field(
+        None, gt=0, description="with wsd: last steps, in which the rate falls; none: a fifth of all"
+    )
+    lr_min_ratio: float = Field(0.01, ge=0, le=1, description="end of the schedule, as a share of lr")
 
 
 def _weights_from_text(value: object) -> object:
@@ -211,6 +242,24 @@ class ParallelSection(Section):
     timeout_s: float = Field(1800.0, gt=0, description="longest a collective may wait, in seconds")
 
 
+class ComputeSection(Section):
+    """How the network is computed; none of it changes what is trained but z_loss."""
+
+    compile: Compile = Field(
+        Compile.OFF, description="block: every block by PyTorch's compiler; off: as it is"
+    )
+    activation_checkpointing: ActivationCheckpointing = Field(
+        ActivationCheckpointing.OFF,
+        description="what a block computes twice to keep less: off, selective (all but attention and every"
+        " second product), full",
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the squared log-partition added to the loss; not in any reported loss",
+    )
+
+
 class TrainConfig(Section):
     """One training run, as a YAML file or as flags of ``apr_dist/train.py``."""
 
@@ -249,6 +298,7 @@ class TrainConfig(Section):
     early_stop: EarlyStopSection = EarlyStopSection()
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
+    compute: ComputeSection = ComputeSection()
 
     def resolved(self) -> TrainConfig:
         """The same run with every mode default filled in; an explicit value wins alone."""

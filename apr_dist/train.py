@@ -22,6 +22,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.config_input import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode
 from apr_dist.gates.preflight import Preflight, run_preflight
+from apr_dist.training.schedule import schedule_of
 
 if TYPE_CHECKING:
     from apr_dist.training.resume import ResumePoint
@@ -75,6 +76,7 @@ def _ask_gates(
     if rank != 0:
         return None, None, None
     try:
+        schedule_of(config)
         point = _resume_point(config)
         folder = point.folder / "checkpoint.apr" if point else None
         found = run_preflight(config, world_size=world_size, say=say, resume_from=folder)

@@ -168,6 +168,21 @@ def test_every_strategy_holds_its_share_and_takes_the_same_steps(
             assert_same_model(Path(wanted["saved"]), Path(found["saved"]), within=2e-5)
 
 
+def test_sharded_blocks_compile_to_one_graph_with_any_checkpointing_and_change_no_number(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for report in ranks:
+        assert "fsdp2" in report["compiled"]
+        for strategy, found in report["compiled"].items():
+            plain = found.pop("as it is")["steps"]
+            assert set(found) == {"off", "full", "selective"}
+            for mode, run in found.items():
+                assert run["breaks"] == 0, (strategy, mode)
+                assert run["graphs"] == [1, 1, 1, 1], (strategy, mode)
+                for step, expected in zip(run["steps"], plain, strict=True):
+                    assert step == pytest.approx(expected, rel=1e-5), (strategy, mode)
+
+
 @pytest.mark.falsifies("INV-TRAIN-007")
 def test_a_gradient_that_is_not_finite_touches_no_weight_under_any_strategy(
     ranks: list[dict[str, Any]],

@@ -18,7 +18,7 @@ from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.model import chunked_loss
 from apr_dist.model.config import PRESETS
 from apr_dist.model.flops import flops_per_token as the_model_says
-from apr_dist.training import memory, plan, trainer
+from apr_dist.training import memory, plan
 from apr_dist.training.memory import Load, estimate
 from apr_dist.training.plan import Rate, make_plan
 from apr_dist.training.plan_text import lr_plot, plan_lines
@@ -55,7 +55,6 @@ def test_the_estimate_is_what_a_step_really_holds(sizes: dict[str, int], one: Lo
 
 def test_constants_that_the_plan_repeats_are_those_of_the_run() -> None:
     assert memory.LOGITS_CHUNK_BYTES == chunked_loss.CHUNK_BYTES
-    assert plan.LR_FLOOR == trainer.LR_FLOOR
     for model in PRESETS.values():
         assert plan.flops_per_token(model, 2048) == the_model_says(model, 2048)
 

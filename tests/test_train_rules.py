@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from apr_dist.config import ScheduleKind
 from apr_dist.errors import (
     Divergence,
     ExitCode,
@@ -63,6 +65,24 @@ def test_the_rate_rises_linearly_to_the_peak_and_falls_on_a_cosine_to_the_floor(
     assert SCHEDULE.lr_at(110) == SCHEDULE.lr_at(10_000) == 1e-5
     decay = [SCHEDULE.lr_at(step) for step in range(10, 111)]
     assert decay == sorted(decay, reverse=True)
+
+
+@pytest.mark.parametrize("kind", ScheduleKind)
+def test_every_schedule_is_a_function_of_the_step_alone(kind: ScheduleKind) -> None:
+    schedule = Schedule(1e-3, warmup_steps=10, total_steps=110, lr_min=1e-5, kind=kind, decay_steps=None)
+    rates = [schedule.lr_at(step) for step in range(111)]
+    assert [schedule.lr_at(step) for step in reversed(range(111))] == rates[::-1]
+    assert rates[9] == rates[schedule.decay_begins] == 1e-3
+    assert sorted(rates[9:], reverse=True) == rates[9:]
+    assert rates[110] == (1e-3 if kind is ScheduleKind.CONSTANT else 1e-5)
+
+
+def test_a_stable_phase_lasts_until_the_decay_that_was_asked_for() -> None:
+    schedule = replace(SCHEDULE, kind=ScheduleKind.WSD, decay_steps=25)
+    assert {schedule.lr_at(step) for step in range(10, 86)} == {1e-3}
+    assert schedule.lr_at(86) == pytest.approx(1e-5 + 0.99e-3 * (1 - math.sqrt(1 / 25)))
+    assert replace(schedule, decay_steps=None).decay_begins == 110 - 22
+    assert replace(schedule, decay_steps=None, total_steps=3, warmup_steps=10).lr_at(5) == pytest.approx(6e-4)
 
 
 @pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-INIT-009")

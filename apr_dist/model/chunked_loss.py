@@ -30,10 +30,13 @@ VOCAB_BLOCK: Final = 8192
 
 def chunked_cross_entropy(
     rows: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float, chunk_tokens: int | None = None
-) -> Tensor:
-    """Summed loss in f32 of rows ``[tokens, hidden]`` and head ``[vocab, hidden]`` of one type.
+) -> tuple[Tensor, Tensor]:
+    """Loss of rows ``[tokens, hidden]`` and head ``[vocab, hidden]`` of one type, and its z-loss part.
 
     Targets are int64 ``[tokens]``. For the other arguments see `apr_dist.model.loss.cross_entropy_sum`.
+
+    Returns:
+        (summed loss, z-loss included; the z-loss part of it, without a graph), both f32.
     """
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (rows.element_size() * weight.shape[0]))
     plan = _Plan(z_loss=z_loss, chunk_tokens=chunk, gradients=torch.is_grad_enabled())
@@ -51,10 +54,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients together, one chunk of tokens after another."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, plan: _Plan) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor]:
         wants_rows = plan.gradients and rows.requires_grad
         wants_weight = plan.gradients and weight.requires_grad
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        total = torch.zeros(2, dtype=torch.float32, device=rows.device)
         d_rows = torch.empty_like(rows) if wants_rows else None
         d_weight = None
         for start in range(0, rows.shape[0], plan.chunk_tokens):
@@ -68,11 +73,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_weight = _accumulate(d_weight, logits, rows[chunk])
             del logits  # or two chunks would be alive while the next is made
         ctx.gradients = (d_rows, None if d_weight is None else d_weight.to(weight.dtype))
-        return total
+        loss, penalty = total.unbind()
+        penalty = penalty.clone()  # an output of its own, no view of the other's memory
+        ctx.mark_non_differentiable(penalty)
+        return loss + penalty, penalty
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were already handed on by an earlier backward")
         gradients, ctx.gradients = ctx.gradients, None
@@ -84,7 +92,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, *, z_loss: float, gradient_in_place: bool) -> Tensor:
-    """Summed f32 loss of ``[tokens, vocab]`` logits, which become their own gradient where asked.
+    """Summed f32 cross-entropy and z-loss ``[2]`` of ``[tokens, vocab]`` logits.
+
+    The logits become their own gradient where asked.
 
     On the CPU the rows are worked on a few at a time, so that every pass but the first finds them in
     the cache, and bf16 logits are never held in f32 all at once.
@@ -92,7 +102,7 @@ def _chunk_loss(logits: Tensor, targets: Tensor, *, z_loss: float, gradient_in_p
     rows = logits.shape[0]
     if logits.device.type == "cpu":
         rows = max(1, CACHE_BYTES // (4 * logits.shape[1]))
-    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    total = torch.zeros(2, dtype=torch.float32, device=logits.device)
     parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
     for part, part_targets in parts:
         wide = part.float()
@@ -108,7 +118,7 @@ def _chunk_loss(logits: Tensor, targets: Tensor, *, z_loss: float, gradient_in_p
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-    """Summed loss; the f32 logits become its gradient in place: ``softmax (1 + 2 z lse) - onehot``."""
+    """As `_sum_loss`; the f32 logits become its gradient in place: ``softmax (1 + 2 z lse) - onehot``."""
     chosen = _target_logits(logits, targets)
     largest = logits.amax(dim=1)
     torch.softmax(logits, dim=1, out=logits)
@@ -126,10 +136,9 @@ def _target_logits(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _sum_loss(lse: Tensor, chosen: Tensor, targets: Tensor, z_loss: float) -> Tensor:
-    loss = lse - chosen
-    if z_loss:
-        loss = loss + z_loss * lse.square()
-    return loss.masked_fill_(targets == IGNORE_INDEX, 0.0).sum()
+    """``[2]``: summed cross-entropy, and what z-loss adds to it."""
+    loss = torch.stack((lse - chosen, z_loss * lse.square()))
+    return loss.masked_fill_(targets == IGNORE_INDEX, 0.0).sum(1)
 
 
 def _accumulate(total: Tensor | None, d_logits: Tensor, rows: Tensor) -> Tensor:

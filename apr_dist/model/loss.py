@@ -31,13 +31,15 @@ class LossBackend(StrEnum):
     LIGER = "liger"
 
 
-def choose_loss_backend(device: torch.device) -> LossBackend:
+def choose_loss_backend(device: torch.device, *, z_loss: float = 0.0) -> LossBackend:
     """The implementation for a device: Liger on CUDA where it is installed, else the project's own.
+
+    With z-loss it is the project's own, which reports the loss with and without it.
 
     PyTorch's own is never chosen unasked: it has no z-loss, and on the CPU it took nine times as long
     (`benchmarks/bench_loss.py`).
     """
-    if device.type == "cuda" and find_spec("liger_kernel") is not None:
+    if device.type == "cuda" and not z_loss and find_spec("liger_kernel") is not None:
         return LossBackend.LIGER
     return LossBackend.CHUNKED
 
@@ -67,19 +69,42 @@ def cross_entropy_sum(
     Raises:
         UsageError: z-loss asked of ``torch``, which has none.
     """
+    total, _, count = cross_entropy_parts(
+        hidden, head_weight, targets, z_loss=z_loss, chunk_tokens=chunk_tokens, backend=backend
+    )
+    return total, count
+
+
+def cross_entropy_parts(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+    backend: LossBackend | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cross_entropy_sum`, with what z-loss added.
+
+    Returns:
+        (sum in nats, z-loss included; the z-loss part of it, without a graph; number of targets). Liger
+        does not tell the part apart: it is NaN there when z-loss is asked for.
+    """
     targets = targets.reshape(-1).long()
     count = (targets != IGNORE_INDEX).sum()
+    none = torch.zeros((), dtype=torch.float32, device=hidden.device)
     dtype = compute_dtype(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     weight = head_weight.to(dtype)
-    backend = backend or choose_loss_backend(hidden.device)
+    backend = backend or choose_loss_backend(hidden.device, z_loss=z_loss)
     with torch.autocast(hidden.device.type, enabled=False):
         if backend is LossBackend.TORCH:
-            return _torch_loss(rows, weight, targets, z_loss), count
+            return _torch_loss(rows, weight, targets, z_loss), none, count
         if backend is LossBackend.LIGER:
-            return _liger_loss(rows, weight, targets, z_loss), count
-        total = chunked_cross_entropy(rows, weight, targets, z_loss=z_loss, chunk_tokens=chunk_tokens)
-    return total, count
+            unknown = none.fill_(float("nan")) if z_loss else none
+            return _liger_loss(rows, weight, targets, z_loss), unknown, count
+        total, part = chunked_cross_entropy(rows, weight, targets, z_loss=z_loss, chunk_tokens=chunk_tokens)
+    return total, part, count
 
 
 def plain_cross_entropy_sum(

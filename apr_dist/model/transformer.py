@@ -19,7 +19,7 @@ from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import Checkpointing, run_checkpointed
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.layers import Embedding, GatedMLP, Linear, RMSNorm, compute_dtype
-from apr_dist.model.loss import LossBackend, cross_entropy_sum
+from apr_dist.model.loss import LossBackend, cross_entropy_parts
 from apr_dist.model.packing import Documents, find_documents
 from apr_dist.model.rotary import RotaryEmbedding, Rotation
 
@@ -46,6 +46,18 @@ class DecoderBlock(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """``[batch, seq, hidden]`` to the same shape; arguments as `Attention.forward`."""
+        return self._run(x, rotation, documents, cache)
+
+    def compile_compute(self, **options: Any) -> None:
+        """Compile what this block computes, checkpointing included; hooks on the module stay outside.
+
+        So a strategy may gather and free the block's weights around its call, and the graph does not break.
+        """
+        self._run = torch.compile(self._run, **options)  # type: ignore[method-assign]
+
+    def _run(
+        self, x: Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
+    ) -> Tensor:
         return run_checkpointed(self.checkpointing, self._compute, x, rotation, documents, cache)
 
     def _compute(
@@ -105,6 +117,7 @@ class Decoder(nn.Module):
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         self.loss_backend: LossBackend | None = None
+        self.z_loss = 0.0
 
     @property
     def head_weight(self) -> Tensor:
@@ -119,7 +132,6 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         caches: list[LayerCache] | None = None,
-        z_loss: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or with targets the summed loss; the head is only ever used inside this call.
 
@@ -129,16 +141,19 @@ class Decoder(nn.Module):
             position_ids: ``[1 or batch, seq]``; counted from 0 (or the caches' length) when absent.
             document_ids: ``[batch, seq]``; runs of equal ids are documents that see only themselves.
             caches: see `empty_caches`; the tokens are appended to what they hold.
-            z_loss: see `cross_entropy_sum`; only with targets.
 
         Returns:
             without targets logits ``[batch, seq, vocab]``; with targets ``(loss sum in nats, f32;
-            number of targets, int64)``.
+            number of targets, int64)``. With ``z_loss`` set the sum is still the cross-entropy alone, and
+            its gradient that of cross-entropy and z-loss together.
         """
         hidden = self.model(input_ids, position_ids, document_ids, caches)
         if targets is None:
             return self.logits(hidden)
-        return cross_entropy_sum(hidden, self.head_weight, targets, z_loss=z_loss, backend=self.loss_backend)
+        total, penalty, count = cross_entropy_parts(
+            hidden, self.head_weight, targets, z_loss=self.z_loss, backend=self.loss_backend
+        )
+        return total - penalty, count
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` to logits ``[..., vocab]``."""
@@ -156,10 +171,10 @@ class Decoder(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block as one graph (``torch.compile``'s options); a graph break is an error.
 
-        All blocks share their code, so it is compiled once per shape.
+        All blocks share their code, so it is compiled once per shape, in training and in evaluation.
         """
         for layer in self.model.layers:
-            layer.compile(fullgraph=True, **options)
+            layer.compile_compute(fullgraph=True, dynamic=False, **options)  # type: ignore[operator]
 
     def reset_buffers(self) -> None:
         """Recompute every buffer that is not in the state dict (RoPE); needed after ``to_empty``."""

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from apr_dist.errors import DistributedError
-from apr_dist.model.transformer import Decoder
+from apr_dist.model.transformer import Decoder, DecoderBlock
 from apr_dist.parallel.moments import flat_parts
 from apr_dist.parallel.runtime import Runtime, assert_wrapped
 from apr_dist.parallel.sharding import assert_spread
@@ -157,6 +157,10 @@ class ZeroEngine(Engine):
         import deepspeed  # noqa: PLC0415  (takes seconds, and only ZeRO needs it)
 
         stage = runtime.strategy.zero_stage
+        if runtime.strategy is Strategy.ZERO3:
+            # A block's weights come and go together, around its call: checkpointing and compiled code
+            # inside it then see whole weights and no hook.
+            deepspeed.utils.set_z3_leaf_modules(decoder, [DecoderBlock])
         deepspeed.init_distributed(dist_backend="gloo" if runtime.device.type == "cpu" else "nccl")
         settings = zero_config(
             stage,

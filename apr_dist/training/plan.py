@@ -18,10 +18,7 @@ from apr_dist.gates.preflight import model_from_name, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
 from apr_dist.training.memory import Load, Memory, estimate
-from apr_dist.training.schedule import Schedule
-
-LR_FLOOR: Final = 1e-7
-"""The cosine never ends below this (``trainer.LR_FLOOR``)."""
+from apr_dist.training.schedule import Schedule, schedule_of
 
 FEW_TOKENS_PER_PARAMETER: Final = 10
 """Below this a model trained from scratch is far from what its size could learn."""
@@ -131,12 +128,7 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate) -> Plan:
         flops_per_token=flops,
         data=data,
         memory=_memory(model, config, world_size),
-        schedule=Schedule(
-            peak_lr=config.peak_lr,
-            warmup_steps=config.warmup,
-            total_steps=config.num_steps,
-            lr_min=max(config.peak_lr * config.optimizer.lr_min_ratio, LR_FLOOR),
-        ),
+        schedule=schedule_of(config),
         gates=gates,
         refusal=refusal,
         warnings=unchecked,

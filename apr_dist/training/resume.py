@@ -30,6 +30,7 @@ _FREE = {
         "loader.access",
         "loader.prefetch_batches",
         "loader.pin_memory",
+        "compute.activation_checkpointing",
     ),
     *("early_stop.patience", "early_stop.min_epochs", "checkpoint.keep_last", "checkpoint.keep_every"),
     "evaluation.micro_batch_size",

@@ -33,6 +33,7 @@ from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights
 from apr_dist.training.checkpoint import json_bytes
+from apr_dist.training.compute import describe_compute
 from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.progress import Start
 from apr_dist.training.resume import ResumePoint
@@ -111,10 +112,12 @@ def execute(
 
 def _say_how(config: TrainConfig, runtime: Runtime, say: Say) -> None:
     """The choices that were made for this machine, in one line."""
-    how = f"loss {choose_loss_backend(runtime.device)}"
+    how = f"loss {choose_loss_backend(runtime.device, z_loss=config.compute.z_loss)}"
     if runtime.device.type == "cpu":
         kept = "kept" if keep_freed_memory() else "returned"
         how += f", products {cpu_matmul_backend()}, freed memory {kept}, {runtime.cpu_threads} thread(s) each"
+    if described := describe_compute(config):
+        how += f", {described}"
     say(
         f"running on {runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"
         f" {config.parallel.precision}; {how}"

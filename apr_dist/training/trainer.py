@@ -26,13 +26,14 @@ from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state import load_optimizer
 from apr_dist.parallel.weights import model_digest
 from apr_dist.training.checkpoint import perplexity
+from apr_dist.training.compute import set_up_compute
 from apr_dist.training.evaluation import Evaluation, evaluate, split_sequences
 from apr_dist.training.guards import EarlyStop, check_finite, check_validation
 from apr_dist.training.metrics import MetricsFile, StepMetrics, gpu_utilisation
 from apr_dist.training.optimizer import apply_lr, build_optimizer
 from apr_dist.training.progress import Progress, Start
 from apr_dist.training.saving import Saver
-from apr_dist.training.schedule import Schedule
+from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, StopRequest
 from apr_dist.training.step_folders import SavedState
 from apr_dist.training.verdict import (
@@ -43,9 +44,6 @@ from apr_dist.training.verdict import (
     refuse_failed,
     step_zero_gates,
 )
-
-LR_FLOOR = 1e-7
-"""The cosine never ends below this."""
 
 
 class TrainingData(Protocol):
@@ -107,6 +105,7 @@ class Trainer:
             done = train_data.progress(resumed.step)
             self.progress.data_epochs = {name: one.newest_pass for name, one in done.items()}
         self.began = time.perf_counter()
+        set_up_compute(model, config, runtime.device)
         options = config.optimizer
         optimizer = build_optimizer(
             model,
@@ -115,12 +114,7 @@ class Trainer:
             betas=(options.beta1, options.beta2),
             eps=options.eps,
         )
-        self.schedule = Schedule(
-            peak_lr=config.peak_lr,
-            warmup_steps=config.warmup,
-            total_steps=config.num_steps,
-            lr_min=max(config.peak_lr * options.lr_min_ratio, LR_FLOOR),
-        )
+        self.schedule = schedule_of(config)
         micro_batch = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
         self.engine = prepare(model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
 

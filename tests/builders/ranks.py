@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import NumericalInstability, OutputError, WeightsRefused
+from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
@@ -38,6 +40,9 @@ CASES = (
     (Strategy.ZERO3, 2),
 )
 """Strategies and how many ranks share a copy."""
+
+COMPILED = (Strategy.FSDP2, Strategy.ZERO3)
+"""Strategies whose blocks are also compiled and checkpointed."""
 
 STEPS, BATCH, LENGTH = 2, 4, 16
 
@@ -94,6 +99,27 @@ def one_step(
     return loss, engine.step(lambda norm: check_finite(step=step, train_loss=loss, grad_norm=norm))
 
 
+def compiled_steps(view: Runtime, config: TransformerConfig) -> dict[str, Any]:
+    """Losses and norms as they are, and compiled with each kind of checkpointing; graphs by step."""
+    found: dict[str, Any] = {}
+    for name, mode in (("as it is", "off"), *((mode, mode) for mode in Checkpointing)):
+        decoder: Decoder = build_decoder(config, view)
+        draw_weights(decoder, config, view, seed=5)
+        decoder.set_checkpointing(Checkpointing(mode))
+        if name != "as it is":
+            torch.compiler.reset()
+            counters.clear()
+            decoder.compile_blocks(backend="aot_eager")
+        optimizer = build_optimizer(decoder, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+        engine = prepare(decoder, optimizer, view, micro_batch=1, grad_clip=0.5)
+        steps, graphs = [], []
+        for step in range(4):
+            steps.append(one_step(engine, view, config.vocab_size, step, scale=1.0))
+            graphs.append(counters["stats"]["unique_graphs"])
+        found[name] = {"steps": steps, "graphs": graphs, "breaks": sum(counters["graph_break"].values())}
+    return found
+
+
 def damage(model: Path, view: Runtime) -> str:
     """Alter one element of rank 1's shard after loading, and let every rank look."""
     reader = AprReader(model)
@@ -136,6 +162,8 @@ def main() -> None:
             reader.metadata.to_mapping(), family=Family.QWEN2, where=model, tie_word_embeddings=True
         )
     report["drawn"] = drawn(fsdp, config)
+    compiled = [replace(runtime, strategy=one, shard_size=2) for one in dict(cases) if one in COMPILED]
+    report["compiled"] = {view.strategy.value: compiled_steps(view, config) for view in compiled}
     report["damage"] = damage(model, fsdp)
     (folder / f"report-{runtime.rank}.json").write_text(json.dumps(report))
     runtime.barrier()

@@ -1,0 +1,128 @@
+"""The keys that say how a step is computed, through the front door: they change what they promise only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from builders.runs import metrics, run_here
+from torch._dynamo.utils import counters
+
+from apr_dist.errors import ExitCode
+from apr_dist.model.transformer import Decoder
+from apr_dist.training.metrics import MetricsFile, StepMetrics
+
+if TYPE_CHECKING:
+    from builders.runs import Inputs
+
+
+def train(inputs: Inputs, run_dir: Path, *flags: str) -> int:
+    return run_here(
+        *inputs.data_flags(),
+        *("--init", str(inputs.pretrained), "--run-dir", str(run_dir), "--num-steps", "4"),
+        *("--steps-per-epoch", "4", "--lr", "1e-3", "--warmup-steps", "1", *flags),
+    )
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    return [line["train_loss"] for line in lines] + [line["grad_norm"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def plain(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses and norms of four steps with every key of ``compute`` as it is by default."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    assert train(inputs, run_dir) == 0
+    return losses(run_dir)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Compiled graphs there were after each step; code generation in C++ is left out, it takes a minute."""
+    found: list[int] = []
+    write, compile_blocks = MetricsFile.step, Decoder.compile_blocks
+
+    def counting(self: MetricsFile, line: StepMetrics) -> None:
+        found.append(counters["stats"]["unique_graphs"])
+        write(self, line)
+
+    monkeypatch.setattr(MetricsFile, "step", counting)
+    monkeypatch.setattr(Decoder, "compile_blocks", lambda self: compile_blocks(self, backend="aot_eager"))
+    torch.compiler.reset()
+    counters.clear()
+    yield found
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_no_loss(mode: str, plain: list[float], inputs: Inputs, tmp_path: Path) -> None:
+    assert train(inputs, tmp_path / "run", "--compute.activation-checkpointing", mode) == 0
+    assert losses(tmp_path / "run") == plain
+
+
+def test_compiled_blocks_give_the_same_losses_without_a_break_or_a_late_compilation(
+    graphs: list[int],
+    plain: list[float],
+    inputs: Inputs,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--compute.compile", "block", "--compute.activation-checkpointing", "full")
+    assert train(inputs, tmp_path / "run", *flags, "--steps-per-epoch", "3") == 0
+    assert "blocks compiled, checkpointing full" in capfd.readouterr().out
+    assert losses(tmp_path / "run") == pytest.approx(plain, rel=1e-5)
+    assert graphs[1] > 0
+    assert graphs[1:] == [graphs[1]] * 3
+    assert not counters["graph_break"]
+
+
+def test_z_loss_moves_the_weights_and_no_reported_loss(
+    plain: list[float], inputs: Inputs, tmp_path: Path
+) -> None:
+    assert train(inputs, tmp_path / "run", "--compute.z-loss", "0.1") == 0
+    found = losses(tmp_path / "run")
+    assert found[0] == pytest.approx(plain[0], rel=1e-6)
+    assert found[2] != pytest.approx(plain[2], rel=1e-4)
+    assert found[4] != pytest.approx(plain[4], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [1.0, 1.0, 0.67, 0.34]),
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+        ("wsd", [1.0, 1.0, 1.0, 0.01 + 0.99 * (1 - math.sqrt(0.5))]),
+    ],
+)
+def test_the_rate_follows_the_schedule_that_is_named(
+    schedule: str, rates: list[float], inputs: Inputs, tmp_path: Path
+) -> None:
+    decay = ("--optimizer.decay-steps", "2") if schedule == "wsd" else ()
+    assert train(inputs, tmp_path / "run", "--optimizer.schedule", schedule, *decay) == 0
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx(
+        [1e-3 * rate for rate in rates]
+    )
+
+
+@pytest.mark.parametrize("flags", [("3",), ("4", "--optimizer.schedule", "wsd")])
+def test_a_decay_that_does_not_fit_is_refused_before_anything_starts(
+    flags: tuple[str, ...], inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(inputs, tmp_path / "run", "--optimizer.decay-steps", *flags) == ExitCode.USAGE
+    assert "optimizer.decay_steps is" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_without_a_compiler_is_told_so(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert train(inputs, tmp_path / "run", "--compute.compile", "block") == ExitCode.USAGE
+    assert "C++ compiler" in capfd.readouterr().err
