@@ -107,6 +107,15 @@ class ActivationCheckpointing(StrEnum):
     FULL = "full"
 
 
+class ProgressStyle(StrEnum):
+    """What is shown during a run; ``auto`` is a live picture on a terminal and plain lines elsewhere."""
+
+    AUTO = "auto"
+    RICH = "rich"
+    PLAIN = "plain"
+    QUIET = "quiet"
+
+
 @dataclass(frozen=True)
 class ModeDefaults:
     """What GATE-TRAIN-009 calls atomic: the three values a mode sets together."""
@@ -292,6 +301,10 @@ class TrainConfig(Section):
     seed: int = Field(42, ge=0, lt=2**63, description="of the data order and of weights from scratch")
     device: Device = Field(Device.AUTO, description="auto, cpu or cuda")
     synthetic: bool = Field(False, description="train on made-up tokens; every line and the verdict say so")
+    progress: ProgressStyle = Field(
+        ProgressStyle.AUTO,
+        description="what is shown: auto, rich (live picture), plain (a line a step) or quiet (the verdict)",
+    )
     optimizer: OptimizerSection = OptimizerSection()
     loader: LoaderSection = LoaderSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -337,9 +350,9 @@ class TrainConfig(Section):
 
 _NOT_THE_MATHEMATICS = (
     *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint"),
-    *("init", "dataset", "val_dataset", "tokenizer"),
+    *("init", "dataset", "val_dataset", "tokenizer", "progress"),
 )
-"""Where things are and how long they are kept; files are identified by their own digests."""
+"""Where things are, what is shown and how long they are kept; files are identified by their own digests."""
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

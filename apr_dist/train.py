@@ -22,22 +22,11 @@ from apr_dist.config import TrainConfig
 from apr_dist.config_input import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode
 from apr_dist.gates.preflight import Preflight, run_preflight
+from apr_dist.training.display import Display, hear_libraries, open_display
 from apr_dist.training.schedule import schedule_of
 
 if TYPE_CHECKING:
     from apr_dist.training.resume import ResumePoint
-
-
-class _Say:
-    """Prints lines on rank 0; a synthetic run says so on each."""
-
-    def __init__(self, *, rank: int, synthetic: bool) -> None:
-        self._silent = rank != 0
-        self._prefix = "[SYNTHETIC] " if synthetic else ""
-
-    def __call__(self, line: str) -> None:
-        if not self._silent:
-            print(self._prefix + line, flush=True)
 
 
 def run(invocation: Invocation) -> ExitCode:
@@ -51,27 +40,33 @@ def run(invocation: Invocation) -> ExitCode:
     """
     config = invocation.config.resolved()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    say = _Say(rank=rank, synthetic=config.synthetic)
+    display = open_display(config.progress, rank=rank, synthetic=config.synthetic)
+    with hear_libraries(display):
+        return _run(config, display, rank, world_size)
+
+
+def _run(config: TrainConfig, display: Display, rank: int, world_size: int) -> ExitCode:
     if config.init is not None and config.mode == "from-scratch":
-        say("warning: --mode from-scratch with --init: the file's weights, the from-scratch defaults")
-    preflight, point, refusal = _ask_gates(config, rank, world_size, say)
+        display.warn("--mode from-scratch with --init: the file's weights, the from-scratch defaults")
+    preflight, point, refusal = _ask_gates(config, rank, world_size, display)
     try:
         if refusal is not None and world_size == 1:
             raise refusal
         from apr_dist.report import verdict_lines  # noqa: PLC0415  (imports PyTorch)
         from apr_dist.training.run import execute  # noqa: PLC0415
 
-        verdict = execute(config, preflight, point, refusal, say)
+        verdict = execute(config, preflight, point, refusal, display)
     finally:
+        display.close()
         if preflight is not None:
             preflight.close()
-    for line in verdict_lines(verdict):
-        say(line)
+    for line in verdict_lines(verdict, width=display.width):
+        display(line)
     return verdict.exit_code
 
 
 def _ask_gates(
-    config: TrainConfig, rank: int, world_size: int, say: _Say
+    config: TrainConfig, rank: int, world_size: int, display: Display
 ) -> tuple[Preflight | None, ResumePoint | None, AprDistError | None]:
     if rank != 0:
         return None, None, None
@@ -79,7 +74,7 @@ def _ask_gates(
         schedule_of(config)
         point = _resume_point(config)
         folder = point.folder / "checkpoint.apr" if point else None
-        found = run_preflight(config, world_size=world_size, say=say, resume_from=folder)
+        found = run_preflight(config, world_size=world_size, say=display, resume_from=folder)
         if point is not None:
             from apr_dist.training.resume import refuse_other_inputs  # noqa: PLC0415
 
@@ -87,7 +82,7 @@ def _ask_gates(
     except AprDistError as refusal:
         return None, None, refusal
     for warning in found.warnings:
-        say(f"warning: {warning}")
+        display.warn(warning)
     return found, point, None
 
 

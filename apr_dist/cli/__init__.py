@@ -25,6 +25,7 @@ VERBS: Mapping[str, str] = {
     "validate": "files:validate",
     "stamp": "files:stamp",
     "diff": "files:diff",
+    "generate": "generate:generate",
     "plan": "plan:plan",
     "report": "report:report",
     "doctor": "doctor:doctor",

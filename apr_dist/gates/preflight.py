@@ -84,7 +84,7 @@ def run_preflight(
         )
     with ExitStack() as stack:
         path = resume_from or config.init
-        found = _model_file(path, stack, say) if path else _from_scratch(config)
+        found = prove_model_file(path, stack, say) if path else _from_scratch(config)
         if resume_from is not None:
             _identify_init(found, config)
         _note(found, say, _positions(found, config))
@@ -129,7 +129,12 @@ def model_from_name(name: str) -> TransformerConfig:
     return TransformerConfig.from_metadata(keys, family=family, where=name, tie_word_embeddings=tied)
 
 
-def _model_file(path: Path, stack: ExitStack, say: Callable[[str], None]) -> Preflight:
+def prove_model_file(path: Path, stack: ExitStack, say: Callable[[str], None]) -> Preflight:
+    """The gates of a model file: intact, a decoder, of one family, every weight there; open in ``stack``.
+
+    Raises:
+        ModelFileError, GateRefused: the first gate that says no.
+    """
     reader = stack.enter_context(AprReader(path))
     metadata, shapes = reader.metadata.to_mapping(), {n: t.shape for n, t in reader.tensors.items()}
     intact = GateResult(

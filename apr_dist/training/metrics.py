@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -53,13 +53,19 @@ class MetricsFile:
     Args:
         path: the file; None writes nothing.
         common: keys put on every line (``synthetic`` marks a run on made-up data).
+        told: called with every line once it is written, as a display is.
         after_step: a resumed run keeps the lines up to this step; None replaces the file.
     """
 
     def __init__(
-        self, path: Path | None, *, common: Mapping[str, Any], after_step: int | None = None
+        self,
+        path: Path | None,
+        *,
+        common: Mapping[str, Any],
+        told: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+        after_step: int | None = None,
     ) -> None:
-        self._common = dict(common)
+        self._common, self._told = dict(common), tuple(told)
         self._path = path
         self._file: IO[bytes] | None = None
         if path is not None:
@@ -105,14 +111,17 @@ class MetricsFile:
     def _line(self, values: Mapping[str, Any]) -> None:
         if self._file is None:
             return
+        line = {**values, **self._common}
         try:
-            self._file.write((json.dumps({**values, **self._common}, allow_nan=False) + "\n").encode())
+            self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise OutputError(
                 f"a line cannot be written ({error.strerror})",
                 where=self._path,
                 remedy="free space on that disk, then start again from the last checkpoint",
             ) from error
+        for tell in self._told:
+            tell(line)
 
 
 def _lines_up_to(path: Path, step: int) -> bytes:

@@ -20,7 +20,7 @@ NEVER, AUTO = "never", "auto"
 
 _FREE = {
     *("run_dir", "overwrite", "resume", "resume_allow", "init", "dataset", "val_dataset", "tokenizer"),
-    *("device", "steps_per_epoch", "micro_batch_size", "target_val_loss"),
+    *("progress", "device", "steps_per_epoch", "micro_batch_size", "target_val_loss"),
     *(
         "parallel.strategy",
         "parallel.cpu_threads",

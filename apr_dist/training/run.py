@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights
 from apr_dist.training.checkpoint import json_bytes
 from apr_dist.training.compute import describe_compute
+from apr_dist.training.display import Display
 from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.progress import Start
 from apr_dist.training.resume import ResumePoint
@@ -46,15 +47,13 @@ CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 VERDICT_NAME = "verdict.json"
 
-Say = Callable[[str], None]
-
 
 def execute(
     config: TrainConfig,
     preflight: Preflight | None,
     point: ResumePoint | None,
     refusal: AprDistError | None,
-    say: Say,
+    display: Display,
 ) -> Verdict:
     """Start the processes, let all of them know what rank 0 found, train, and judge.
 
@@ -63,7 +62,7 @@ def execute(
         preflight: rank 0's proven inputs; None on other ranks, and where it was refused.
         point: the step folder to go on from, on rank 0; None begins at step 0.
         refusal: rank 0's refusal, raised on every rank.
-        say: prints one line on rank 0.
+        display: what a person sees on rank 0.
 
     Raises:
         AprDistError: on every rank alike, for whatever rank 0 refused.
@@ -85,11 +84,11 @@ def execute(
         where="rank 0",
         tie_word_embeddings=facts["tied"],
     )
-    _say_how(config, runtime, say)
+    _say_how(config, runtime, display)
     resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
     runtime.on_main(lambda: _open_run_dir(config, fresh=resumed is None))
     reader = preflight.reader if preflight else None
-    model, arrived = _build_model(model_config, reader, facts["weights_from"], config.seed, runtime, say)
+    model, arrived = _build_model(model_config, reader, facts["weights_from"], config.seed, runtime, display)
     start = Start(
         model_config=model_config,
         from_init=config.init is not None,
@@ -105,12 +104,12 @@ def execute(
         results=[GateResult(**gate) for gate in facts["gates"]] + [arrived],
         resumed=resumed,
         moments=point.folder / OPTIMIZER_NAME if point else None,
-        say=say,
+        display=display,
     )
     return _train(session)
 
 
-def _say_how(config: TrainConfig, runtime: Runtime, say: Say) -> None:
+def _say_how(config: TrainConfig, runtime: Runtime, say: Display) -> None:
     """The choices that were made for this machine, in one line."""
     how = f"loss {choose_loss_backend(runtime.device, z_loss=config.compute.z_loss)}"
     if runtime.device.type == "cpu":
@@ -135,7 +134,7 @@ class _Session:
     results: list[GateResult]
     resumed: SavedState | None
     moments: Path | None
-    say: Say
+    display: Display
 
 
 def _shared(preflight: Preflight, point: ResumePoint | None) -> dict[str, Any]:
@@ -170,7 +169,7 @@ def _build_model(
     weights_from: str | None,
     seed: int,
     runtime: Runtime,
-    say: Say,
+    say: Display,
 ) -> tuple[Decoder, GateResult]:
     began = time.perf_counter()
     model = build_decoder(model_config, runtime)
@@ -212,10 +211,11 @@ def _train(session: _Session) -> Verdict:
 
 def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
     config, runtime, resumed = session.config, session.runtime, session.resumed
-    train_data, eval_data = _open_data(config, session.start.model_config, runtime, stack, session.say)
+    train_data, eval_data = _open_data(config, session.start.model_config, runtime, stack, session.display)
     metrics = MetricsFile(
         config.run_dir / METRICS_NAME if runtime.is_main else None,
         common={"synthetic": True} if config.synthetic else {},
+        told=[session.display.measured],
         after_step=resumed.step if resumed else None,
     )
     stack.enter_context(metrics)
@@ -227,13 +227,13 @@ def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
         train_data=train_data,
         eval_data=eval_data,
         metrics=metrics,
-        saver=Saver(config, runtime, session.start, config.run_dir, session.say),
-        say=session.say,
+        saver=Saver(config, runtime, session.start, config.run_dir, session.display),
+        display=session.display,
         resumed=resumed,
     )
     if resumed is not None:
         trainer.restore_optimizer(session.moments)
-        session.say(f"going on after step {resumed.step}, with the optimizer state of that step")
+        session.display(f"going on after step {resumed.step}, with the optimizer state of that step")
     return trainer
 
 
@@ -261,7 +261,7 @@ def _open_data(
     model_config: TransformerConfig,
     runtime: Runtime,
     stack: contextlib.ExitStack,
-    say: Say,
+    say: Display,
 ) -> tuple[TrainingData, Iterable[torch.Tensor]]:
     micro = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
     if config.synthetic:

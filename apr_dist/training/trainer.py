@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from apr_dist.parallel.state import load_optimizer
 from apr_dist.parallel.weights import model_digest
 from apr_dist.training.checkpoint import perplexity
 from apr_dist.training.compute import set_up_compute
+from apr_dist.training.display import Display, Pace
 from apr_dist.training.evaluation import Evaluation, evaluate, split_sequences
 from apr_dist.training.guards import EarlyStop, check_finite, check_validation
 from apr_dist.training.metrics import MetricsFile, StepMetrics, gpu_utilisation
@@ -78,7 +79,7 @@ class Trainer:
         eval_data: this rank's share of the held-out sequences, iterated once an evaluation.
         metrics: where lines go.
         saver: writes step folders.
-        say: prints one line on rank 0.
+        display: what a person sees on rank 0; it hears of steps and evaluations from ``metrics``.
         resumed: state of the step folder to go on from; None begins at step 0.
     """
 
@@ -93,12 +94,12 @@ class Trainer:
         eval_data: Iterable[torch.Tensor],
         metrics: MetricsFile,
         saver: Saver,
-        say: Callable[[str], None],
+        display: Display,
         resumed: SavedState | None = None,
     ) -> None:
         self.config, self.runtime, self.start = config, runtime, start
         self.train_data, self.eval_data = train_data, eval_data
-        self.metrics, self.saver, self.say = metrics, saver, say
+        self.metrics, self.saver, self.display = metrics, saver, display
         self.model, self.stop_request = model, StopRequest()
         self.progress = Progress() if resumed is None else Progress.from_saved(resumed)
         if resumed is not None:
@@ -134,7 +135,8 @@ class Trainer:
             self.progress,
             EarlyStop(self.config.early_stop.patience, self.config.early_stop.min_epochs),
         )
-        with self.stop_request:
+        pace = Pace(steps=self.config.num_steps, steps_per_epoch=self.config.steps_per_epoch, done=state.step)
+        with self.display.training(pace), self.stop_request:
             if not state.evaluations:
                 self._step_zero()
             for done in state.evaluations:
@@ -234,7 +236,7 @@ class Trainer:
     def _record(
         self, train_loss: float, targets: int, grad_norm: float, lr: float, wall_s: float, data_wait_s: float
     ) -> None:
-        state, config = self.progress, self.config
+        state = self.progress
         state.step += 1
         state.tokens_seen += targets
         state.train_loss = train_loss
@@ -254,10 +256,6 @@ class Trainer:
             data_epochs=dict(state.data_epochs),
         )
         self.metrics.step(line)
-        self.say(
-            f"step {line.step:>6}/{config.num_steps}  loss {train_loss:.4f}  grad_norm {grad_norm:.3f}"
-            f"  lr {lr:.2e}  {line.tokens_per_sec:,.0f} tokens/s  gpu {line.gpu_util_pct:.0f} %"
-        )
 
     def _count_passes(self) -> None:
         """Say when a source of the training data begins again."""
@@ -266,7 +264,7 @@ class Trainer:
             newest = progress.newest_pass
             if newest > state.data_epochs.get(name, 0):
                 seen = f"every sequence seen {newest} times"
-                self.say(f"training data {name}: pass {newest + 1} begins ({seen})")
+                self.display(f"training data {name}: pass {newest + 1} begins ({seen})")
             state.data_epochs[name] = newest
 
     def _evaluate(self) -> Evaluation:
@@ -275,7 +273,7 @@ class Trainer:
             self.engine.evaluated,
             self.eval_data,
             self.runtime,
-            progress=lambda done, of: self.say(f"  evaluating: {done} of {of} batches"),
+            progress=self.display.evaluating,
             ignored_ids=self.config.loader.ignored_ids,
         )
         self.metrics.event(
@@ -289,7 +287,6 @@ class Trainer:
                 "wall_ms": result.wall_s * 1e3,
             },
         )
-        self.say(f"step {state.step:>6}  validation loss {result.loss:.4f} over {result.tokens:,} tokens")
         check_validation(
             val_loss=result.loss,
             previous=state.evaluations[-1].loss if state.evaluations else None,

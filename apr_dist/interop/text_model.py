@@ -1,0 +1,275 @@
+"""A model file opened for text: its decoder with every weight proven, its tokenizer, its chat template.
+
+Which token comes next is decided in ``model.generation``; here text becomes ids and ids become text, as
+they are chosen. Front doors parse flags and print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from apr_dist.apr.layout import TOKENIZER_TEXT
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.reader import AprReader
+from apr_dist.data.tokenizer import load_tokenizer
+from apr_dist.errors import TokenizerError, UsageError
+from apr_dist.gates.preflight import prove_model_file
+from apr_dist.interop.chat import chat_template, render_chat
+from apr_dist.interop.embedding import embedded_files, token_ids
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.generation import Sampling, stream
+from apr_dist.model.transformer import Decoder
+
+DEFAULT_NEW_TOKENS = 128
+"""What is generated when nobody says how much, as far as the model has positions."""
+
+
+class Finish(StrEnum):
+    """Why a text ended."""
+
+    END_TOKEN = "end-token"  # noqa: S105  (a token of text, no secret)
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one more token added; ``text`` may be empty while a character or a stop text is incomplete."""
+
+    text: str
+    token: int | None = None
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """A decoder that speaks.
+
+    Attributes:
+        path: the model file.
+        digest: ``sha256:...`` of its bytes.
+        decoder: in f32 on its device, in evaluation mode.
+        tokenizer: with special tokens read as such.
+        tokenizer_from: where it came from.
+        end_ids: tokens that end a text, as far as the file says.
+        template: Jinja source of its chat template, if it carries one.
+        special_tokens: special tokens by role, for the template.
+    """
+
+    path: Path
+    digest: str
+    decoder: Decoder
+    tokenizer: Tokenizer
+    tokenizer_from: Path
+    end_ids: frozenset[int]
+    template: str | None
+    special_tokens: Mapping[str, str]
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt, with the tokens that its tokenizer puts around a text.
+
+        Raises:
+            UsageError: the prompt is empty.
+        """
+        if not prompt:
+            raise UsageError("the prompt is empty", where="--prompt", expected="some text to go on from")
+        return list(self.tokenizer.encode(prompt).ids)
+
+    def encode_chat(self, prompt: str) -> list[int]:
+        """Ids of a chat in which the user said ``prompt`` and the assistant answers next.
+
+        Raises:
+            UsageError: the prompt is empty, or the model has no chat template.
+            TokenizerError: the template cannot be used.
+        """
+        if not prompt:
+            raise UsageError("the prompt is empty", where="--prompt", expected="something to say")
+        if self.template is None:
+            raise UsageError(
+                "the model carries no chat template",
+                where=self.path,
+                expected="a chat template in its metadata or beside its tokenizer",
+                remedy="leave --chat out: a base model goes on with the text it is given",
+            )
+        text = render_chat(self.template, prompt, special_tokens=self.special_tokens, where=self.path)
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def room(self, prompt_ids: Sequence[int], wanted: int | None) -> int:
+        """How many tokens to generate: those wanted, or up to the default as far as there are positions.
+
+        Raises:
+            UsageError: the prompt leaves no position free.
+        """
+        positions = self.decoder.config.max_position_embeddings
+        free = positions - len(prompt_ids)
+        if free < 1 or (wanted is not None and wanted > free):
+            asked = "no new one fits" if wanted is None else f"{wanted:,} new ones were asked for"
+            raise UsageError(
+                f"the prompt has {len(prompt_ids):,} tokens and {asked}",
+                where=self.path,
+                expected=f"at most {positions:,} together (max_position_embeddings)",
+                remedy="shorten the prompt or lower --max-tokens",
+            )
+        return min(DEFAULT_NEW_TOKENS, free) if wanted is None else wanted
+
+    def speak(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop: Sequence[str] = ()
+    ) -> Iterator[Piece]:
+        """Generate after a prompt, piece by piece; a piece with ``finish`` is the last.
+
+        Neither the token that ends a text nor a stop text is part of what is said.
+
+        Raises:
+            UsageError: see `model.generation.stream`.
+        """
+        said = Utterance(self.tokenizer, stop)
+        for token in stream(self.decoder, prompt_ids, replace(sampling, stop_ids=self.end_ids)):
+            if token in self.end_ids:
+                yield Piece(text=said.rest(), token=token, finish=Finish.END_TOKEN)
+                return
+            text, stopped = said.add(token)
+            yield Piece(text=text, token=token, finish=Finish.STOP if stopped else None)
+            if stopped:
+                return
+        yield Piece(text=said.rest(), finish=Finish.LENGTH)
+
+
+class Utterance:
+    """Text as far as it is certain: whole characters, and nothing that may become a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._decoded = self._told = ""
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """What may be said after one more token, and whether a stop text ended it."""
+        self._ids.append(token)
+        self._decoded += self._stream.step(self._tokenizer, token) or ""
+        ends = [at for text in self._stop if (at := self._decoded.find(text)) >= 0]
+        if ends:
+            return self._tell(min(ends)), True
+        return self._tell(len(self._decoded) - self._held()), False
+
+    def rest(self) -> str:
+        """What was held back, an incomplete character included."""
+        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if whole.startswith(self._decoded):
+            self._decoded = whole
+        return self._tell(len(self._decoded))
+
+    def _tell(self, end: int) -> str:
+        text = self._decoded[len(self._told) : end]
+        self._told += text
+        return text
+
+    def _held(self) -> int:
+        """Length of the longest end of the text that a stop text begins with."""
+        longest = 0
+        for text in self._stop:
+            for size in range(min(len(text) - 1, len(self._decoded)), longest, -1):
+                if self._decoded.endswith(text[:size]):
+                    longest = size
+                    break
+        return longest
+
+
+def open_text_model(path: Path, *, tokenizer: Path | None = None, device: str = "cpu") -> TextModel:
+    """Open a model file for generating, through the gates a run opens it with.
+
+    Args:
+        path: an APR v2 file.
+        tokenizer: tokenizer folder; None takes the one inside the file, else ``model.tokenizer`` beside it.
+        device: a torch device.
+
+    Raises:
+        ModelFileError, GateRefused: the file is missing, damaged, or not a whole decoder.
+        TokenizerError: there is no tokenizer, or it cannot be used.
+        UsageError: the device is not there.
+    """
+    with ExitStack() as stack:
+        found = prove_model_file(path, stack, say=lambda _: None)
+        assert found.reader is not None
+        metadata, digest = found.reader.metadata, found.reader.digest()
+        speaking, source, files = _tokenizer(metadata, path, tokenizer)
+        decoder = load_decoder(found.reader, found.model_config, device=device)
+    roles = {role: token for role, token in (metadata.special_tokens or {}).items() if isinstance(token, str)}
+    return TextModel(
+        path=path,
+        digest=digest,
+        decoder=decoder,
+        tokenizer=speaking,
+        tokenizer_from=source,
+        end_ids=_end_ids(metadata, speaking, roles),
+        template=chat_template(metadata.chat_template, files, where=source),
+        special_tokens=roles,
+    )
+
+
+def load_decoder(reader: AprReader, config: TransformerConfig, *, device: str = "cpu") -> Decoder:
+    """The network of a proven file on one device, one tensor at a time.
+
+    Raises:
+        UsageError: CUDA was asked for and there is none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(
+            "device is cuda and PyTorch finds no CUDA device",
+            where="--device",
+            expected="a visible CUDA device",
+            remedy="use --device cpu",
+        )
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.to_empty(device=device)
+    decoder.reset_buffers()
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(torch.utils.dlpack.from_dlpack(reader.float32(name)))
+            reader.forget(name)
+    return decoder.eval()
+
+
+def _tokenizer(
+    metadata: AprMetadata, path: Path, folder: Path | None
+) -> tuple[Tokenizer, Path, dict[str, bytes]]:
+    """The tokenizer that was named, else the one inside, else the one beside; and the files around it."""
+    if folder is None and isinstance(metadata.custom.get(TOKENIZER_TEXT), str):
+        files = embedded_files(metadata, where=path)
+        return _speaking(files[TOKENIZER_TEXT], path), path, files
+    source = folder or path.with_suffix(".tokenizer")
+    if folder is None and not source.is_dir():
+        raise TokenizerError(
+            "there is no tokenizer inside the file or beside it",
+            where=path,
+            expected=f"an embedded one, or the folder {source.name}",
+            remedy="name one with --tokenizer FOLDER",
+        )
+    load_tokenizer(source)  # its checks: whole, of a known kind, unchanged since its import
+    files = {file.name: file.read_bytes() for file in source.iterdir() if file.suffix in (".json", ".jinja")}
+    return _speaking(files[TOKENIZER_TEXT], source), source, files
+
+
+def _speaking(content: bytes, where: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise TokenizerError(f"the tokenizers library refuses it ({error})", where=where) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _end_ids(metadata: AprMetadata, tokenizer: Tokenizer, roles: Mapping[str, str]) -> frozenset[int]:
+    named = tokenizer.token_to_id(roles["eos_token"]) if "eos_token" in roles else None
+    stated = token_ids(metadata).get("eos_token_id")
+    return frozenset(token for token in (named, stated) if token is not None)
