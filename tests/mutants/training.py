@@ -191,9 +191,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOOP + "010",
         "a synthetic line is not marked",
-        "apr_dist/train.py",
-        '        self._prefix = "[SYNTHETIC] " if synthetic else ""',
-        '        self._prefix = ""',
+        "apr_dist/training/display.py",
+        'prefix = "[SYNTHETIC] " if synthetic else ""',
+        'prefix = ""',
     ),
     Change(
         LOOP + "011",
