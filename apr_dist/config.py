@@ -219,6 +219,9 @@ class EvaluationSection(Section):
     micro_batch_size: int | None = Field(
         None, gt=0, description="sequences per forward while evaluating; none: as in training"
     )
+    random_sequences: int = Field(
+        4, ge=0, description="sequences an init is compared on with random weights first; 0: not compared"
+    )
 
 
 class EarlyStopSection(Section):

@@ -23,6 +23,8 @@ from apr_dist.config_input import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode
 from apr_dist.gates.preflight import Preflight, run_preflight
 from apr_dist.training.display import Display, hear_libraries, open_display
+from apr_dist.training.plan import under_trained
+from apr_dist.training.run_log import RunLog
 from apr_dist.training.schedule import schedule_of
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ def run(invocation: Invocation) -> ExitCode:
     config = invocation.config.resolved()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     display = open_display(config.progress, rank=rank, synthetic=config.synthetic)
+    if rank == 0:
+        display = RunLog(display, prefix="[SYNTHETIC] " if config.synthetic else "")
     with hear_libraries(display):
         return _run(config, display, rank, world_size)
 
@@ -56,6 +60,10 @@ def _run(config: TrainConfig, display: Display, rank: int, world_size: int) -> E
         from apr_dist.training.run import execute  # noqa: PLC0415
 
         verdict = execute(config, preflight, point, refusal, display)
+    except BaseException as error:
+        if isinstance(display, RunLog):
+            display.keep_error(error)
+        raise
     finally:
         display.close()
         if preflight is not None:
@@ -81,7 +89,8 @@ def _ask_gates(
             refuse_other_inputs(point, found.provenance, init_digest=found.given_init_digest)
     except AprDistError as refusal:
         return None, None, refusal
-    for warning in found.warnings:
+    too_few = under_trained(config, found.model_config.parameter_count())
+    for warning in (*found.warnings, *([too_few] if too_few else [])):
         display.warn(warning)
     return found, point, None
 

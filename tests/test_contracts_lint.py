@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders.contracts import CONTRACT, ID, SUITE, changed, make_repository
 
+from apr_dist.contracts.evidence import RULES, sha256_of, sign, signature
 from apr_dist.contracts.finding import Finding, Gate
 from apr_dist.contracts.lint import LintReport, lint
 from apr_dist.contracts.repository import read_repository
@@ -260,8 +262,9 @@ def live_contract(path: str = LIVE) -> str:
 
 
 def keep(root: Path, verdict: object, path: str = LIVE) -> None:
-    (root / path).parent.mkdir(parents=True)
-    (root / path).write_text(json.dumps(verdict), encoding="utf-8")
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    whole = sign(verdict) if isinstance(verdict, dict) else verdict
+    (root / path).write_text(json.dumps(whole), encoding="utf-8")
 
 
 def test_evidence_that_shows_the_falsifier_discharges_it(tmp_path: Path) -> None:
@@ -276,6 +279,8 @@ def test_evidence_that_shows_the_falsifier_discharges_it(tmp_path: Path) -> None
         ([], "has no list of gates"),
         ({"gates": []}, f"has no gate {ID}"),
         ({**PASSED, "synthetic": True}, "is of a synthetic run"),
+        ({**PASSED, "rehearsal": True}, "is of a rehearsal"),
+        ({**PASSED, "files": {"plot.png": "sha256:0"}}, "names plot.png, which is not beside it"),
         ({"gates": [{"id": ID, "passed": True}, {"id": ID, "passed": False}]}, "failed"),
     ],
 )
@@ -287,9 +292,49 @@ def test_evidence_that_is_missing_or_shows_something_else(tmp_path: Path, verdic
     assert any(says in finding.text for finding in found.findings if finding.gate is Gate.EVIDENCE)
 
 
+def edited(path: Path) -> None:
+    verdict = json.loads(path.read_text("utf-8"))
+    verdict["gates"].append({"id": "FALSIFY-SUM-009", "passed": True})
+    path.write_text(json.dumps(verdict), "utf-8")
+
+
+def judged_by_older_rules(path: Path) -> None:
+    verdict = json.loads(path.read_text("utf-8")) | {"rules": RULES - 1}
+    path.write_text(json.dumps(verdict | {"signature": signature(verdict)}), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (edited, "is not as it was signed"),
+        (judged_by_older_rules, "make it again"),
+        (lambda path: path.with_name("metrics.jsonl").write_text("{}\n"), "not the file that was judged"),
+        (lambda path: path.with_name("more.json").write_text("{}"), "does not name more.json"),
+    ],
+)
+def test_evidence_that_was_edited_or_is_stale(tmp_path: Path, harm: Callable[[Path], Any], says: str) -> None:
+    path = tmp_path / LIVE
+    path.parent.mkdir(parents=True)
+    path.with_name("metrics.jsonl").write_text('{"step": 1}\n')
+    keep(tmp_path, {**PASSED, "files": {"metrics.jsonl": sha256_of(path.with_name("metrics.jsonl"))}})
+    assert report(tmp_path, contract=live_contract()).ok
+    harm(path)
+    found = lint(read_repository(tmp_path), collected=COLLECTED)
+    assert any(says in finding.text for finding in found.findings if finding.gate is Gate.EVIDENCE)
+
+
+def test_evidence_that_nobody_claims_must_be_whole_and_its_blocking_gates_passed(tmp_path: Path) -> None:
+    text = live_contract().replace("DISCHARGED", "PARTIAL_ALGORITHM_LEVEL").replace("live: 1", "live: 0")
+    assert report(tmp_path, contract=text).ok, "no evidence yet"
+    keep(tmp_path, {"gates": [{"id": ID, "passed": False}]})
+    assert f"says {ID} failed" in only(report(tmp_path, contract=text), Gate.EVIDENCE).text
+    advisory = text.replace("ship_blocking: true", "ship_blocking: false")
+    assert report(tmp_path, contract=advisory).ok, "kept as not met"
+
+
 def test_evidence_is_kept_in_one_place(tmp_path: Path) -> None:
-    keep(tmp_path, PASSED, "docs/verdict.json")
-    found = report(tmp_path, contract=live_contract("docs/verdict.json"))
+    keep(tmp_path, PASSED, "docs/kept/verdict.json")
+    found = report(tmp_path, contract=live_contract("docs/kept/verdict.json"))
     assert "kept under contracts/evidence/" in only(found, Gate.EVIDENCE).text
 
 

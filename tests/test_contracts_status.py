@@ -10,12 +10,14 @@ import pytest
 from builders.contracts import CONTRACT, ID, SUITE, changed, make_repository
 
 from apr_dist.contracts.binding import read_tests
+from apr_dist.contracts.evidence import package_digest, sign
 from apr_dist.contracts.ladder import supported_level, supported_statuses
 from apr_dist.contracts.overview import ProofKind, contract_rows, explain, status_rows
 from apr_dist.contracts.repository import read_repository
 from apr_dist.contracts.results import (
     MUTANTS_FILE,
     RESULTS_FILE,
+    LastResult,
     Mutant,
     Outcome,
     code_digest,
@@ -86,8 +88,30 @@ def test_a_level_follows_from_tests_results_and_evidence(tmp_path: Path) -> None
     assert supported_level(live[0], [], {}, tmp_path) is Level.PROPOSED
     verdict = tmp_path / "contracts" / "evidence" / "sum" / "verdict.json"
     verdict.parent.mkdir(parents=True)
-    verdict.write_text(json.dumps({"gates": [{"id": live[0].id, "passed": True}]}), encoding="utf-8")
+    verdict.write_text(json.dumps(sign({"gates": [{"id": live[0].id, "passed": True}]})), encoding="utf-8")
     assert supported_level(live[0], [], {}, tmp_path) is Level.DISCHARGED
+    failed = {NODE: LastResult(Outcome.FAILED, 0.1, "now", "code")}
+    assert supported_level(live[0], [unit], failed, tmp_path) is Level.PARTIAL_ALGORITHM_LEVEL
+
+
+@pytest.mark.parametrize(
+    ("changed_since", "says"), [(False, "not run"), (True, "not run, evidence of other code")]
+)
+def test_evidence_of_other_code_is_shown_as_such(tmp_path: Path, changed_since: bool, says: str) -> None:
+    text = changed(f"    test: {NODE}", f"    test: '{NODE} && {LIVE}'")
+    make_repository(tmp_path, contract=text)
+    verdict = tmp_path / "contracts" / "evidence" / "sum" / "verdict.json"
+    verdict.parent.mkdir(parents=True)
+    signed = {"code_digest": package_digest(tmp_path / "apr_dist")}
+    body = {"gates": [{"id": ID, "passed": True}], "signed": signed}
+    verdict.write_text(json.dumps(sign(body)), encoding="utf-8")
+    if changed_since:
+        (tmp_path / "apr_dist" / "sums.py").write_text("changed = 1\n", encoding="utf-8")
+    repository = read_repository(tmp_path)
+    row = status_rows(repository)[0]
+    assert (row.kind, row.shown, row.last_result) == (ProofKind.LIVE, Level.DISCHARGED, says)
+    story = "\n".join(explain(repository, ID))
+    assert ("shows it, evidence of other code" in story) == changed_since
 
 
 def test_a_row_says_what_stands_behind_a_falsifier_and_how_it_ended(tmp_path: Path) -> None:

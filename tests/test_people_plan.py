@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from builders.people import LiveBytes, decoder_config, two_steps
-from builders.runs import Inputs
+from builders.runs import Inputs, run_here
 
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config import Precision, StrategyChoice, TrainConfig
+from apr_dist.config import Mode, Precision, StrategyChoice, TrainConfig
 from apr_dist.config_input import validate
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.model import chunked_loss
@@ -102,12 +102,33 @@ def test_an_init_that_is_not_there_cannot_be_planned(tmp_path: Path) -> None:
         make_plan(config, world_size=1, rate=Rate())
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-035")
 def test_under_training_is_said_loudly_with_the_arithmetic(tmp_path: Path) -> None:
     tree = {"mode": "from-scratch", "synthetic": True, "run_dir": str(tmp_path / "r"), "num_steps": 100}
     made = make_plan(validate(tree, where="test"), world_size=1, rate=Rate())
     loud = next(one for one in made.warnings if "UNDER-TRAINED" in one)
     assert "100 steps x 16 x 1,024 = 1,638,400 tokens" in loud
+    assert "over 322,045,952 parameters = 0.01 a parameter, below 10" in loud
     assert any("warm-up of 1,000 steps does not end" in one for one in made.warnings)
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-035")
+def test_a_run_from_scratch_warns_of_too_few_tokens_before_its_first_step(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*inputs.data_flags(), "--mode", "from-scratch", "--model", str(inputs.model)]
+    assert run_here(*flags, "--run-dir", str(tmp_path / "run"), "--num-steps", "2") == 0
+    said = capsys.readouterr().out
+    assert "warning: UNDER-TRAINED: 2 steps x 4 x 32 = 256 tokens" in said.split("running on")[0]
+    assert run_here(*inputs.data_flags(), *_init_flags(inputs, tmp_path)) == 0
+    assert "UNDER-TRAINED" not in capsys.readouterr().out, "pretrained weights have seen their tokens"
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-035")
+@pytest.mark.parametrize(("steps", "warned"), [(9, True), (10, False), (11, False)])
+def test_ten_tokens_a_parameter_are_enough(steps: int, warned: bool) -> None:
+    config = TrainConfig(mode=Mode.FROM_SCRATCH, num_steps=steps, batch_size=2, seq_length=50)
+    assert (plan.under_trained(config, 100) is not None) == warned
 
 
 def test_a_high_rate_a_tiny_validation_set_and_many_passes_are_warned_of(
@@ -145,6 +166,10 @@ def test_the_plan_does_not_import_pytorch(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout)["parameters"] == PRESETS["llama-370m"].parameter_count()
+
+
+def _init_flags(inputs: Inputs, tmp_path: Path) -> list[str]:
+    return ["--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "tuned"), "--num-steps", "0"]
 
 
 def config_of(inputs: Inputs, tmp_path: Path) -> dict[str, object]:

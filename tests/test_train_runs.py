@@ -56,6 +56,7 @@ def test_a_finetune_ends_well_and_leaves_everything_it_promises(tuned: Path) -> 
         "config.yaml",
         "metrics.jsonl",
         "steps",
+        "train.log",
         "verdict.json",
     }
     said = verdict(tuned)

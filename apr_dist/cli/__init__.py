@@ -28,6 +28,7 @@ VERBS: Mapping[str, str] = {
     "generate": "generate:generate",
     "plan": "plan:plan",
     "report": "report:report",
+    "verdict": "verdict:verdict",
     "doctor": "doctor:doctor",
     "config show": "config:show",
     "config check": "config:check",

@@ -6,11 +6,11 @@ front door; DISCHARGED has a kept outcome of the real run. A contract is as good
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from apr_dist.contracts.binding import SuiteTest
+from apr_dist.contracts.evidence import evidence_problem
 from apr_dist.contracts.results import LastResult, Outcome
 from apr_dist.contracts.schema import Falsifier, Level, Status
 
@@ -33,17 +33,19 @@ def supported_level(
     Args:
         falsifier: the promise.
         bound: the tests that carry its id.
-        results: last results; a bound test that failed takes FUNCTIONAL away, one never run does not.
+        results: last results; a bound test that failed takes all above PARTIAL away, one never run does not.
         root: the repository, for evidence files.
     """
     bound = list(bound)
-    if any(evidence_problem(falsifier.id, root / live.evidence) is None for live in falsifier.live):
-        return Level.DISCHARGED
-    if not bound:
-        return Level.PROPOSED
     failed = any(
         (found := results.get(test.node)) is not None and found.outcome is Outcome.FAILED for test in bound
     )
+    if not failed and any(
+        evidence_problem(falsifier.id, root / live.evidence) is None for live in falsifier.live
+    ):
+        return Level.DISCHARGED
+    if not bound:
+        return Level.PROPOSED
     if any(test.front_door for test in bound) and not failed:
         return Level.FUNCTIONAL
     return Level.PARTIAL_ALGORITHM_LEVEL
@@ -67,25 +69,3 @@ def supported_statuses(falsifiers: Iterable[Falsifier]) -> tuple[Status, ...]:
         if live and min(live) == rank(Level.DISCHARGED):
             allowed.append(Status.DISCHARGED)
     return tuple(allowed)
-
-
-def evidence_problem(falsifier_id: str, path: Path) -> str | None:
-    """Why the kept outcome of a run does not show this falsifier; None when it does.
-
-    The file is the ``verdict.json`` of a run on real data with a passed gate of that id.
-    """
-    try:
-        verdict = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        return "does not exist"
-    except ValueError:
-        return "is not JSON"
-    gates = verdict.get("gates") if isinstance(verdict, dict) else None
-    if not isinstance(gates, list):
-        return "has no list of gates"
-    if verdict.get("synthetic"):
-        return "is of a synthetic run"
-    own = [gate for gate in gates if isinstance(gate, dict) and gate.get("id") == falsifier_id]
-    if not own:
-        return f"has no gate {falsifier_id}"
-    return None if all(gate.get("passed") is True for gate in own) else f"says {falsifier_id} failed"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from apr_dist.contracts.binding import SuiteTest
-from apr_dist.contracts.ladder import evidence_problem, supported_level, supported_statuses
+from apr_dist.contracts.evidence import evidence_code, evidence_problem, package_digest
+from apr_dist.contracts.ladder import supported_level, supported_statuses
 from apr_dist.contracts.repository import Repository
 from apr_dist.contracts.results import Outcome, code_digest, together
 from apr_dist.contracts.schema import Contract, Falsifier, Level, Status
@@ -138,7 +139,7 @@ def _row(repository: Repository, contract: Contract, falsifier: Falsifier, code:
         meaning=_plain(falsifier.rule),
         kind=_kind(tests, shown),
         tests=tuple(test.node for test in tests),
-        last_result=_last_result(repository, tests, code),
+        last_result=_last_result(repository, tests, code) + _evidence_age(repository, falsifier),
         claimed=falsifier.status,
         shown=shown,
         mutants=len(mutants),
@@ -171,6 +172,14 @@ def _last_result(repository: Repository, tests: Sequence[SuiteTest], code: str) 
     return outcome.value + ("" if all(result.code == code for result in found) else ", older code")
 
 
+def _evidence_age(repository: Repository, falsifier: Falsifier) -> str:
+    """Empty, unless kept evidence is of another state of the package."""
+    code = package_digest(repository.root / "apr_dist")
+    shows = [repository.root / live.evidence for live in falsifier.live]
+    kept = [path for path in shows if evidence_problem(falsifier.id, path) is None]
+    return ", evidence of other code" if any(evidence_code(path) != code for path in kept) else ""
+
+
 def _promise(contract: Contract, falsifier: Falsifier) -> Iterator[str]:
     line = contract.source.line_of(("falsification_tests", contract.falsifiers.index(falsifier)))
     yield f"{falsifier.id}  ({contract.file}:{line}, {contract.id} {contract.body.metadata.version})"
@@ -194,7 +203,8 @@ def _tests(repository: Repository, falsifier: Falsifier) -> Iterator[str]:
 def _evidence(repository: Repository, falsifier: Falsifier) -> Iterator[str]:
     for live in falsifier.live:
         problem = evidence_problem(falsifier.id, repository.root / live.evidence)
-        yield f"evidence      {live.evidence}: {problem or 'shows it'} ({live.command})"
+        age = "" if problem else _evidence_age(repository, falsifier)
+        yield f"evidence      {live.evidence}: {problem or 'shows it'}{age} ({live.command})"
 
 
 def _broken(repository: Repository, falsifier: Falsifier) -> Iterator[str]:

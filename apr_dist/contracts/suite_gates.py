@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from apr_dist.contracts.binding import SuiteTest
+from apr_dist.contracts.evidence import evidence_problem, folder_problem
 from apr_dist.contracts.finding import Finding, Gate
-from apr_dist.contracts.ladder import evidence_problem, rank, supported_level, supported_statuses
+from apr_dist.contracts.ladder import rank, supported_level, supported_statuses
 from apr_dist.contracts.repository import Repository
 from apr_dist.contracts.schema import Contract, Level
 
@@ -108,7 +109,7 @@ def status(repository: Repository) -> Iterator[Finding]:
 
 
 def evidence(repository: Repository) -> Iterator[Finding]:
-    """A live falsifier that claims its result has a kept outcome that shows it."""
+    """A live falsifier that claims its result has a kept outcome that shows it, as it was signed."""
     for contract, index, falsifier in repository.falsifiers():
         for live in falsifier.live:
             where = (_FALSIFIERS, index, "test")
@@ -116,8 +117,11 @@ def evidence(repository: Repository) -> Iterator[Finding]:
             if not live.evidence.as_posix().startswith("contracts/evidence/"):
                 text = f"{falsifier.id}: evidence is kept under contracts/evidence/, not at {live.evidence}"
                 yield contract.finding(Gate.EVIDENCE, text, *where)
-            claims = falsifier.status is Level.DISCHARGED
-            problem = evidence_problem(falsifier.id, path) if claims or path.exists() else None
+            # What hardware decides may be kept as not met; it discharges nothing then.
+            claims = falsifier.status is Level.DISCHARGED or falsifier.ship_blocking
+            problem = evidence_problem(falsifier.id, path) if claims else folder_problem(path)
+            if falsifier.status is not Level.DISCHARGED and not path.parent.exists():
+                problem = None
             if problem is not None:
                 yield contract.finding(Gate.EVIDENCE, f"{falsifier.id}: {live.evidence} {problem}", *where)
         if falsifier.status is Level.DISCHARGED and not falsifier.live:

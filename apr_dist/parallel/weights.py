@@ -7,15 +7,15 @@ business of ``gates.weights``; sharded training state is not handled here.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from torch import nn
 
+from apr_dist.apr.digests import values_digest as _digest_array
+from apr_dist.apr.digests import weights_digest
 from apr_dist.apr.layout import VOCABULARY, DType, Flag
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
@@ -143,8 +143,7 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
 
 def model_digest(model: nn.Module) -> str:
     """``sha256:...`` over the names and digests of all parameters: the identity of the weights."""
-    lines = "\n".join(f"{name} {value}" for name, value in sorted(weight_digests(model).items()))
-    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+    return weights_digest(weight_digests(model))
 
 
 def save_weights(
@@ -226,7 +225,3 @@ def _host_array(weight: torch.Tensor) -> np.ndarray:
 
 def _digest(values: torch.Tensor) -> str:
     return _digest_array(_host_array(values))
-
-
-def _digest_array(values: np.ndarray) -> str:
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).data)

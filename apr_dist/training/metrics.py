@@ -135,3 +135,8 @@ def _lines_up_to(path: Path, step: int) -> bytes:
 def gpu_utilisation(device: torch.device) -> float:
     """Utilisation in percent of a CUDA device over the driver's last sample period; 0 on CPU."""
     return float(torch.cuda.utilization(device)) if device.type == "cuda" else 0.0
+
+
+def device_name(device: torch.device) -> str:
+    """What the arithmetic runs on: ``cpu``, or the name of the CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -147,6 +147,23 @@ def flops_per_token(model: TransformerConfig, seq_length: int) -> int:
     return 6 * matrices + 12 * model.num_layers * model.query_size * seen
 
 
+def under_trained(config: TrainConfig, parameters: int) -> str | None:
+    """The warning that a model from scratch gets too few tokens for its size; None where it gets enough.
+
+    Args:
+        config: the resolved configuration.
+        parameters: trainable values of the model.
+    """
+    tokens = config.num_steps * config.batch_size * config.seq_length
+    if config.init is not None or not tokens or tokens >= FEW_TOKENS_PER_PARAMETER * parameters:
+        return None
+    return (
+        f"UNDER-TRAINED: {config.num_steps:,} steps x {config.batch_size} x {config.seq_length:,} ="
+        f" {tokens:,} tokens over {parameters:,} parameters = {tokens / parameters:.2f} a parameter, below"
+        f" {FEW_TOKENS_PER_PARAMETER}; train on more tokens or choose a smaller model"
+    )
+
+
 def _ask_gates(
     config: TrainConfig, world_size: int
 ) -> tuple[TransformerConfig, list[GateResult], AprDistError | None, list[str]]:
@@ -210,13 +227,8 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
 
 def _warnings(plan: Plan) -> list[str]:
     config, found = plan.config, []
-    if config.init is None and config.num_steps and plan.tokens_per_parameter < FEW_TOKENS_PER_PARAMETER:
-        found.append(
-            f"UNDER-TRAINED: {config.num_steps:,} steps x {config.batch_size} x {config.seq_length:,} ="
-            f" {plan.tokens:,} tokens over {plan.model.parameter_count():,} parameters ="
-            f" {plan.tokens_per_parameter:.2f}, below {FEW_TOKENS_PER_PARAMETER}; train on more tokens or"
-            " choose a smaller model"
-        )
+    if (too_few := under_trained(config, plan.model.parameter_count())) is not None:
+        found.append(too_few)
     if config.init is not None and config.peak_lr > HIGH_FINETUNE_LR:
         found.append(
             f"lr {config.peak_lr:g} is high for pretrained weights (above {HIGH_FINETUNE_LR:g}):"

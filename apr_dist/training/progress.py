@@ -9,6 +9,7 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
 from apr_dist.training.evaluation import Evaluation
+from apr_dist.training.random_start import RandomStart
 from apr_dist.training.step_folders import SavedState
 from apr_dist.training.verdict import Agreement
 
@@ -23,6 +24,7 @@ class Start:
         metadata: metadata of that file (None from scratch and on other ranks).
         provenance: facts for the checkpoint's metadata.
         recorded_val_loss: what the file says the same evaluation gave when it was saved, if it does.
+        random_start: how it compares with random weights, where that was measured.
     """
 
     model_config: TransformerConfig
@@ -30,6 +32,7 @@ class Start:
     metadata: AprMetadata | None
     provenance: dict[str, Any]
     recorded_val_loss: float | None = None
+    random_start: RandomStart | None = None
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from apr_dist import __version__
 from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import write_atomically
 from apr_dist.config import TrainConfig
+from apr_dist.contracts.evidence import package_digest
 from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.synthetic import SyntheticEvaluation, SyntheticTokens
@@ -37,7 +38,9 @@ from apr_dist.training.compute import describe_compute
 from apr_dist.training.display import Display
 from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.progress import Start
+from apr_dist.training.random_start import RandomStart, can_measure, compare_with_random
 from apr_dist.training.resume import ResumePoint
+from apr_dist.training.run_log import LOG_NAME, RunLog
 from apr_dist.training.saving import Saver
 from apr_dist.training.step_folders import CHECKPOINT_NAME, OPTIMIZER_NAME, SavedState
 from apr_dist.training.trainer import Trainer, TrainingData
@@ -86,15 +89,24 @@ def execute(
     )
     _say_how(config, runtime, display)
     resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
-    runtime.on_main(lambda: _open_run_dir(config, fresh=resumed is None))
+    runtime.on_main(lambda: _open_run_dir(config, display, fresh=resumed is None))
     reader = preflight.reader if preflight else None
-    model, arrived = _build_model(model_config, reader, facts["weights_from"], config.seed, runtime, display)
+    weights = _Weights(
+        reader=reader, named=facts["weights_from"], compared=config.init is not None and resumed is None
+    )
+    model, arrived, random_start = _build_model(config, model_config, weights, runtime, display)
     start = Start(
         model_config=model_config,
         from_init=config.init is not None,
         metadata=reader.metadata if reader else None,
-        provenance={**facts["provenance"], "tool_version": __version__, "seed": config.seed},
+        provenance={
+            **facts["provenance"],
+            "tool_version": __version__,
+            "code_digest": package_digest(),
+            "seed": config.seed,
+        },
         recorded_val_loss=facts["recorded_val_loss"],
+        random_start=random_start,
     )
     session = _Session(
         config=config,
@@ -151,8 +163,10 @@ def _shared(preflight: Preflight, point: ResumePoint | None) -> dict[str, Any]:
     }
 
 
-def _open_run_dir(config: TrainConfig, *, fresh: bool) -> None:
+def _open_run_dir(config: TrainConfig, display: Display, *, fresh: bool) -> None:
     create_run_dir(config.run_dir)
+    if isinstance(display, RunLog):
+        display.keep_in(config.run_dir / LOG_NAME, append=not fresh)
     for name in (VERDICT_NAME, METRICS_NAME) if fresh else (VERDICT_NAME,):
         try:
             (config.run_dir / name).unlink(missing_ok=True)
@@ -163,30 +177,70 @@ def _open_run_dir(config: TrainConfig, *, fresh: bool) -> None:
     write_atomically(config.run_dir / CONFIG_NAME, config.to_yaml().encode())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Weights:
+    """Where the weights come from.
+
+    Attributes:
+        reader: the open file, on rank 0 only.
+        named: its path, on every rank; None draws random weights.
+        compared: whether random weights are measured first.
+    """
+
+    reader: AprReader | None
+    named: str | None
+    compared: bool
+
+
 def _build_model(
-    model_config: TransformerConfig,
-    reader: AprReader | None,
-    weights_from: str | None,
-    seed: int,
-    runtime: Runtime,
-    say: Display,
-) -> tuple[Decoder, GateResult]:
-    began = time.perf_counter()
+    config: TrainConfig, model_config: TransformerConfig, weights: _Weights, runtime: Runtime, say: Display
+) -> tuple[Decoder, GateResult, RandomStart | None]:
+    began, random_start = time.perf_counter(), None
     model = build_decoder(model_config, runtime)
-    if weights_from is not None:
-        digests = load_weights(model, reader, runtime)
+    digests: dict[str, str] = {}
+
+    def load() -> None:
+        digests.update(load_weights(model, weights.reader, runtime))
+
+    if weights.named is None:
+        digests.update(draw_weights(model, model_config, runtime, seed=config.seed))
+    elif weights.compared and config.evaluation.random_sequences and not config.synthetic:
+        random_start = _compare_with_random(config, model, model_config, runtime, load, say)
     else:
-        digests = draw_weights(model, model_config, runtime, seed=seed)
+        load()
     arrived = GateResult(
         id="FALSIFY-APR-DIST-TRAINER-001",
         gate="weights arrived in the network",
-        measured=f"{len(digests)} tensors from {weights_from or f'seed {seed}'}, digests equal on"
+        measured=f"{len(digests)} tensors from {weights.named or f'seed {config.seed}'}, digests equal on"
         f" {runtime.world_size} rank(s)",
         required="every digest equal to its source's, on every rank",
     )
     took = time.perf_counter() - began
     say(f"gate passed: {arrived.gate}: {arrived.measured} ({took:.1f} s)  [{arrived.id}]")
-    return model, arrived
+    return model, arrived, random_start
+
+
+def _compare_with_random(
+    config: TrainConfig,
+    model: Decoder,
+    model_config: TransformerConfig,
+    runtime: Runtime,
+    load: Callable[[], None],
+    say: Display,
+) -> RandomStart | None:
+    if not can_measure(runtime):
+        say(f"random weights are not compared under {runtime.strategy}")
+        load()
+        return None
+    asked = config.evaluation
+    held_out = _held_out(config, runtime, min(asked.random_sequences, asked.max_sequences or 2**31))
+    with contextlib.closing(held_out):
+        found = compare_with_random(model, model_config, runtime, held_out, seed=config.seed, load=load)
+    say(
+        f"random weights: loss {found.random_loss:.4f}; the init: {found.init_loss:.4f} on the same"
+        f" {found.tokens:,} held-out tokens"
+    )
+    return found
 
 
 def _train(session: _Session) -> Verdict:
@@ -202,7 +256,12 @@ def _train(session: _Session) -> Verdict:
         status=outcome.status,
         detail=outcome.detail,
         gates=tuple(session.results + outcome.gates),
-        facts={**start.provenance, **outcome.facts, "checkpoint": str(config.run_dir / CHECKPOINT_NAME)},
+        facts={
+            **start.provenance,
+            "config_digest": config.digest(),
+            **outcome.facts,
+            "checkpoint": str(config.run_dir / CHECKPOINT_NAME),
+        },
         synthetic=config.synthetic,
     )
     runtime.on_main(lambda: write_atomically(config.run_dir / VERDICT_NAME, json_bytes(verdict.to_json())))
@@ -275,8 +334,6 @@ def _open_data(
             seed=config.seed,
         )
         return made_up, SyntheticEvaluation(made_up)
-    assert config.val_dataset is not None
-    held_out = Manifest.load(config.val_dataset)
     loader = TokenLoader(
         open_training_set(config.dataset, config.loader.mixture),
         seq_length=config.seq_length,
@@ -294,16 +351,22 @@ def _open_data(
         pin_memory=config.loader.pin_memory,
     )
     stack.callback(loader.close)
-    evaluation = EvaluationLoader(
-        held_out,
+    evaluation = _held_out(config, runtime, config.evaluation.max_sequences)
+    stack.callback(evaluation.close)
+    say(f"training on {loader.sequences_per_epoch:,} sequences; held out: {evaluation.describe()}")
+    return loader, evaluation
+
+
+def _held_out(config: TrainConfig, runtime: Runtime, max_sequences: int | None) -> EvaluationLoader:
+    assert config.val_dataset is not None
+    micro = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
+    return EvaluationLoader(
+        Manifest.load(config.val_dataset),
         seq_length=config.seq_length,
         micro_batch=config.evaluation.micro_batch_size or micro,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        max_sequences=config.evaluation.max_sequences,
+        max_sequences=max_sequences,
         verify=config.loader.verify.value,
         access=config.loader.access.value,
     )
-    stack.callback(evaluation.close)
-    say(f"training on {loader.sequences_per_epoch:,} sequences; held out: {evaluation.describe()}")
-    return loader, evaluation

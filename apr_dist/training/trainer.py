@@ -30,7 +30,7 @@ from apr_dist.training.compute import set_up_compute
 from apr_dist.training.display import Display, Pace
 from apr_dist.training.evaluation import Evaluation, evaluate, split_sequences
 from apr_dist.training.guards import EarlyStop, check_finite, check_validation
-from apr_dist.training.metrics import MetricsFile, StepMetrics, gpu_utilisation
+from apr_dist.training.metrics import MetricsFile, StepMetrics, device_name, gpu_utilisation
 from apr_dist.training.optimizer import apply_lr, build_optimizer
 from apr_dist.training.progress import Progress, Start
 from apr_dist.training.saving import Saver
@@ -42,6 +42,7 @@ from apr_dist.training.verdict import (
     Status,
     evaluation_gates,
     final_gates,
+    random_start_gates,
     refuse_failed,
     step_zero_gates,
 )
@@ -159,9 +160,18 @@ class Trainer:
                 from_init=self.start.from_init,
                 recorded=self.start.recorded_val_loss,
             )
+            self.progress.first_gates += self._random_gates()
             refuse_failed(self.progress.first_gates, where=str(self.config.init or self.config.model))
         if self.config.num_steps == 0:
             self._save()
+
+    def _random_gates(self) -> list[GateResult]:
+        measured = self.start.random_start
+        if measured is None:
+            return []
+        self.metrics.event("random-weights", {"step": 0, **measured.to_json()})
+        vocab_size = self.start.model_config.vocab_size
+        return random_start_gates(**measured.to_json(), vocab_size=vocab_size)
 
     def _epoch(self) -> None:
         """Steps up to the next multiple of ``steps_per_epoch``, wherever the run stands."""
@@ -190,9 +200,9 @@ class Trainer:
         wall_s = time.perf_counter() - computed + data_wait_s
         self._record(train_loss, targets, grad_norm, lr, wall_s, data_wait_s)
         if eval_loss is not None:
-            self.progress.agreements.append(
-                Agreement(step=step + 1, train_loss=train_loss, eval_loss=eval_loss)
-            )
+            both = Agreement(step=step + 1, train_loss=train_loss, eval_loss=eval_loss)
+            self.progress.agreements.append(both)
+            self.metrics.event("agreement", asdict(both))
         return signal_number
 
     def _loss_of(self, micro_batches: Sequence[torch.Tensor]) -> Evaluation:
@@ -336,5 +346,6 @@ class Trainer:
             "strategy": self.runtime.strategy.value,
             **self.engine.evidence,
             "world_size": self.runtime.world_size,
+            "device": device_name(self.runtime.device),
         }
         return Outcome(status=status, detail=detail, gates=gates, facts=facts)

@@ -96,6 +96,37 @@ def step_zero_gates(
     ]
 
 
+def random_start_gates(
+    *, random_loss: float, init_loss: float, tokens: int, vocab_size: int
+) -> list[GateResult]:
+    """What an init must show against random weights on the same held-out sequences.
+
+    Args:
+        random_loss: of freshly drawn weights, in nats per token.
+        init_loss: of the file's weights on the same sequences.
+        tokens: how many tokens those are.
+        vocab_size: rows of the embedding.
+    """
+    low = math.log(vocab_size) - SCRATCH_SLACK
+    finite = math.isfinite(random_loss) and math.isfinite(init_loss)
+    return [
+        GateResult(
+            id="FALSIFY-APR-PRETRAIN-INIT-006",
+            gate="random weights know nothing",
+            measured=f"{random_loss:.4f}",
+            required=f"at least ln V - {SCRATCH_SLACK} = {low:.2f}",
+            passed=finite and random_loss >= low,
+        ),
+        GateResult(
+            id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003",
+            gate="step-0 loss against random weights",
+            measured=f"{init_loss:.4f} against {random_loss:.4f} on the same {tokens:,} tokens",
+            required="below random weights",
+            passed=finite and init_loss < random_loss,
+        ),
+    ]
+
+
 def _reopened_gate(val_loss: float, recorded: float | None) -> list[GateResult]:
     if recorded is None:
         return []

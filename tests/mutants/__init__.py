@@ -1,6 +1,6 @@
 """The ways of breaking the code that ``mutate.py`` tries, each with the falsifier that must notice."""
 
-from mutants import data, gates, model_and_files, training
+from mutants import data, gates, judging, model_and_files, training
 from mutants.change import Change
 
 __all__ = ["MUTANTS", "Change"]
@@ -10,4 +10,5 @@ MUTANTS: tuple[Change, ...] = (
     *model_and_files.MUTANTS,
     *training.MUTANTS,
     *data.MUTANTS,
+    *judging.MUTANTS,
 )

@@ -108,9 +108,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         CHECKPOINT + "010",
         "a file that failed takes the name all the same",
-        ATOMIC,
-        "        if kind is None:\n            self.commit()",
-        "        if kind is not KeyError:\n            self.commit()",
+        "apr_dist/apr/writer.py",
+        "        if kind is not None:\n            self._file.discard()",
+        "        if kind is not None:\n            self._file.commit()",
     ),
     Change(
         ARCH + "CUDA-001",

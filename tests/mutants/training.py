@@ -358,4 +358,18 @@ MUTANTS: tuple[Change, ...] = (
         "        micro_batches = self.train_data.batch(step)",
         '        micro_batches = self.train_data.batch(step - vars(self).setdefault("begun", step))',
     ),
+    Change(
+        TRAINER + "035",
+        "the ratio is of the wrong numbers",
+        "apr_dist/training/plan.py",
+        "tokens >= FEW_TOKENS_PER_PARAMETER * parameters:",
+        "tokens * FEW_TOKENS_PER_PARAMETER >= parameters:",
+    ),
+    Change(
+        TRAINER + "035",
+        "only the plan warns",
+        "apr_dist/train.py",
+        "(*found.warnings, *([too_few] if too_few else [])):",
+        "found.warnings:",
+    ),
 )

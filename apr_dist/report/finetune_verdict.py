@@ -1,0 +1,275 @@
+"""The finetune contract asked of a finished run: its gates, the signed verdict, and evidence to keep.
+
+Nothing is believed that can be worked out again from the files (``finished_run``). What the bounds are is in
+``training.verdict``; what a kept verdict must be is in ``contracts.evidence``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apr_dist.atomic_files import write_atomically
+from apr_dist.contracts.evidence import read_verdict, sha256_of, sign
+from apr_dist.errors import OutputError, UsageError
+from apr_dist.gates.result import GateResult
+from apr_dist.report.finished_run import FinishedRun, contradictions, expected_gates, read_finished_run
+from apr_dist.report.run_folder import CONFIG_NAME, METRICS_NAME, VERDICT_NAME
+from apr_dist.training.checkpoint import json_bytes
+from apr_dist.training.run_log import LOG_NAME
+from apr_dist.training.verdict import PLAUSIBLE_SHARE, Status, Verdict, random_start_gates
+
+CONTRACT = "apr-pretrain-init-finetune-v1"
+CONTRACT_STEPS = 500
+"""Steps of a run that can discharge the contract."""
+
+MAX_WALL_S, WALL_TOKENS = 3600.0, 4096
+"""FINETUNE-002: seconds for the steps of the contract, at this many tokens a step."""
+
+_FINETUNE = "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-"
+_AGREES = "FALSIFY-APR-DIST-TRAINER-036"
+_RESOURCE_ERRORS = re.compile(
+    r"out of memory|memoryerror|cannot allocate memory|can't allocate memory|too many open files"
+    r"|no space left on device|resource temporarily unavailable|can't start new thread|cuda error",
+    re.IGNORECASE,
+)
+_SIGNED_FACTS = (
+    *("init_digest", "data_fingerprint", "val_data_fingerprint", "tokenizer_sha256", "config_digest"),
+    *("code_digest", "tool_version", "weights_digest"),
+)
+_KEPT_FACTS = ("steps", "tokens_seen", "train_loss", "wall_seconds", "strategy", "world_size", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A run after judgement: the verdict to print, and the one to keep, signed."""
+
+    run: FinishedRun
+    verdict: Verdict
+    body: Mapping[str, Any]
+
+
+def judge(folder: Path, *, steps: int = CONTRACT_STEPS) -> Judged:
+    """Evaluate every gate of the contract on the run in ``folder``.
+
+    Args:
+        folder: a finished run's folder.
+        steps: how many the run must have; fewer than the contract's make it a rehearsal, which
+            discharges nothing.
+
+    Raises:
+        UsageError: it is no finished run, or one that did not start from a file.
+    """
+    run = read_finished_run(folder)
+    if run.config.init is None:
+        raise UsageError(
+            "the run did not start from a file",
+            where=folder,
+            expected=f"a run with --init, of which {CONTRACT} speaks",
+        )
+    gates = (
+        *_end_gates(run, steps),
+        *_checkpoint_gates(run),
+        *_loss_gates(run),
+        _log_gate(run),
+        _agreement_gate(run),
+    )
+    aborted = run.verdict.get("status") == Status.ABORTED
+    verdict = Verdict(
+        status=Status.ABORTED if aborted else Status.COMPLETED,
+        detail=f"{run.facts.get('steps', 0)} steps judged by {CONTRACT}",
+        gates=gates,
+        facts={key: run.facts.get(key) for key in _KEPT_FACTS},
+        synthetic=run.config.synthetic,
+    )
+    body = {
+        **verdict.to_json(),
+        "contract": CONTRACT,
+        "rehearsal": steps < CONTRACT_STEPS,
+        "run_gates": _run_gates(run),
+        "signed": _digests(run),
+    }
+    return Judged(run=run, verdict=verdict, body=body)
+
+
+def keep_evidence(judged: Judged, folder: Path, *, force: bool) -> list[Path]:
+    """Write what may be kept of a run: metrics, configuration, pictures, and the signed verdict last.
+
+    No weights, no log, and no path of the machine it ran on.
+
+    Returns:
+        every file written.
+
+    Raises:
+        OutputError: the folder holds files and ``force`` is not given, or it cannot be written.
+    """
+    _make_room(folder, force=force)
+    run = judged.run
+    names = {key: Path(value.name) for key, value in run.config if isinstance(value, Path)}
+    contents = {
+        METRICS_NAME: (run.folder / METRICS_NAME).read_bytes(),
+        CONFIG_NAME: run.config.model_copy(update={**names, "resume": "never"}).to_yaml().encode(),
+        **{path.name: path.read_bytes() for path in sorted(run.folder.glob("report-*.png"))},
+    }
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    files = {name: sha256_of(folder / name) for name in contents}
+    write_atomically(folder / VERDICT_NAME, json_bytes(sign({**judged.body, "files": files})))
+    return [*(folder / name for name in contents), folder / VERDICT_NAME]
+
+
+def _end_gates(run: FinishedRun, steps: int) -> list[GateResult]:
+    done, wall = len(run.train_losses), float(run.facts.get("wall_seconds") or math.inf)
+    tokens = run.config.batch_size * run.config.seq_length
+    code = run.verdict.get("exit_code")
+    return [
+        GateResult(
+            id=_FINETUNE + "001",
+            gate="the run ended well",
+            measured=f"{run.verdict.get('status')}, exit code {code}, log {run.logged_exit_code}",
+            required="exit code 0 in verdict and log",
+            passed=code == 0 and run.logged_exit_code == 0 and run.verdict.get("status") != Status.ABORTED,
+        ),
+        GateResult(
+            id=_FINETUNE + "005",
+            gate="steps of the run",
+            measured=str(done),
+            required=f"at least {steps}",
+            passed=done >= steps,
+        ),
+        GateResult(
+            id=_FINETUNE + "002",
+            gate="wall time",
+            measured=f"{wall:,.0f} s for {done} steps of {tokens:,} tokens on {run.facts.get('device')}",
+            required=f"{MAX_WALL_S:,.0f} s: {CONTRACT_STEPS} steps of {WALL_TOKENS:,} tokens on an RTX 4090",
+            passed=wall <= MAX_WALL_S and done >= CONTRACT_STEPS and tokens >= WALL_TOKENS,
+            ship_blocking=False,
+        ),
+    ]
+
+
+def _checkpoint_gates(run: FinishedRun) -> list[GateResult]:
+    found = run.checkpoint
+    measured = run.refusal or "nothing"
+    if found is not None:
+        measured = f"APR v2, {found.size_bytes / 1e6:,.1f} MB, {found.tensors} tensors, checksums match"
+    return [
+        GateResult(
+            id=_FINETUNE + "004",
+            gate="checkpoint opens",
+            measured=measured,
+            required="right magic, every checksum right",
+            passed=found is not None,
+        )
+    ]
+
+
+def _loss_gates(run: FinishedRun) -> list[GateResult]:
+    if run.checkpoint is None:
+        return []
+    vocab_size = run.checkpoint.vocab_size
+    gates = [*expected_gates(run, vocab_size=vocab_size), *_random_gates(run, vocab_size)]
+    if not run.agreements:
+        gates.append(
+            _missing("007", "evaluation agrees with training", "compared at the first and last step")
+        )
+    return [*gates, _plausible_throughout(run)]
+
+
+def _random_gates(run: FinishedRun, vocab_size: int) -> list[GateResult]:
+    measured = run.kind("random-weights")
+    if len(measured) != 1:
+        return [_missing("003", "step-0 loss against random weights", "measured once in the same run")]
+    keys = ("random_loss", "init_loss", "tokens")
+    return random_start_gates(**{key: measured[0][key] for key in keys}, vocab_size=vocab_size)
+
+
+def _missing(number: str, gate: str, required: str) -> GateResult:
+    return GateResult(
+        id=_FINETUNE + number, gate=gate, measured="not measured", required=required, passed=False
+    )
+
+
+def _plausible_throughout(run: FinishedRun) -> GateResult:
+    train = run.train_losses
+    later = [line for line in run.kind("evaluation") if line["step"] in train]
+    shares = [(line["val_loss"] or math.nan) / train[line["step"]] for line in later]
+    return GateResult(
+        id=_FINETUNE + "007",
+        gate="every validation loss is plausible",
+        measured=f"{min(shares):.3f} of the training loss at the lowest" if shares else "not measured",
+        required=f"at least {PLAUSIBLE_SHARE}",
+        passed=bool(shares) and all(share >= PLAUSIBLE_SHARE for share in shares),
+    )
+
+
+def _log_gate(run: FinishedRun) -> GateResult:
+    errors = [line for line in run.log.splitlines() if _RESOURCE_ERRORS.search(line)]
+    said = errors[0][:120] if errors else f"none in {len(run.log.splitlines())} lines"
+    return GateResult(
+        id=_FINETUNE + "006",
+        gate="no resource error in the log",
+        measured=said if run.log else "there is no log",
+        required="no lack of memory, files, threads or disk",
+        passed=bool(run.log) and not errors,
+        ship_blocking=False,
+    )
+
+
+def _agreement_gate(run: FinishedRun) -> GateResult:
+    found = contradictions(run)
+    return GateResult(
+        id=_AGREES,
+        gate="what the run left agrees with itself",
+        measured="; ".join(found[:3]) or "verdict, metrics, configuration, log and checkpoint agree",
+        required="no contradiction",
+        passed=not found,
+    )
+
+
+def _run_gates(run: FinishedRun) -> list[dict[str, Any]]:
+    """The run's own gates, without paths."""
+    paths = [run.config.init, run.config.dataset, run.config.val_dataset, run.config.tokenizer, run.folder]
+    gates = []
+    for gate in run.verdict["gates"]:
+        measured = str(gate.get("measured"))
+        for path in paths:
+            measured = measured.replace(str(path), path.name) if path is not None else measured
+        gates.append({**gate, "measured": measured})
+    return gates
+
+
+def _digests(run: FinishedRun) -> dict[str, Any]:
+    facts = {key: run.facts.get(key) for key in _SIGNED_FACTS}
+    names = {
+        "metrics": METRICS_NAME,
+        "run_verdict": VERDICT_NAME,
+        "config_file": CONFIG_NAME,
+        "log": LOG_NAME,
+    }
+    present = {key: run.folder / name for key, name in names.items() if (run.folder / name).is_file()}
+    files = {f"{key}_sha256": sha256_of(path) for key, path in present.items()}
+    return {**facts, **files, "checkpoint_digest": run.checkpoint.digest if run.checkpoint else None}
+
+
+def _make_room(folder: Path, *, force: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        standing = {path.name for path in folder.iterdir()}
+        earlier = read_verdict(folder / VERDICT_NAME)
+        if standing and not force:
+            raise OutputError(
+                "already holds files",
+                where=folder,
+                expected="a new or empty folder",
+                remedy="choose another folder, or pass --force to replace the evidence in it",
+            )
+        named = {VERDICT_NAME, *earlier.get("files", ())} if isinstance(earlier, dict) else set()
+        for name in standing & named:
+            (folder / name).unlink()
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", where=folder) from error
