@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
 
@@ -252,6 +252,9 @@ class ParallelSection(Section):
         None, gt=0, description="threads per process on CPU; none: cores divided by local processes"
     )
     timeout_s: float = Field(1800.0, gt=0, description="longest a collective may wait, in seconds")
+    hang_s: float = Field(
+        600.0, gt=0, description="a run in which no process has moved for this many seconds is ended"
+    )
 
 
 class ComputeSection(Section):
@@ -315,6 +318,17 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
     compute: ComputeSection = ComputeSection()
+
+    @field_validator("resume_allow")
+    @classmethod
+    def _known_keys(cls, named: str) -> str:
+        known = [key for key, _ in leaves(cls)]
+        for key in filter(None, (key.strip() for key in named.split(","))):
+            if key not in known:
+                raise ValueError(
+                    f"keys of the configuration; there is no {key}, nearest is {nearest(key, known)}"
+                )
+        return named
 
     def resolved(self) -> TrainConfig:
         """The same run with every mode default filled in; an explicit value wins alone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ExitCode(IntEnum):
@@ -39,6 +39,9 @@ class AprDistError(Exception):
         expected: what would have been right.
         remedy: what to do about it, as a command where there is one.
         falsifier: id of the falsifier (see ``contracts/``) that pins this refusal.
+
+    Attributes:
+        facts: figures for a run's verdict, by name.
     """
 
     exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL
@@ -59,6 +62,7 @@ class AprDistError(Exception):
         self.remedy = remedy
         self.falsifier = falsifier
         self.told_by_rank_0 = False
+        self.facts: dict[str, Any] = {}
 
     def __str__(self) -> str:
         head = f"[{self.falsifier}] " if self.falsifier else ""

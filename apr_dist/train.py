@@ -7,6 +7,7 @@ imported only after rank 0's gates have spoken, so that a refusal takes a second
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,17 +23,24 @@ from apr_dist.config import TrainConfig
 from apr_dist.config_input import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode
 from apr_dist.gates.preflight import Preflight, run_preflight
+from apr_dist.parallel.watch import Watch
+from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.display import Display, hear_libraries, open_display
 from apr_dist.training.plan import under_trained
 from apr_dist.training.run_log import RunLog
 from apr_dist.training.schedule import schedule_of
+from apr_dist.training.signals import SIGNALS, AtOnce, as_error
 
 if TYPE_CHECKING:
     from apr_dist.training.resume import ResumePoint
 
 
-def run(invocation: Invocation) -> ExitCode:
-    """Train once as configured.
+ANOTHER_RANK_S = 3.0
+"""How long a rank whose collective broke off waits to hear which rank it was that failed."""
+
+
+def run(invocation: Invocation, watch: Watch) -> ExitCode:
+    """Train once as configured, with ``watch`` over this rank.
 
     Returns:
         The exit code of the verdict.
@@ -46,10 +54,10 @@ def run(invocation: Invocation) -> ExitCode:
     if rank == 0:
         display = RunLog(display, prefix="[SYNTHETIC] " if config.synthetic else "")
     with hear_libraries(display):
-        return _run(config, display, rank, world_size)
+        return _run(config, display, rank, world_size, watch)
 
 
-def _run(config: TrainConfig, display: Display, rank: int, world_size: int) -> ExitCode:
+def _run(config: TrainConfig, display: Display, rank: int, world_size: int, watch: Watch) -> ExitCode:
     if config.init is not None and config.mode == "from-scratch":
         display.warn("--mode from-scratch with --init: the file's weights, the from-scratch defaults")
     preflight, point, refusal = _ask_gates(config, rank, world_size, display)
@@ -59,7 +67,7 @@ def _run(config: TrainConfig, display: Display, rank: int, world_size: int) -> E
         from apr_dist.report import verdict_lines  # noqa: PLC0415  (imports PyTorch)
         from apr_dist.training.run import execute  # noqa: PLC0415
 
-        verdict = execute(config, preflight, point, refusal, display)
+        verdict = execute(config, preflight, point, refusal, display, watch)
     except BaseException as error:
         if isinstance(display, RunLog):
             display.keep_error(error)
@@ -78,6 +86,7 @@ def _ask_gates(
 ) -> tuple[Preflight | None, ResumePoint | None, AprDistError | None]:
     if rank != 0:
         return None, None, None
+    HERE.enter(Phase.GATES)
     try:
         schedule_of(config)
         point = _resume_point(config)
@@ -89,6 +98,10 @@ def _ask_gates(
             refuse_other_inputs(point, found.provenance, init_digest=found.given_init_digest)
     except AprDistError as refusal:
         return None, None, refusal
+    except Exception as error:  # the other ranks are on their way to a group that must hear of it
+        internal = _internal(error)
+        internal.__cause__ = error
+        return None, None, internal
     too_few = under_trained(config, found.model_config.parameter_count())
     for warning in (*found.warnings, *([too_few] if too_few else [])):
         display.warn(warning)
@@ -104,36 +117,54 @@ def _resume_point(config: TrainConfig) -> ResumePoint | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, and turn whatever happened into one paragraph on stderr and an exit code."""
+    """Run, and turn whatever happened into one paragraph on stderr and an exit code for every rank."""
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = int(os.environ.get("RANK", "0"))
-    try:
-        return int(run(parse_command_line(arguments)))
-    except (Exception, KeyboardInterrupt) as error:  # the front door: no bare traceback leaves it
-        if "--debug" in arguments:
-            traceback.print_exc()
-        return int(_explain(error, rank))
+    HERE.enter(Phase.STARTING, step=0)
+    watch, signals = Watch(rank=rank).start(), AtOnce()
+    with signals:
+        try:
+            return int(run(parse_command_line(arguments), watch))
+        except SystemExit:
+            raise
+        except BaseException as error:  # the front door: no bare traceback leaves it
+            signals.disarm()
+            if "--debug" in arguments:
+                traceback.print_exc()
+            return int(_conclude(error, rank, watch))
+        finally:
+            signals.disarm()
+            watch.leave()
 
 
-def _explain(error: BaseException, rank: int) -> ExitCode:
-    place = "" if rank == 0 else f" on rank {rank}"
-    if isinstance(error, AprDistError):
-        if not error.told_by_rank_0:
-            print(f"error{place}: {error}", file=sys.stderr)
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        print(f"error{place}: interrupted; the last checkpoint that was written is whole", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+def _conclude(error: BaseException, rank: int, watch: Watch) -> ExitCode:
+    """Say what happened here, unless this rank only heard of what happened elsewhere."""
+    broken_off = isinstance(error, RuntimeError)  # as collectives raise it when another rank is gone
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    failure = watch.failure(wait_s=ANOTHER_RANK_S if broken_off and several else 0.0)
+    if failure is not None and failure.rank != rank:
+        return ExitCode(failure.code)
+    if not isinstance(error, AprDistError):
+        interrupted = isinstance(error, KeyboardInterrupt)
+        error = as_error(signal.SIGINT, f"while {HERE.phase}") if interrupted else _internal(error)
+    if not error.told_by_rank_0:
+        place = f" on rank {rank}, at step {HERE.step} while {HERE.phase}" if rank else ""
+        print(f"error{place}: {error}", file=sys.stderr, flush=True)
+        watch.fail(error.exit_code, str(error))
+    return error.exit_code
+
+
+def _internal(error: BaseException) -> AprDistError:
     text = " ".join(str(error).split())[:2000]
-    print(
-        f"internal error{place}: {type(error).__name__}: {text}\n"
-        "Run again with --debug for the traceback, and report it.",
-        file=sys.stderr,
+    return AprDistError(
+        f"internal error: {type(error).__name__}: {text}",
+        remedy="run again with --debug for the traceback, and report it",
     )
-    return ExitCode.INTERNAL
 
 
 def _leave(code: int) -> None:
+    for number in SIGNALS:  # a launcher stops its workers when the first of them has ended
+        signal.signal(number, signal.SIG_IGN)
     # Without PyTorch loaded there is no process group to leave.
     if "torch.distributed" in sys.modules:
         from apr_dist.parallel.runtime import shut_down  # noqa: PLC0415

@@ -1,7 +1,8 @@
 """The processes of one run: who they are, that they are the ones asked for, and how they agree.
 
 Everything a rank tells another travels as JSON or as tensors; no object is pickled. Here are the
-Accelerator, rank helpers and failing together; how weights travel is in ``weights``.
+Accelerator and rank helpers; how weights travel is in ``weights``, what ends all ranks because of one
+in ``watch``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from apr_dist.parallel.strategy import (
     launched_world_size,
     prepare_for_deepspeed,
 )
+from apr_dist.parallel.whereabouts import HERE
 
 _DISTRIBUTED_TYPES = {
     False: (DistributedType.NO,),
@@ -61,17 +63,22 @@ class Runtime:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum of a tensor over all ranks, in place; returns it."""
         if self.world_size > 1:
+            HERE.moved()
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        HERE.moved()
         return values
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """Rank 0's values in every rank's tensor, in place; returns it."""
         if self.world_size > 1:
+            HERE.moved()
             dist.broadcast(values, src=0)
+        HERE.moved()
         return values
 
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's JSON value, on every rank."""
+        HERE.moved()
         if self.world_size == 1:
             return value
         payload = json.dumps(value).encode() if self.is_main else b""
@@ -81,6 +88,7 @@ class Runtime:
         if self.is_main:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         dist.broadcast(buffer, src=0)
+        HERE.moved()
         return json.loads(bytes(buffer.cpu().numpy()))
 
     def agree(self, error: AprDistError | None) -> None:
@@ -106,6 +114,7 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        HERE.moved()
         if self.world_size > 1:
             dist.barrier()
 
@@ -182,14 +191,14 @@ def assert_wrapped(model: nn.Module, strategy: Strategy) -> None:
 
 
 def shut_down(code: int) -> None:
-    """End this process with ``code``, leaving no collective half done.
+    """End this process with ``code``; after a failure without waiting for any rank.
 
     A multi-process run leaves through ``os._exit`` once everything is flushed: gloo's threads can
     otherwise abort a finished interpreter, and the launcher would call a good run failed.
     """
     several = dist.is_available() and dist.is_initialized()
     gc.collect()
-    if several:
+    if several and code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -15,6 +15,14 @@ from apr_dist.data.documents import loss_mask
 from apr_dist.errors import DataError
 from apr_dist.model.chunked_loss import IGNORE_INDEX
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.whereabouts import HERE
+
+STOP_EVERY = 8
+"""Batches between two agreements of the ranks on whether a signal came."""
+
+
+class EvaluationStopped(Exception):
+    """The measurement was given up; there is no figure."""
 
 
 class EvaluationData(Protocol):
@@ -67,6 +75,7 @@ def evaluate(
     *,
     progress: Callable[[int, int], None] | None = None,
     ignored_ids: Sequence[int] = (),
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Mean loss of the bare decoder over this rank's batches, summed over all ranks.
 
@@ -79,8 +88,10 @@ def evaluate(
         runtime: this rank's view of the run.
         progress: called about every five seconds with (batches done, batches in all).
         ignored_ids: targets that do not count.
+        stop: asked by all ranks together after every ``STOP_EVERY`` batches whether to give up.
 
     Raises:
+        EvaluationStopped: ``stop`` said so, on every rank.
         DataError: there was no token to evaluate on any rank.
     """
     started, told = time.perf_counter(), time.perf_counter()
@@ -93,6 +104,9 @@ def evaluate(
                 loss_sum, count = model(*split_sequences(tokens, runtime.device, ignored_ids))
                 total[0] += loss_sum.double()
                 total[1] += count
+                HERE.moved()
+                if done % STOP_EVERY == 0 and stop():
+                    raise EvaluationStopped
                 if progress is not None and time.perf_counter() - told > 5:
                     told = time.perf_counter()
                     progress(done, len(batches) if isinstance(batches, Sized) else 0)

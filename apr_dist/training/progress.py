@@ -59,6 +59,7 @@ class Progress:
             tokens_seen=state.tokens_seen,
             train_loss=state.train_loss,
             grad_norm_max=state.grad_norm_max,
+            evaluated_at=state.step if state.evaluated_at is None else state.evaluated_at,
             evaluations=[
                 Evaluation(loss=loss, tokens=int(tokens), wall_s=wall_s)
                 for loss, tokens, wall_s in state.evaluations

@@ -25,6 +25,7 @@ _FREE = {
         "parallel.strategy",
         "parallel.cpu_threads",
         "parallel.timeout_s",
+        "parallel.hang_s",
         "loader.verify",
         "loader.max_epochs",
         "loader.access",

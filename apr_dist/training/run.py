@@ -20,7 +20,7 @@ from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.synthetic import SyntheticEvaluation, SyntheticTokens
 from apr_dist.data.training_set import open_training_set
-from apr_dist.errors import AprDistError, OutputError
+from apr_dist.errors import AprDistError, DistributedError, OutputError
 from apr_dist.gates.output import create_run_dir
 from apr_dist.gates.preflight import Preflight
 from apr_dist.gates.result import GateResult
@@ -32,7 +32,10 @@ from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
+from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.parallel.whereabouts import HERE, Phase
+from apr_dist.training.aborts import AbortRecord
 from apr_dist.training.checkpoint import json_bytes
 from apr_dist.training.compute import describe_compute
 from apr_dist.training.display import Display
@@ -44,7 +47,7 @@ from apr_dist.training.run_log import LOG_NAME, RunLog
 from apr_dist.training.saving import Saver
 from apr_dist.training.step_folders import CHECKPOINT_NAME, OPTIMIZER_NAME, SavedState
 from apr_dist.training.trainer import Trainer, TrainingData
-from apr_dist.training.verdict import Status, Verdict
+from apr_dist.training.verdict import Verdict
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
@@ -57,6 +60,7 @@ def execute(
     point: ResumePoint | None,
     refusal: AprDistError | None,
     display: Display,
+    watch: Watch,
 ) -> Verdict:
     """Start the processes, let all of them know what rank 0 found, train, and judge.
 
@@ -66,11 +70,13 @@ def execute(
         point: the step folder to go on from, on rank 0; None begins at step 0.
         refusal: rank 0's refusal, raised on every rank.
         display: what a person sees on rank 0.
+        watch: ends every rank when one fails or all stand still.
 
     Raises:
         AprDistError: on every rank alike, for whatever rank 0 refused.
     """
     options = config.parallel
+    HERE.enter(Phase.JOINING)
     runtime = processes.start(
         device=config.device,
         strategy=options.strategy,
@@ -79,7 +85,9 @@ def execute(
         timeout_s=options.timeout_s,
         shard_size=options.shard_size,
     )
+    _watch_all(watch, runtime, hang_s=options.hang_s)
     runtime.agree(refusal)
+    HERE.enter(Phase.LOADING)
     facts = runtime.broadcast_json(None if preflight is None else _shared(preflight, point))
     model_config = TransformerConfig.from_metadata(
         facts["architecture"],
@@ -118,7 +126,23 @@ def execute(
         moments=point.folder / OPTIMIZER_NAME if point else None,
         display=display,
     )
-    return _train(session)
+    return _train(session, watch)
+
+
+def _watch_all(watch: Watch, runtime: Runtime, *, hang_s: float) -> None:
+    """Connect the watches of all ranks, or none of them trains."""
+    error = None
+    try:
+        watch.join(world_size=runtime.world_size, hang_s=hang_s, tell_all=runtime.broadcast_json)
+    except DistributedError as raised:
+        error = raised
+    cut_off = int(runtime.sum(torch.tensor([error is not None], device=runtime.device).float()).item())
+    if cut_off:
+        raise error or DistributedError(
+            f"{cut_off} of {runtime.world_size} ranks cannot reach rank 0",
+            expected="TCP connections between the hosts, on any port",
+            remedy="see what those ranks print",
+        )
 
 
 def _say_how(config: TrainConfig, runtime: Runtime, say: Display) -> None:
@@ -243,14 +267,22 @@ def _compare_with_random(
     return found
 
 
-def _train(session: _Session) -> Verdict:
+def _train(session: _Session, watch: Watch) -> Verdict:
     config, runtime, start = session.config, session.runtime, session.start
+    aborts = AbortRecord(
+        config.run_dir / VERDICT_NAME if runtime.is_main else None,
+        gates=session.results,
+        provenance=start.provenance,
+        synthetic=config.synthetic,
+    )
+    watch.on_failure = aborts.of_failure
     with contextlib.ExitStack() as stack:
         try:
             trainer = _trainer(session, stack)
             outcome = trainer.fit()
-        except AprDistError as error:
-            _record_abort(session, error)
+        except Exception as error:
+            if watch.failure(wait_s=0.0) is None:
+                aborts.of_error(error)
             raise
     verdict = Verdict(
         status=outcome.status,
@@ -294,25 +326,6 @@ def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
         trainer.restore_optimizer(session.moments)
         session.display(f"going on after step {resumed.step}, with the optimizer state of that step")
     return trainer
-
-
-def _record_abort(session: _Session, error: AprDistError) -> None:
-    """Leave a verdict of what stopped the run; the error itself matters more than failing to."""
-    if not session.runtime.is_main:
-        return
-    verdict = Verdict(
-        status=Status.ABORTED,
-        detail=str(error),
-        gates=tuple(session.results),
-        facts={
-            **session.start.provenance,
-            "exit_code": int(error.exit_code),
-            "falsifier": error.falsifier,
-        },
-        synthetic=session.config.synthetic,
-    )
-    with contextlib.suppress(OutputError):
-        write_atomically(session.config.run_dir / VERDICT_NAME, json_bytes(verdict.to_json()))
 
 
 def _open_data(

@@ -114,6 +114,7 @@ class Saver:
             checkpoint_digest=checkpoint_digest,
             optimizer_digest=optimizer_digest,
             first_gates=[gate.to_json() for gate in progress.first_gates],
+            evaluated_at=progress.evaluated_at,
         )
 
     def _facts(self, progress: Progress, optimizer_digest: str) -> CheckpointFacts:

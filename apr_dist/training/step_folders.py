@@ -45,6 +45,7 @@ class SavedState:
         checkpoint_digest: of checkpoint.apr's bytes.
         optimizer_digest: of optimizer.safetensors' bytes.
         first_gates: the gates of step 0, as they were judged then.
+        evaluated_at: step of the newest evaluation; None, in older folders: this one.
     """
 
     step: int
@@ -61,6 +62,7 @@ class SavedState:
     checkpoint_digest: str = ""
     optimizer_digest: str = ""
     first_gates: list[dict[str, Any]] = field(default_factory=list)
+    evaluated_at: int | None = None
     version: int = STATE_VERSION
 
 

@@ -25,17 +25,18 @@ from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state import load_optimizer
 from apr_dist.parallel.weights import model_digest
+from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.checkpoint import perplexity
 from apr_dist.training.compute import set_up_compute
 from apr_dist.training.display import Display, Pace
-from apr_dist.training.evaluation import Evaluation, evaluate, split_sequences
+from apr_dist.training.evaluation import Evaluation, EvaluationStopped, evaluate, split_sequences
 from apr_dist.training.guards import EarlyStop, check_finite, check_validation
 from apr_dist.training.metrics import MetricsFile, StepMetrics, device_name, gpu_utilisation
 from apr_dist.training.optimizer import apply_lr, build_optimizer
 from apr_dist.training.progress import Progress, Start
 from apr_dist.training.saving import Saver
 from apr_dist.training.schedule import schedule_of
-from apr_dist.training.signals import SIGNALS, StopRequest
+from apr_dist.training.signals import SIGNALS, StopRequest, first_signal
 from apr_dist.training.step_folders import SavedState
 from apr_dist.training.verdict import (
     Agreement,
@@ -142,17 +143,24 @@ class Trainer:
                 self._step_zero()
             for done in state.evaluations:
                 stop = stop.after(done.loss)
+            if self._stopped_before_evaluating():
+                stop = stop.after(self._evaluate_and_save())
             ended = self._ended(stop) if state.epoch else None
             while ended is None and state.step < self.config.num_steps:
+                self._stop_if_asked()
                 self._epoch()
-                stop = stop.after(self._evaluate().loss)
-                self._save()
+                stop = stop.after(self._evaluate_and_save())
                 ended = self._ended(stop)
+        HERE.enter(Phase.ENDING)
         status, detail = ended or (Status.COMPLETED, f"all {self.config.num_steps} steps done")
         return self._outcome(status, detail)
 
     def _step_zero(self) -> None:
-        first = self._evaluate()
+        try:
+            first = self._evaluate()
+        except EvaluationStopped:
+            self._stop_if_asked()
+            raise
         if not self.config.synthetic:
             self.progress.first_gates = step_zero_gates(
                 first.loss,
@@ -182,12 +190,29 @@ class Trainer:
             if signal_number:
                 self._save()
                 raise self.stop_request.as_error(signal_number, step=state.step)
-        state.epoch += 1
+
+    def _stopped_before_evaluating(self) -> bool:
+        """Whether a signal ended this run between the last step of an epoch and its evaluation."""
+        state = self.progress
+        due = state.step % self.config.steps_per_epoch == 0 or state.step == self.config.num_steps
+        return due and state.evaluated_at < state.step
+
+    def _stop_if_asked(self) -> None:
+        """End the run here, where its state is saved, when a signal came to any rank."""
+        number = first_signal(self.runtime.sum(self._signals()).tolist())
+        if number:
+            raise self.stop_request.as_error(number, step=self.progress.step)
+
+    def _signals(self) -> torch.Tensor:
+        """One for each signal that came to this rank, to be summed over all ranks."""
+        asked = [float(self.stop_request.received == number) for number in SIGNALS]
+        return torch.tensor(asked, dtype=torch.float64, device=self.runtime.device)
 
     def _step(self, *, compare: bool) -> int:
         """One optimizer step; returns the number of a signal that came to any rank, or 0."""
         began = time.perf_counter()
         step = self.progress.step
+        HERE.enter(Phase.TRAINING, step=step)
         micro_batches = self.train_data.batch(step)
         data_wait_s = time.perf_counter() - began
         eval_loss = self._loss_of(micro_batches).loss if compare else None
@@ -236,12 +261,10 @@ class Trainer:
             last = index == len(micro_batches) - 1
             inputs, targets = split_sequences(tokens, self.runtime.device, self.config.loader.ignored_ids)
             total += self.engine.accumulate(inputs, targets, scale=scale, last=last).double()
+            HERE.moved()
         # A signal to one rank stops all: it travels with the loss, at no further collective.
-        asked = [float(self.stop_request.received == number) for number in SIGNALS]
-        sums = torch.cat([total.view(1), torch.tensor(asked, dtype=total.dtype, device=total.device)])
-        loss, *signals = self.runtime.sum(sums).tolist()
-        asked_by = dict(zip(SIGNALS, signals, strict=True))
-        return loss / counted, counted, next((number for number, ranks in asked_by.items() if ranks), 0)
+        loss, *signals = self.runtime.sum(torch.cat([total.view(1), self._signals()])).tolist()
+        return loss / counted, counted, first_signal(signals)
 
     def _record(
         self, train_loss: float, targets: int, grad_norm: float, lr: float, wall_s: float, data_wait_s: float
@@ -277,20 +300,33 @@ class Trainer:
                 self.display(f"training data {name}: pass {newest + 1} begins ({seen})")
             state.data_epochs[name] = newest
 
+    def _evaluate_and_save(self) -> float:
+        """The validation loss of this step, which is saved with it; or, on a signal, without it."""
+        try:
+            loss = self._evaluate().loss
+        except EvaluationStopped:
+            self._save()
+            self._stop_if_asked()
+            raise
+        self._save()
+        return loss
+
     def _evaluate(self) -> Evaluation:
-        state = self.progress
-        result = evaluate(
-            self.engine.evaluated,
-            self.eval_data,
-            self.runtime,
-            progress=self.display.evaluating,
-            ignored_ids=self.config.loader.ignored_ids,
-        )
+        state, epoch = self.progress, len(self.progress.evaluations)
+        with HERE.during(Phase.EVALUATION, step=state.step):
+            result = evaluate(
+                self.engine.evaluated,
+                self.eval_data,
+                self.runtime,
+                progress=self.display.evaluating,
+                ignored_ids=self.config.loader.ignored_ids,
+                stop=lambda: bool(first_signal(self.runtime.sum(self._signals()).tolist())),
+            )
         self.metrics.event(
             "evaluation",
             {
                 "step": state.step,
-                "epoch": state.epoch,
+                "epoch": epoch,
                 "val_loss": result.loss if math.isfinite(result.loss) else None,
                 "val_ppl": perplexity(result.loss),
                 "tokens": result.tokens,
@@ -302,10 +338,10 @@ class Trainer:
             previous=state.evaluations[-1].loss if state.evaluations else None,
             vocab_size=self.start.model_config.vocab_size,
             from_scratch=not self.start.from_init,
-            epoch=len(state.evaluations),
+            epoch=epoch,
         )
         state.evaluations.append(result)
-        state.evaluated_at = state.step
+        state.evaluated_at, state.epoch = state.step, epoch
         return result
 
     def _ended(self, stop: EarlyStop) -> tuple[Status, str] | None:
@@ -321,7 +357,8 @@ class Trainer:
         return None
 
     def _save(self) -> None:
-        self.saver.save(self.model, self.engine.optimizer, self.progress)
+        with HERE.during(Phase.SAVING, step=self.progress.step):
+            self.saver.save(self.model, self.engine.optimizer, self.progress)
 
     def _outcome(self, status: Status, detail: str) -> Outcome:
         state, config = self.progress, self.config

@@ -1,0 +1,66 @@
+"""What a run that is stopped leaves in verdict.json, whoever hears first: the loop or the watch."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apr_dist.atomic_files import write_atomically
+from apr_dist.errors import AprDistError, ExitCode, OutputError
+from apr_dist.gates.result import GateResult
+from apr_dist.parallel.watch import Failure
+from apr_dist.parallel.whereabouts import HERE
+from apr_dist.training.checkpoint import json_bytes
+from apr_dist.training.verdict import Status, Verdict
+
+
+class AbortRecord:
+    """Writes the verdict of a run that failed, once.
+
+    Args:
+        path: verdict.json on rank 0; None elsewhere, where nothing is written.
+        gates: the gates that were passed.
+        provenance: digests that identify the run.
+        synthetic: whether it trained on made-up tokens.
+    """
+
+    def __init__(
+        self, path: Path | None, *, gates: Sequence[GateResult], provenance: dict[str, Any], synthetic: bool
+    ) -> None:
+        self._path, self._gates = path, tuple(gates)
+        self._provenance, self._synthetic = provenance, synthetic
+        self._lock = threading.Lock()
+
+    def of_error(self, error: BaseException) -> None:
+        """Record what this rank raised."""
+        code = error.exit_code if isinstance(error, AprDistError) else ExitCode.INTERNAL
+        facts: dict[str, Any] = {
+            "exit_code": int(code),
+            "failed_step": HERE.step,
+            "failed_phase": HERE.phase.value,
+        }
+        if isinstance(error, AprDistError):
+            facts |= {"falsifier": error.falsifier, **error.facts}
+        self._write(str(error), facts)
+
+    def of_failure(self, failure: Failure) -> None:
+        """Record what another rank raised, or that none moves any more."""
+        facts = {"exit_code": failure.code, "failed_rank": failure.rank, "failed_step": failure.step}
+        self._write(failure.text, {**facts, "failed_phase": failure.phase})
+
+    def _write(self, detail: str, facts: dict[str, Any]) -> None:
+        if self._path is None or not self._lock.acquire(blocking=False):
+            return
+        verdict = Verdict(
+            status=Status.ABORTED,
+            detail=detail,
+            gates=self._gates,
+            facts={**self._provenance, **facts},
+            synthetic=self._synthetic,
+        )
+        # The error itself matters more than failing to write it down.
+        with contextlib.suppress(OutputError):
+            write_atomically(self._path, json_bytes(verdict.to_json()))
