@@ -184,6 +184,16 @@ def test_a_resume_on_other_data_or_another_init_is_refused(
     assert "init file" in capfd.readouterr().err
 
 
+def test_a_key_that_does_not_exist_cannot_be_allowed_to_change(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = flags(inputs, tmp_path / "run", "--resume", "auto", "--resume-allow", "num_steps,sed")
+    assert run_here(*given) == ExitCode.USAGE
+    error = capfd.readouterr().err
+    assert "resume_allow is 'num_steps,sed'" in error
+    assert "there is no sed, nearest is seed" in error
+
+
 def test_retention_keeps_the_newest_and_the_named_ones(inputs: Inputs, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     keep = ("--checkpoint.keep-last", "1", "--checkpoint.keep-every", "4")

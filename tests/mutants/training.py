@@ -20,6 +20,7 @@ from mutants.change import (
     TRAINER,
     TRAINER_FILE,
     VERDICT,
+    WATCH,
     Change,
 )
 
@@ -257,6 +258,21 @@ MUTANTS: tuple[Change, ...] = (
         RUNTIME,
         "        if fields is not None:\n            raise",
         "        if fields is not None and self.is_main:\n            raise",
+    ),
+    Change(
+        DISTRIBUTED + "005",
+        "under DDP rank 0 keeps the file's values to itself",
+        "apr_dist/parallel/sharding.py",
+        "            parameter.data.copy_(values)\n        runtime.broadcast(parameter.data)",
+        "            parameter.data.copy_(values)\n        runtime.barrier()",
+        also=(TRAINER + "001", DISTRIBUTED + "002"),
+    ),
+    Change(
+        DISTRIBUTED + "006",
+        "a failure is known on its own rank only",
+        WATCH,
+        '                line.send({"kind": "fail", **asdict(failure)})\n        self._told.set()',
+        "                continue\n        self._told.set()",
     ),
     Change(
         TRAINER + "001",
