@@ -70,6 +70,9 @@ class TokenStream:
     def stats(self) -> dict[str, int | float]:
         """What was read so far, and how long batches took to hand over."""
 
+def first_misfit(folder: Path, files: Sequence[str], sizes: Sequence[int]) -> tuple[int, int | None] | None:
+    """The first of ``files`` that is not a regular file (no link) of its size, and the size it has."""
+
 class Prefetcher:
     """A thread that makes consecutive batches of a stream, at most ``depth`` ahead.
 

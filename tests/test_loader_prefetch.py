@@ -103,6 +103,7 @@ def test_buffers_of_pytorch_are_filled_in_place(manifest: Manifest, monkeypatch:
         return made[-1]
 
     monkeypatch.setattr(prefetch, "host_buffer", pageable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for dtype in (torch.int32, torch.int64):
         pinned, demand = loader(manifest, pin_memory=True, dtype=dtype), loader(manifest, prefetch_batches=0)
         batches = [pinned.next_batch() for _ in range(12)]

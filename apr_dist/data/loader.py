@@ -7,7 +7,6 @@ any number of processes, is arithmetic. Reading, order and copying are done by `
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -20,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from apr_dist.data.documents import Documents, document_begins
 from apr_dist.data.evaluation_loader import EvaluationLoader
 from apr_dist.data.mixture import CYCLE_BATCHES, Mixture, Progress, Source
-from apr_dist.data.prefetch import BufferKind, Course, RunAhead, default_depth
+from apr_dist.data.prefetch import BufferKind, Course, RunAhead, default_depth, process
 from apr_dist.data.token_stream import Access, ShardStream, Shuffle, Verify, check_seed, choice, share_of
 from apr_dist.data.training_set import cycle_units
 from apr_dist.errors import DataError, StreamExhausted, UsageError
@@ -166,7 +165,13 @@ class TokenLoader:
             StreamExhausted: batch ``k`` needs more epochs than allowed.
             ShardError: a shard is missing, of another size or content, or changed while in use.
         """
-        tensors = self._prefetched(k)
+        ahead, tensors = self._ahead, None
+        if ahead is not None and ahead.k == k and ahead.process == process.number:
+            try:
+                tensors = ahead.next()
+            except BaseException:
+                self._ahead = None
+                raise
         if tensors is None:
             first, stream = self._first(k), self._stream.open()
             tensors = self._made_now(first, stream)
@@ -206,8 +211,9 @@ class TokenLoader:
 
     def next_batch(self) -> list[torch.Tensor]:
         """The micro-batches of the next global batch; the state moves on when they are complete."""
-        batch = self.batch(self._global_batch)
-        self._global_batch += 1
+        k = self._global_batch
+        batch = self.batch(k)
+        self._global_batch = k + 1
         return batch
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
@@ -273,17 +279,6 @@ class TokenLoader:
             return [from_dlpack(view) for view in stream.views(first, self._share, self._micro)]
         return [from_dlpack(stream.gather(first, self._share))]
 
-    def _prefetched(self, k: int) -> list[torch.Tensor] | None:
-        """Batch ``k`` from the thread, when it is the one that the thread has next."""
-        ahead = self._ahead
-        if ahead is None or ahead.k != k or ahead.process != os.getpid():
-            return None
-        try:
-            return ahead.next()
-        except BaseException:
-            self._ahead = None
-            raise
-
     def _run_ahead(self, k: int, stream: TokenStream) -> None:
         """Let a thread make the batches from ``k`` on; not in a worker process of a DataLoader."""
         self._stop_ahead()
@@ -304,7 +299,7 @@ class TokenLoader:
 
     def _stop_ahead(self) -> None:
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.process == os.getpid():
+        if ahead is not None and ahead.process == process.number:
             ahead.close()
 
     @cached_property

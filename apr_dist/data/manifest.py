@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ class Manifest:
         largest = [shard.max_id for shard in self.shards if shard.tokens]
         return None if None in largest else max((one for one in largest if one is not None), default=None)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 in hex over the tokenizer's and the ordered shards' hashes: the data's identity.
 

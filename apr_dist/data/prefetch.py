@@ -19,6 +19,19 @@ _LARGE_BYTES = 4 << 20
 _VIEWED = 64
 
 
+class _Process:
+    """Which process this is, without asking the system for every batch: 0, then 1 in its forked child."""
+
+    number = 0
+
+    def forked(self) -> None:
+        self.number += 1
+
+
+process = _Process()
+os.register_at_fork(after_in_child=process.forked)
+
+
 @dataclass(frozen=True)
 class Course:
     """Which batches are made.
@@ -62,7 +75,7 @@ class RunAhead:
     """
 
     def __init__(self, stream: TokenStream, course: Course, kind: BufferKind, *, k: int) -> None:
-        self.k, self.process = k, os.getpid()
+        self.k, self.process = k, process.number
         self._shape, self._kind = (course.share, kind.width), kind
         self._views = course.rows_per_view is not None
         self._waiting: deque[torch.Tensor] | None = None
@@ -80,12 +93,13 @@ class RunAhead:
             rows_per_view=course.rows_per_view,
             buffers=buffers,
         )
+        self._next = self._prefetcher.next
 
     def next(self) -> list[torch.Tensor] | None:
         """The next batch: one gathered tensor or its views; None behind the last."""
         if self._waiting is not None:
             return self._next_pinned(self._waiting)
-        made = self._prefetcher.next()
+        made = self._next()
         if made is None:
             return None
         self.k += 1

@@ -12,8 +12,8 @@ use memmap2::{Advice, Mmap, MmapOptions};
 const WORD: usize = size_of::<u32>();
 const CACHE_LINE_WORDS: usize = 16;
 
-/// The beginning of a row; the CPU's own prefetcher follows from there.
-const PREFETCH_WORDS: usize = 512;
+/// The beginning of a page's part of a row: the CPU's own prefetcher follows from there to the page's end.
+const PREFETCH_WORDS: usize = 256;
 
 /// Maps begin on a multiple of this; a larger page of the machine is a multiple of it too.
 const PAGE: usize = 4096;
@@ -72,14 +72,18 @@ impl Mapping {
         unsafe { widen(from, row) }
     }
 
-    /// Asks the CPU to fetch the first tokens of a row that will be copied next.
+    /// Asks the CPU to fetch the first tokens, on every page, of a row that will be copied next.
     pub fn prefetch(&self, start: usize, len: usize) {
         let from = self.pointer(start, len);
         #[cfg(target_arch = "x86_64")]
-        for line in (0..len.min(PREFETCH_WORDS)).step_by(CACHE_LINE_WORDS) {
+        for part in (0..len).step_by(PAGE / WORD) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a prefetch has no effect on memory and never faults, whatever the address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line).cast()) };
+            // The first page's part begins where the row does, the others' on a page.
+            let begin = if part == 0 { 0 } else { part - from.addr() % PAGE / WORD };
+            for line in (begin..len.min(begin + PREFETCH_WORDS)).step_by(CACHE_LINE_WORDS) {
+                // SAFETY: a prefetch has no effect on memory and never faults, whatever the address.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line).cast()) };
+            }
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = (from, CACHE_LINE_WORDS);

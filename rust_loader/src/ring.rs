@@ -4,7 +4,7 @@
 //! the known order, and gathering or viewing.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::batch::{populate, read_ahead};
 use crate::error::{Error, Result};
 use crate::set::ShardSet;
 use crate::shard::to_usize;
-use crate::stream::{Row, Stream};
+use crate::stream::{Orders, Row, Stream};
 
 /// A row that takes longer than this was not in memory; one that was takes about 1 us.
 const COLD_ROW: Duration = Duration::from_micros(20);
@@ -42,6 +42,9 @@ struct Queue<T> {
 
 struct Shared<T> {
     queue: Mutex<Queue<T>>,
+    /// Whether a pop would find nothing yet, kept beside the lock: a consumer that looks again and again
+    /// must not take the lock from the thread it waits for.
+    pending: AtomicBool,
     filled: Condvar,
     drained: Condvar,
 }
@@ -50,6 +53,11 @@ impl<T> Shared<T> {
     // A panicking maker leaves the queue as it was before or after a push: it stays usable.
     fn lock(&self) -> MutexGuard<'_, Queue<T>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called with the lock held, after each change of what a pop would find.
+    fn note(&self, queue: &Queue<T>) {
+        self.pending.store(queue.ready.is_empty() && !queue.finished, Ordering::Release);
     }
 }
 
@@ -89,8 +97,12 @@ impl<T: Send + 'static> Ring<T> {
             consumer_sleeps: false,
             maker_sleeps: false,
         };
-        let shared =
-            Arc::new(Shared { queue: Mutex::new(queue), filled: Condvar::new(), drained: Condvar::new() });
+        let shared = Arc::new(Shared {
+            queue: Mutex::new(queue),
+            pending: AtomicBool::new(true),
+            filled: Condvar::new(),
+            drained: Condvar::new(),
+        });
         let thread_id = Arc::new(AtomicU32::new(0));
         let (theirs, id) = (Arc::clone(&shared), Arc::clone(&thread_id));
         let thread = std::thread::Builder::new().name("apr-dist-prefetch".into()).spawn(move || {
@@ -123,6 +135,7 @@ impl<T: Send + 'static> Ring<T> {
             queue.consumer_sleeps = false;
         }
         let popped = queue.ready.pop_front();
+        self.shared.note(&queue);
         let finished = queue.finished;
         let wake = queue.maker_sleeps && queue.ready.len() <= self.low_water;
         queue.maker_sleeps &= !wake;
@@ -139,6 +152,12 @@ impl<T: Send + 'static> Ring<T> {
 }
 
 impl<T> Ring<T> {
+    /// True while [`Ring::pop`] would have to wait.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        self.shared.pending.load(Ordering::Acquire)
+    }
+
     /// Page faults of the thread so far: (minor, major); None where the system does not tell.
     #[must_use]
     pub fn faults(&self) -> Option<(u64, u64)> {
@@ -185,6 +204,7 @@ impl<T> Drop for FinishOnDrop<'_, T> {
             queue.ready.push_back(Err(Error::Poisoned));
         }
         queue.finished = true;
+        self.0.note(&queue);
         drop(queue);
         self.0.filled.notify_all();
     }
@@ -207,6 +227,7 @@ fn run<T>(shared: &Shared<T>, depth: usize, make: &mut impl FnMut() -> Option<Re
         let failed = batch.is_err();
         let mut queue = shared.lock();
         queue.ready.push_back(batch);
+        shared.note(&queue);
         let wake = queue.consumer_sleeps;
         drop(queue);
         if wake {
@@ -245,6 +266,7 @@ pub struct Filler {
     span: usize,
     /// Steps that advice will still be given for without a sign that it is needed.
     advise: u32,
+    orders: Orders,
 }
 
 impl Filler {
@@ -263,6 +285,7 @@ impl Filler {
             planned_steps: 0,
             steps_ahead,
             advise: WARM_STEPS,
+            orders: Orders::default(),
         }
     }
 
@@ -293,7 +316,7 @@ impl Filler {
     fn plan(&mut self) -> Result<()> {
         while self.planned.len() <= self.steps_ahead && self.course.batches != Some(self.planned_steps) {
             let first = self.course.first + self.planned_steps * self.course.stride;
-            let rows = self.stream.rows(first, self.course.count, self.course.step)?;
+            let rows = self.stream.rows_with(first, self.course.count, self.course.step, &mut self.orders)?;
             self.planned_steps += 1;
             if self.advise > 0 {
                 let begun = Instant::now();

@@ -75,6 +75,11 @@ pub struct Progress {
     pub epoch: u64,
 }
 
+/// The permutations that positions were last looked up in, one a source: their keys are hashes, which
+/// consecutive batches need not work out anew.
+#[derive(Debug, Default)]
+pub struct Orders(Vec<Option<(u64, Permutation)>>);
+
 /// A pure function from position to row.
 #[derive(Debug)]
 pub struct Stream {
@@ -183,15 +188,23 @@ impl Stream {
     /// # Errors
     /// [`Error::End`] when the order does not wrap and ends before.
     pub fn rows(&self, first: u64, count: u64, step: u64) -> Result<Vec<Row>> {
+        self.rows_with(first, count, step, &mut Orders::default())
+    }
+
+    /// As [`Stream::rows`], with `orders` kept from one call on this stream to the next.
+    ///
+    /// # Errors
+    /// As [`Stream::rows`].
+    pub fn rows_with(&self, first: u64, count: u64, step: u64, orders: &mut Orders) -> Result<Vec<Row>> {
         if let Some(length) = self.length() {
             let last = first + count.saturating_sub(1);
             if last >= length {
                 return Err(Error::End { position: last, length });
             }
         }
-        let mut orders = vec![None; self.sources.len()];
+        orders.0.resize(self.sources.len(), None);
         let positions = (first..first + count).step_by(to_usize(step));
-        Ok(positions.map(|position| self.row(position, &mut orders)).collect())
+        Ok(positions.map(|position| self.row(position, &mut orders.0)).collect())
     }
 
     fn row(&self, position: u64, orders: &mut [Option<(u64, Permutation)>]) -> Row {

@@ -1,7 +1,7 @@
 //! DLPack: handing memory of this crate to tensor libraries without copying it.
 //!
-//! [`Memory`] goes out; [`Foreign`] memory comes in, to be filled. Layout and rules are those of the DLPack specification, version 1.0: a capsule named
-//! `dltensor_versioned` owns a `DLManagedTensorVersioned`; a consumer renames the capsule and calls
+//! [`Memory`] goes out; [`Foreign`] memory comes in, to be filled. Layout and rules are those of the DLPack
+//! specification, version 1.0: a capsule named `dltensor_versioned` owns a `DLManagedTensorVersioned`; a consumer renames the capsule and calls
 //! the deleter when its last tensor dies, from any thread, with or without the GIL. Every `unsafe` of
 //! the Python face is in this file.
 #![allow(unsafe_code)]
@@ -65,8 +65,8 @@ struct ManagedTensor {
 #[repr(C)]
 struct Export {
     managed: ManagedTensor,
-    shape: Box<[i64]>,
-    strides: Box<[i64]>,
+    shape: [i64; 2],
+    strides: [i64; 2],
     _owner: Box<dyn Any + Send>,
 }
 
@@ -76,10 +76,12 @@ pub struct Memory {
     pub data: *const c_void,
     /// Bits of an element.
     pub bits: u8,
-    /// Extent of each dimension.
-    pub shape: Box<[i64]>,
+    /// Dimensions: 1 or 2.
+    pub dimensions: i32,
+    /// Extent of each dimension; those beyond `dimensions` mean nothing.
+    pub shape: [i64; 2],
     /// Elements from one index of a dimension to the next.
-    pub strides: Box<[i64]>,
+    pub strides: [i64; 2],
     /// False asks consumers not to write; some cannot hold a tensor to it.
     pub writable: bool,
     /// Keeps `data` alive; dropped with the last tensor.
@@ -98,7 +100,7 @@ impl Memory {
                 tensor: Tensor {
                     data: self.data.cast_mut(),
                     device: Device { kind: CPU, id: 0 },
-                    ndim: i32::try_from(self.shape.len())?,
+                    ndim: self.dimensions,
                     dtype: DataType { code: SIGNED_INTEGER, bits: self.bits, lanes: 1 },
                     shape: std::ptr::null_mut(),
                     strides: std::ptr::null_mut(),
@@ -109,8 +111,8 @@ impl Memory {
             strides: self.strides,
             _owner: self.owner,
         }));
-        // SAFETY: `export` was made just now and nobody else knows it; the boxed slices do not move
-        // when their box does, so the pointers stay good until `delete`.
+        // SAFETY: `export` was made just now and nobody else knows it; it is boxed and does not move, so
+        // the pointers into it stay good until `delete`.
         unsafe {
             (*export).managed.tensor.shape = (*export).shape.as_mut_ptr();
             (*export).managed.tensor.strides = (*export).strides.as_mut_ptr();

@@ -170,6 +170,7 @@ impl Core {
         Memory {
             data: buffer.elements::<u8>().as_ptr().cast(),
             bits: self.element_bits(),
+            dimensions: 2,
             shape: signed([count, width]),
             strides: signed([width, 1]),
             writable: true,
@@ -187,13 +188,14 @@ impl Core {
         let width = self.stream.width();
         let list = PyList::empty(py);
         for view in views {
-            let (shape, strides) = match rows_per_view {
-                None => (signed([width]), signed([1])),
-                Some(rows) => (signed([rows, width]), signed([width - 1, 1])),
+            let (dimensions, shape, strides) = match rows_per_view {
+                None => (1, signed([width, 1]), signed([1, 1])),
+                Some(rows) => (2, signed([rows, width]), signed([width - 1, 1])),
             };
             view.check()?;
             let data = view.pointer().cast();
-            let memory = Memory { data, bits: 32, shape, strides, writable: false, owner: Box::new(view) };
+            let memory =
+                Memory { data, bits: 32, dimensions, shape, strides, writable: false, owner: Box::new(view) };
             list.append(memory.into_capsule(py)?)?;
         }
         Ok(list)
@@ -207,12 +209,13 @@ impl Core {
     }
 }
 
-fn signed<const N: usize>(values: [u64; N]) -> Box<[i64]> {
-    Box::new(values.map(u64::cast_signed))
+fn signed(values: [u64; 2]) -> [i64; 2] {
+    values.map(u64::cast_signed)
 }
 
 #[pymodule]
 fn _rust_loader(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<TokenStream>()?;
-    module.add_class::<prefetch::Prefetcher>()
+    module.add_class::<prefetch::Prefetcher>()?;
+    module.add_function(wrap_pyfunction!(sources::first_misfit, module)?)
 }

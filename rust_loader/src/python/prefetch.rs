@@ -125,8 +125,10 @@ impl Prefetcher {
         }
         // A batch that is being copied is there sooner than a sleeping thread wakes up.
         let begun = Instant::now();
-        while matches!(popped, Popped::Pending) && begun.elapsed() < SPIN {
-            std::hint::spin_loop();
+        if matches!(popped, Popped::Pending) {
+            while self.ring.is_pending() && begun.elapsed() < SPIN {
+                std::hint::spin_loop();
+            }
             popped = self.ring.pop(Duration::ZERO)?;
         }
         loop {

@@ -47,6 +47,27 @@ impl Parts {
     }
 }
 
+/// The first of `files` in `folder` that is not a regular file (no link) of its size: its index, and the
+/// size found, None where there is no such file. None when all are as they should be.
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value, reason = "what PyO3 makes of the arguments")]
+pub fn first_misfit(
+    py: Python<'_>,
+    folder: PathBuf,
+    files: Vec<String>,
+    sizes: Vec<u64>,
+) -> Option<(usize, Option<u64>)> {
+    py.detach(|| {
+        files.iter().zip(sizes).enumerate().find_map(|(index, (file, size))| match std::fs::symlink_metadata(
+            folder.join(file),
+        ) {
+            Ok(metadata) if metadata.is_file() && metadata.len() == size => None,
+            Ok(metadata) => Some((index, Some(metadata.len()))),
+            Err(_) => Some((index, None)),
+        })
+    })
+}
+
 /// `verify` by name.
 pub fn parse_verify(verify: &str) -> PyResult<Verify> {
     match verify {
