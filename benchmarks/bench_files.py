@@ -26,6 +26,7 @@ from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.atomic_files import AtomicFile
 from apr_dist.interop.huggingface import import_huggingface
 from apr_dist.interop.inspection import validate_file
 
@@ -44,6 +45,16 @@ def write_apr(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     with AprWriter(path, metadata=AprMetadata(), tensors=specs, overwrite=True) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor.numpy())
+
+
+def write_bare(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The same bytes into the same kind of file, but no checksum: no reader would take it."""
+    offset = 0
+    with AtomicFile(path, overwrite=True) as file:
+        for tensor in tensors.values():
+            view = memoryview(tensor.numpy()).cast("B")
+            file.write_at(offset, view)
+            offset += len(view)
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -77,7 +88,7 @@ def verify_apr(path: Path) -> None:
 
 
 def bare_crc(path: Path) -> None:
-    """CRC32 of the same bytes in equal parts on as many cores, not combined."""
+    """Zlib's CRC32 of the same bytes in equal parts on as many cores, not combined."""
     data = np.memmap(path, np.uint8, mode="r")
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(zlib.crc32, [data[i : i + (16 << 20)] for i in range(0, data.size, 16 << 20)]))
@@ -123,13 +134,17 @@ def main() -> None:
                 lambda: write_apr(apr, tensors),
                 lambda: write_safetensors(other, tensors),
             ),
+            "write, no checksum, fsynced / save_file, fsynced": (
+                lambda: write_bare(folder / "bare", tensors),
+                lambda: write_safetensors(other, tensors),
+            ),
             "load into memory / load_file and clone": (
                 lambda: load_apr(apr),
                 lambda: load_safetensors(other),
             ),
             "open as views / load_file": (lambda: open_apr(apr), lambda: open_safetensors(other)),
-            "verify / bare crc32 on as many cores": (lambda: verify_apr(apr), lambda: bare_crc(apr)),
-            "validate (checksums and finite scan) / bare crc32": (
+            "verify / bare zlib.crc32 on as many cores": (lambda: verify_apr(apr), lambda: bare_crc(apr)),
+            "validate (checksums and finite scan) / bare zlib.crc32": (
                 lambda: validate_file(apr),
                 lambda: bare_crc(apr),
             ),

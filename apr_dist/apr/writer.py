@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from zlib import crc32
 
-from apr_dist.apr.checksum import combine
+from apr_dist.apr.checksum import combine, crc32_of
 from apr_dist.apr.layout import (
     FOOTER_BYTES,
     HEADER_BYTES,
@@ -30,6 +29,8 @@ from apr_dist.apr.layout import (
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.atomic_files import AtomicFile
 from apr_dist.errors import OutputError
+
+_PIECE_BYTES = 1 << 20  # written and summed at a time: the second finds it in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +140,12 @@ class AprWriter:
             raise self._refused(
                 f"{done.written + len(view)} bytes given for tensor {name!r}", f"{entry.size_bytes} bytes"
             )
-        self._file.write_at(self._data_offset + entry.offset + done.written, view)
-        done.crc = crc32(view, done.crc)
-        done.written += len(view)
+        start = self._data_offset + entry.offset
+        for first in range(0, len(view), _PIECE_BYTES):
+            part = view[first : first + _PIECE_BYTES]
+            self._file.write_at(start + done.written, part)
+            done.crc = crc32_of(part, done.crc)
+            done.written += len(part)
 
     def _finish(self) -> None:
         """Write head, paddings and footer; the checksum comes from the pieces', nothing is read again."""
@@ -153,12 +157,12 @@ class AprWriter:
                     "every announced tensor, whole",
                 )
         self._file.write_at(0, self._head)
-        total, end = crc32(self._head), self._data_offset
+        total, end = crc32_of(self._head), self._data_offset
         for entry in self._entries.values():
             padding = bytes(align(entry.size_bytes) - entry.size_bytes)
             end = self._data_offset + entry.offset + entry.size_bytes
             self._file.write_at(end, padding)
-            total = crc32(padding, combine(total, self._progress[entry.name].crc, entry.size_bytes))
+            total = crc32_of(padding, combine(total, self._progress[entry.name].crc, entry.size_bytes))
             end += len(padding)
         self._file.write_at(end, total.to_bytes(FOOTER_BYTES, "little"))
 
