@@ -54,6 +54,14 @@ class StrategyChoice(StrEnum):
     ZERO3 = "zero3"
 
 
+class OffloadChoice(StrEnum):
+    """What lies in host memory between its uses, where the strategy can."""
+
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
+
+
 class Precision(StrEnum):
     """Compute type of forward and backward; weights and optimizer state stay f32."""
 
@@ -236,6 +244,9 @@ class CheckpointSection(Section):
 
     keep_last: int = Field(1, gt=0, description="newest step folders to keep")
     keep_every: int | None = Field(None, gt=0, description="also keep every step divisible by this")
+    background: bool = Field(
+        True, description="write while training goes on, from copies in host memory, where they fit"
+    )
 
 
 class ParallelSection(Section):
@@ -246,6 +257,10 @@ class ParallelSection(Section):
     )
     shard_size: int | None = Field(
         None, gt=0, description="with hsdp: processes that share one copy; none: those of one machine"
+    )
+    offload: OffloadChoice = Field(
+        OffloadChoice.NONE,
+        description="what lies in host memory: none, optimizer (ZeRO) or optimizer+parameters (zero3, FSDP2)",
     )
     precision: Precision = Field(Precision.F32, description="compute type: f32 or bf16 autocast")
     cpu_threads: int | None = Field(

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,7 +89,7 @@ def _ask_gates(
     HERE.enter(Phase.GATES)
     try:
         schedule_of(config)
-        point = _resume_point(config)
+        point = _resume_point(config, display.warn)
         folder = point.folder / "checkpoint.apr" if point else None
         found = run_preflight(config, world_size=world_size, say=display, resume_from=folder)
         if point is not None:
@@ -108,12 +108,12 @@ def _ask_gates(
     return found, point, None
 
 
-def _resume_point(config: TrainConfig) -> ResumePoint | None:
+def _resume_point(config: TrainConfig, say: Callable[[str], None]) -> ResumePoint | None:
     if config.resume == "never":
         return None
     from apr_dist.training.resume import find_resume_point  # noqa: PLC0415  (imports PyTorch)
 
-    return find_resume_point(config)
+    return find_resume_point(config, say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

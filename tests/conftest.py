@@ -31,8 +31,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """Tokenizer, shards, architecture and a pretrained model, shared by all workers of this session."""
-    root = tmp_path_factory.getbasetemp()
-    shared = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
     from builders.runs import make_inputs  # noqa: PLC0415  (imports PyTorch; most tests do not need it)
 
-    return make_inputs(shared / "shared")
+    return make_inputs(shared_folder(tmp_path_factory) / "shared")
+
+
+@pytest.fixture(scope="session")
+def strategies(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of finished runs of one, two and four processes under every strategy, shared by all workers."""
+    from builders.several import make_runs  # noqa: PLC0415  (imports PyTorch; most tests do not need it)
+
+    return make_runs(inputs, shared_folder(tmp_path_factory) / "strategies")
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this session see."""
+    root = factory.getbasetemp()
+    return root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root

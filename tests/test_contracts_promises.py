@@ -25,10 +25,11 @@ from apr_dist.gates.preflight import run_preflight
 from apr_dist.gates.weights import check_values
 from apr_dist.model.config import Family, preset
 from apr_dist.model.transformer import Decoder, init_weights
+from apr_dist.parallel import gather
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel import weights as parallel_weights
+from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.runtime import Runtime, reset_state
-from apr_dist.parallel.weights import load_weights, prove_weights, save_weights, weight_digests
+from apr_dist.parallel.weights import load_weights, prove_weights, weight_digests
 from apr_dist.training.verdict import final_gates
 
 if TYPE_CHECKING:
@@ -42,14 +43,19 @@ def runtime() -> Iterator[Runtime]:
     reset_state()
 
 
+def save(model: Decoder, path: Path, runtime: Runtime) -> None:
+    parts, metadata = gather.weight_parts(model, runtime), AprMetadata.from_mapping({})
+    gather.save_weights(parts, path, metadata, overwrite=True, exchange=Exchange(runtime))
+
+
 @pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-001")
 def test_one_value_that_did_not_arrive_stops_the_run_and_is_named(runtime: Runtime, tmp_path: Path) -> None:
     config = tiny_config(Family.QWEN2)
     source, model = tiny_decoder(config, seed=1), tiny_decoder(config, seed=2)
-    save_weights(source, tmp_path / "m.apr", AprMetadata.from_mapping({}), overwrite=False)
+    save(source, tmp_path / "m.apr", runtime)
     with AprReader(tmp_path / "m.apr") as reader:
         digests = load_weights(model, reader, runtime)
-    assert digests == weight_digests(source) == weight_digests(model)
+    assert digests == weight_digests(source, runtime) == weight_digests(model, runtime)
     name = "model.layers.1.self_attn.q_proj.bias"
     with torch.no_grad():
         model.get_parameter(name)[0] += 1e-3
@@ -97,42 +103,41 @@ def test_whether_the_loss_fell_is_said_and_stops_nothing(last: float, fell: bool
 class AlteringWriter(AprWriter):
     """A disk that changes one value of one tensor and says nothing."""
 
-    def write(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        changed = np.array(array)
+    def append(self, name: str, piece: np.ndarray[Any, Any]) -> None:
+        changed = np.array(piece)
         if name == "model.norm.weight":
             changed[0] += 1
-        super().write(name, changed)
+        super().append(name, changed)
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-002")
 def test_a_checkpoint_that_does_not_read_back_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_decoder()
-    save_weights(model, tmp_path / "good.apr", AprMetadata.from_mapping({}), overwrite=False)
-    monkeypatch.setattr(parallel_weights, "AprWriter", AlteringWriter)
+    save(model, tmp_path / "good.apr", runtime)
+    monkeypatch.setattr(gather, "AprWriter", AlteringWriter)
     with pytest.raises(WeightsRefused, match=r"CHECKPOINT-002.*model\.norm\.weight"):
-        save_weights(model, tmp_path / "bad.apr", AprMetadata.from_mapping({}), overwrite=False)
+        save(model, tmp_path / "bad.apr", runtime)
 
 
 class StoppingWriter(AprWriter):
     """A disk that fills up after the first tensor."""
 
-    def write(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        super().write(name, array)
+    def append(self, name: str, piece: np.ndarray[Any, Any]) -> None:
+        super().append(name, piece)
         raise OSError(28, "No space left on device")
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-010")
 def test_a_write_that_fails_half_way_leaves_the_checkpoint_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metadata = AprMetadata.from_mapping({})
-    save_weights(tiny_decoder(seed=1), tmp_path / "checkpoint.apr", metadata, overwrite=False)
+    save(tiny_decoder(seed=1), tmp_path / "checkpoint.apr", runtime)
     before = (tmp_path / "checkpoint.apr").read_bytes()
-    monkeypatch.setattr(parallel_weights, "AprWriter", StoppingWriter)
+    monkeypatch.setattr(gather, "AprWriter", StoppingWriter)
     with pytest.raises(OSError, match="No space"):
-        save_weights(tiny_decoder(seed=2), tmp_path / "checkpoint.apr", metadata, overwrite=True)
+        save(tiny_decoder(seed=2), tmp_path / "checkpoint.apr", runtime)
     assert (tmp_path / "checkpoint.apr").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.apr"]
 

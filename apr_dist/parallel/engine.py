@@ -8,8 +8,9 @@ alone when that norm, or the loss, is refused.
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,15 +81,42 @@ class _TorchEngine(Engine):
     def step(self, check: Check) -> float:
         """See `Engine.step`."""
         parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        gradients = [weight.grad for weight in parameters if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        check(float(norm))
-        torch.nn.utils.clip_grads_with_norm_(parameters, self._grad_clip, norm)
+        gradients = [_local(weight.grad) for weight in parameters if weight.grad is not None]
+        norm = global_norm(gradients, self._runtime)
+        check(norm)
+        share = self._grad_clip / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+        if share < 1:
+            torch._foreach_mul_(gradients, share)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
+
+
+NORM_BLOCK = 1024
+"""Elements whose squares are added in f32."""
+
+
+def global_norm(gradients: Sequence[Tensor], runtime: Runtime) -> float:
+    """L2 norm of all gradients over all ranks, each rank giving its parts; a collective.
+
+    Squares are added in f32 within short blocks and in f64 between them, so that the norm does not
+    depend on how tensors are cut (DeepSpeed adds in f64 too); no f64 copy of a gradient is made.
+    """
+    squares = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    for gradient in gradients:
+        flat = gradient.detach().view(-1)
+        blocks = flat.numel() // NORM_BLOCK * NORM_BLOCK
+        for part in (flat[:blocks].view(-1, NORM_BLOCK), flat[blocks:].view(1, -1)):
+            squares += torch.linalg.vector_norm(part, dim=1).double().square().sum()
+    # Ranks that hold copies of the same parts all add them.
+    copies = runtime.world_size // runtime.shard_size
+    if runtime.shard_size > 1:
+        squares = runtime.sum(squares.to(runtime.device)) / copies
+    return math.sqrt(float(squares))
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 class ReplicaEngine(_TorchEngine):
@@ -177,6 +205,7 @@ class ZeroEngine(Engine):
         self.evaluated = self._engine if runtime.strategy is Strategy.ZERO3 else decoder
         self.evidence = {**assert_spread(decoder, runtime), "zero_stage": stage}
         self.evidence["optimizer_elements"] = self._optimizer_elements(runtime)
+        self.evidence["optimizer"] = type(getattr(self.optimizer, "optimizer")).__name__  # noqa: B009
 
     def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
         """See `Engine.accumulate`."""

@@ -1,19 +1,20 @@
-"""Optimizer state as whole tensors by parameter name, wherever the strategy keeps its parts.
+"""Optimizer state as runs of whole tensors by parameter name, wherever the strategy keeps its parts.
 
-One tensor at a time travels, so a rank needs room for its part and one whole tensor. Files are the
-business of ``state``.
+Each rank gives and takes only what it holds; nothing travels here. Files are the business of ``state``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apr_dist.parallel.pieces import Piece, local, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharding import fill, gathered, received, whole_shape, zero3_part
 from apr_dist.parallel.strategy import Strategy
+from apr_dist.parallel.whereabouts import HERE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments, each of its parameter's shape."""
@@ -21,97 +22,119 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 """AdamW's counter of updates, the same for every parameter."""
 
-Read = Callable[[str], Tensor]
-"""Gives the whole value of ``NAME.exp_avg``, ``NAME.exp_avg_sq`` or ``NAME.step``."""
+Read = Callable[[str, int, Tensor], None]
+"""Fills a flat tensor with the elements of ``NAME.exp_avg`` or ``NAME.exp_avg_sq`` from a place on."""
 
 
-def whole_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime
-) -> Iterator[tuple[str, Tensor]]:
-    """Every moment and step counter as (``NAME.exp_avg``, ``NAME.exp_avg_sq``, ``NAME.step``; f32 values).
+def updates_done(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates the optimizer's state has seen; 0 where there is none yet."""
+    return next((int(state[STEP]) for state in optimizer.state.values() if STEP in state), 0)
 
-    A collective where optimizer state is sharded: every rank takes every item. Empty before a step.
+
+def moment_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime) -> Iterator[Piece]:
+    """This rank's share of every moment, as views; over all ranks each element comes exactly once.
+
+    Where ranks hold copies of the same elements, each gives another part of them. Empty before a step.
     """
-    whole = _whole_zero if runtime.strategy.zero_stage else _whole_torch
-    if runtime.strategy.zero_stage and optimizer.state:
-        _link(optimizer, runtime)
+    if not updates_done(optimizer):
+        return
+    pieces = _zero_pieces if runtime.strategy.zero_stage else _torch_pieces
+    yield from pieces(model, optimizer, runtime)
+
+
+def _torch_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime) -> Iterator[Piece]:
+    copy, copies = runtime.rank // runtime.shard_size, runtime.world_size // runtime.shard_size
     for name, weight in model.named_parameters():
-        for key in (*MOMENTS, STEP):
-            value = whole(optimizer, weight, key)
-            if value is None:
-                return
-            yield f"{name}.{key}", value
+        shape = whole_shape(weight)
+        start, _ = span(shape, runtime, runtime.rank)
+        for key in MOMENTS:
+            held = Piece(f"{name}.{key}", shape, start, local(optimizer.state[weight][key], runtime))
+            yield held.part(copy, copies)
 
 
-def _whole_torch(optimizer: torch.optim.Optimizer, weight: nn.Parameter, key: str) -> Tensor | None:
-    value = optimizer.state.get(weight, {}).get(key)
-    if value is None:
-        return None
-    with gathered(value) as whole:  # a new tensor, or the moment itself
-        return whole
+def _zero_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime) -> Iterator[Piece]:
+    from deepspeed.utils import safe_get_local_optimizer_state  # noqa: PLC0415  (slow, rarely needed)
+
+    if runtime.strategy is not Strategy.ZERO3:
+        _link(optimizer)
+    for name, weight in model.named_parameters():
+        shape = whole_shape(weight)
+        for key in MOMENTS:
+            if runtime.strategy is Strategy.ZERO3:
+                begin, end = span(shape, runtime, runtime.rank)
+                values = safe_get_local_optimizer_state(weight, key).detach().view(-1)[: end - begin]
+                yield Piece(f"{name}.{key}", shape, begin, values)
+            elif (held := fragment(weight)) is not None:
+                values = held.get_hp_fragment(key).detach().view(-1)
+                yield Piece(f"{name}.{key}", shape, held.lp_fragment_address.start, values)
 
 
-def _whole_zero(optimizer: torch.optim.Optimizer, weight: nn.Parameter, key: str) -> Tensor | None:
-    from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415  (slow, rarely needed)
-
-    states = optimizer.state
-    if not states:
-        return None
-    if key == STEP:
-        return next(
-            torch.as_tensor(state[STEP], dtype=torch.float32).detach().clone() for state in states.values()
-        )
-    value: Tensor = safe_get_full_optimizer_state(weight, key)
-    return value.detach().reshape(whole_shape(weight))
+def fragment(weight: Tensor) -> Any:
+    """Where ZeRO-1 and -2 keep this rank's part of a parameter's state; None: it has no part."""
+    return getattr(weight, "_hp_mapping")  # noqa: B009  (DeepSpeed's, unknown to the type checker)
 
 
 def fill_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, read: Read | None, runtime: Runtime
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, updates: int, read: Read, runtime: Runtime
 ) -> None:
-    """Give an optimizer without state the moments and counters that rank 0 reads; a collective.
+    """Give an optimizer without state the moments that ``read`` finds; each rank takes its own part.
 
     Args:
         model: the decoder whose parameters the optimizer holds.
         optimizer: AdamW, or DeepSpeed's wrapper of it.
-        read: on rank 0; None elsewhere.
+        updates: what the optimizer's counter says.
+        read: fills a tensor in host memory.
         runtime: this rank's view of the run.
     """
     if runtime.strategy.zero_stage:
-        _fill_zero(model, optimizer, read, runtime)
+        _fill_zero(model, optimizer, updates, read, runtime)
         return
     for name, weight in model.named_parameters():
-        like = weight.detach()
-        moments = {key: torch.zeros_like(like, memory_format=torch.contiguous_format) for key in MOMENTS}
-        # Fused AdamW keeps its step counter beside the weights.
-        moments[STEP] = torch.zeros((), dtype=torch.float32, device=weight.device)
-        for key, value in moments.items():
-            fill(value, None if read is None else read(f"{name}.{key}"), runtime)
-        optimizer.state[weight] = moments
+        start, _ = span(whole_shape(weight), runtime, runtime.rank)
+        state: dict[str, Tensor] = {
+            # Fused AdamW keeps its step counter beside the weights.
+            STEP: torch.tensor(float(updates), dtype=torch.float32, device=weight.device)
+        }
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(weight.detach(), memory_format=torch.contiguous_format)
+            _take(read, f"{name}.{key}", start, local(state[key], runtime))
+            HERE.moved()
+        optimizer.state[weight] = state
+
+
+def _take(read: Read, name: str, start: int, values: Tensor) -> None:
+    if values.device.type == "cpu":
+        read(name, start, values)
+        return
+    on_host = torch.empty(values.shape, dtype=values.dtype)
+    read(name, start, on_host)
+    values.copy_(on_host)
 
 
 def _fill_zero(
-    model: nn.Module, optimizer: torch.optim.Optimizer, read: Read | None, runtime: Runtime
+    model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, read: Read, runtime: Runtime
 ) -> None:
-    from deepspeed.utils import (  # noqa: PLC0415  (slow, rarely needed)
-        safe_set_full_optimizer_state,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed.utils import safe_set_local_optimizer_state  # noqa: PLC0415  (slow, rarely needed)
 
-    weights = dict(model.named_parameters())
-    first = next(iter(weights))
-    counter = received((), None if read is None else read(f"{first}.{STEP}"), runtime)
+    counts_in_tensors = isinstance(getattr(optimizer, "optimizer"), torch.optim.AdamW)  # noqa: B009
     for part in flat_parts(optimizer, runtime):
-        optimizer.state[part] = {key: torch.zeros_like(part.detach()) for key in MOMENTS}
-        optimizer.state[part][STEP] = counter.clone()
-    _link(optimizer, runtime)
-    for name, weight in weights.items():
+        state: dict[str, Any] = {key: torch.zeros_like(part.detach()) for key in MOMENTS}
+        counter = torch.tensor(float(updates), dtype=torch.float32, device=part.device)
+        state[STEP] = counter if counts_in_tensors else updates
+        optimizer.state[part] = state
+    if runtime.strategy is not Strategy.ZERO3:
+        _link(optimizer)
+    for name, weight in model.named_parameters():
         for key in MOMENTS:
-            whole = received(whole_shape(weight), None if read is None else read(f"{name}.{key}"), runtime)
+            HERE.moved()
             if runtime.strategy is Strategy.ZERO3:
-                part = zero3_part(whole, weight, runtime)
-                safe_set_local_optimizer_state(weight, part, key)
-            else:
-                safe_set_full_optimizer_state(weight, whole, key)
+                begin, end = span(whole_shape(weight), runtime, runtime.rank)
+                padded = torch.zeros(weight.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+                read(f"{name}.{key}", begin, padded[: end - begin])
+                safe_set_local_optimizer_state(weight, padded, key)
+            elif (held := fragment(weight)) is not None:
+                start, values = held.lp_fragment_address.start, held.get_hp_fragment(key)
+                _take(read, f"{name}.{key}", start, values.detach().view(-1))
 
 
 def flat_parts(optimizer: torch.optim.Optimizer, runtime: Runtime) -> list[Tensor]:
@@ -123,11 +146,10 @@ def flat_parts(optimizer: torch.optim.Optimizer, runtime: Runtime) -> list[Tenso
     return parts
 
 
-def _link(optimizer: torch.optim.Optimizer, runtime: Runtime) -> None:
+def _link(optimizer: torch.optim.Optimizer) -> None:
     """Tie parameters to their moments anew.
 
     ZeRO-1 and -2 do it once, after the first group's first step, when the other groups have none yet.
     """
-    if runtime.strategy is not Strategy.ZERO3:
-        optimizer._hp_optimizer_states_linked = False  # type: ignore[attr-defined]
-        optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
+    optimizer._hp_optimizer_states_linked = False  # type: ignore[attr-defined]
+    optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]

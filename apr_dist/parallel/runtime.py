@@ -27,11 +27,13 @@ from torch import nn
 from apr_dist.errors import AprDistError, DistributedError, UsageError
 from apr_dist.parallel.strategy import (
     NOT_AS_ASKED,
+    Offload,
     Strategy,
     choose,
     group_size,
     launched_world_size,
     prepare_for_deepspeed,
+    refuse_offload,
 )
 from apr_dist.parallel.whereabouts import HERE
 
@@ -54,6 +56,7 @@ class Runtime:
     shard_size: int
     device: torch.device
     cpu_threads: int
+    offload: Offload = Offload.NONE
 
     @property
     def is_main(self) -> bool:
@@ -127,6 +130,7 @@ def start(
     cpu_threads: int | None,
     timeout_s: float,
     shard_size: int | None = None,
+    offload: str = "none",
 ) -> Runtime:
     """Join the launched processes and prove that they are the ones that were asked for.
 
@@ -138,8 +142,11 @@ def start(
         timeout_s: longest a collective may wait, in seconds.
         shard_size: ranks that share one copy of the parameters under ``hsdp``; None: those of one machine.
 
+        offload: what lies in host memory: a value of `Offload`.
+
     Raises:
-        UsageError: CUDA was asked for and there is none, or the shard size does not fit.
+        UsageError: CUDA was asked for and there is none, the shard size does not fit, or the strategy
+            cannot offload that.
         DistributedError: the world size or strategy that is active is not the wanted one.
     """
     use_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
@@ -151,8 +158,9 @@ def start(
             remedy="use --device cpu, or check the driver with nvidia-smi",
         )
     wanted = choose(strategy)
+    refuse_offload(wanted, Offload(offload))
     if wanted.zero_stage:
-        prepare_for_deepspeed(use_cpu=use_cpu)
+        prepare_for_deepspeed(use_cpu=use_cpu, offload=Offload(offload))
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
     limits = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s))
     accelerator = Accelerator(
@@ -171,6 +179,7 @@ def start(
         world_size=accelerator.num_processes,
         device=accelerator.device,
         cpu_threads=threads,
+        offload=Offload(offload),
     )
 
 

@@ -1,29 +1,27 @@
-"""How a decoder is spread over the ranks, and one parameter made whole or filled at a time.
+"""How a decoder is spread over the ranks, and the proof that it is.
 
 FSDP2 shards are made here by ``fully_shard``: Accelerate's own FSDP2 path is DDP in silence on CPU, so
 it is not used on any device. ZeRO-3 shards are made by ``deepspeed.zero.Init``. What fills the shards
-and proves them is in ``weights``; how a step runs is in ``engine``.
+and proves their values is in ``weights``; how a step runs is in ``engine``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from apr_dist.errors import DistributedError
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder
+from apr_dist.parallel.pieces import whole_shape
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
+from apr_dist.parallel.strategy import NOT_AS_ASKED, Offload, Strategy
 from apr_dist.parallel.zero import zero_init
 
 
@@ -41,9 +39,19 @@ def build_decoder(config: TransformerConfig, runtime: Runtime) -> Decoder:
             decoder = Decoder(config)
         if runtime.strategy.is_fsdp:
             _shard(decoder, runtime)
-        decoder.to_empty(device=runtime.device)
+        _materialise(decoder, runtime)
     decoder.reset_buffers()
     return decoder
+
+
+def _materialise(decoder: Decoder, runtime: Runtime) -> None:
+    if runtime.offload is Offload.NONE:
+        decoder.to_empty(device=runtime.device)
+        return
+    decoder.to_empty(device="cpu")  # FSDP2 fetches offloaded parameters, but not the rotations
+    for module in decoder.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=runtime.device))
 
 
 def _shard(decoder: Decoder, runtime: Runtime) -> None:
@@ -57,6 +65,8 @@ def _shard(decoder: Decoder, runtime: Runtime) -> None:
         options["mp_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+    if runtime.offload is not Offload.NONE:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=runtime.device.type == "cuda")
     for block in decoder.model.layers:
         fully_shard(block, **options)
     fully_shard(decoder, **options)
@@ -70,103 +80,11 @@ def _mesh(runtime: Runtime) -> DeviceMesh:
     return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter, of which this rank may hold a part."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def reshard(model: nn.Module) -> None:
     """Give back what an FSDP2 forward without a backward left gathered; nothing elsewhere."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _whole(parameter: DTensor) -> Tensor:
-    """All rows of a sharded parameter in one new tensor; ``full_tensor`` would hold two for a moment."""
-    mesh, cut = parameter.device_mesh, _cut(parameter)
-    local, size = parameter.to_local().detach(), mesh.size(cut)
-    rows = -(-parameter.shape[0] // size)
-    if local.shape[0] < rows:
-        local = torch.nn.functional.pad(local, (0, 0) * (local.ndim - 1) + (0, rows - local.shape[0]))
-    whole = local.new_empty((size * rows, *local.shape[1:]))
-    _all_gather(whole, local.contiguous(), group=mesh.get_group(cut))
-    return whole[: parameter.shape[0]]
-
-
-def _cut(parameter: DTensor) -> int:
-    """The mesh dimension over which the parameter's rows are cut."""
-    (cut,) = (index for index, placement in enumerate(parameter.placements) if placement == Shard(0))
-    return cut
-
-
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""PyTorch 2.13 renamed it."""
-
-
-@contextlib.contextmanager
-def gathered(parameter: Tensor) -> Iterator[Tensor]:
-    """The whole values of one parameter, on every rank, while the block runs; read only.
-
-    A collective: every rank enters for the same parameters in the same order.
-    """
-    if isinstance(parameter, DTensor):
-        yield _whole(parameter)
-    elif hasattr(parameter, "ds_id"):
-        from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415  (slow to import, rarely needed)
-
-        with GatheredParameters([parameter]):
-            yield parameter.detach()
-    else:
-        yield parameter.detach()
-
-
-def fill(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
-    """Give one parameter, wherever its parts lie, the values rank 0 holds; a collective.
-
-    Args:
-        parameter: replicated, an FSDP2 shard, or a ZeRO-3 partition; or a moment lying like one.
-        values: the whole f32 values on rank 0, in host memory; None elsewhere.
-        runtime: this rank's view of the run.
-    """
-    if hasattr(parameter, "ds_id"):
-        from deepspeed.runtime.zero import GatheredParameters  # noqa: PLC0415  (slow to import, rarely needed)
-
-        with GatheredParameters([parameter], modifier_rank=0):
-            if values is not None:
-                parameter.data.copy_(values)
-    elif isinstance(parameter, DTensor):
-        whole = received(whole_shape(parameter), values, runtime)
-        parameter.to_local().copy_(_part(whole, parameter))
-    else:
-        if values is not None:
-            parameter.data.copy_(values)
-        runtime.broadcast(parameter.data)
-
-
-def received(shape: tuple[int, ...], values: Tensor | None, runtime: Runtime) -> Tensor:
-    """Rank 0's f32 values of this shape, on every rank's device; a collective."""
-    if values is None:
-        whole = torch.empty(shape, dtype=torch.float32, device=runtime.device)
-    else:
-        whole = values.to(runtime.device)  # on CPU the mapped file itself
-    runtime.broadcast(whole)
-    return whole
-
-
-def _part(whole: Tensor, parameter: DTensor) -> Tensor:
-    """The rows of the whole tensor that are this rank's: as `torch.chunk` cuts dimension 0."""
-    mesh, cut = parameter.device_mesh, _cut(parameter)
-    size, rank = mesh.size(cut), mesh.get_local_rank(cut)
-    rows = -(-whole.shape[0] // size)
-    return whole[min(rank * rows, whole.shape[0]) : min((rank + 1) * rows, whole.shape[0])]
-
-
-def zero3_part(whole: Tensor, parameter: Tensor, runtime: Runtime) -> Tensor:
-    """The elements of the whole tensor that are this rank's under ZeRO-3; the last part is padded."""
-    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    flat = whole.flatten()[runtime.rank * size : (runtime.rank + 1) * size]
-    return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
 def assert_spread(model: nn.Module, runtime: Runtime) -> dict[str, Any]:

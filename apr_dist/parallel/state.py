@@ -1,88 +1,235 @@
-"""Optimizer state between memory and one safetensors file, by parameter name.
+"""Training state in files: each rank writes what it holds, and any number of ranks reads it back.
 
-Names, not positions, tie a moment to its weight, so a file fits whatever order or grouping a later
-version builds; whole tensors, not shards, so it fits another world size or strategy. Rank 0 writes it
-and reads it for all. No pickle is written or read.
+``optimizer-00003-of-00008.safetensors`` holds flat runs of the moments by parameter name, with each one's
+place in its whole tensor, and the rank's random state; ``optimizer.json`` names the files with their
+digests. Names and places, not positions in a group, tie a moment to its weight, so the files fit another
+world size or strategy. ``torch.distributed.checkpoint`` does the same for its own layouts, but keeps its
+index as a pickle, which nothing here loads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from apr_dist.atomic_files import atomic_path
-from apr_dist.errors import DamagedModelFile
-from apr_dist.parallel.moments import MOMENTS, STEP, fill_moments
+from apr_dist.atomic_files import AtomicFile
+from apr_dist.errors import AprDistError, DamagedModelFile, OutputError
+from apr_dist.parallel.exchange import Exchange
+from apr_dist.parallel.moments import MOMENTS, fill_moments
+from apr_dist.parallel.pieces import Piece, whole_shape
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharding import whole_shape
 
 STATE_DAMAGED = "FALSIFY-APR-DIST-CHECKPOINT-006"
+INDEX_NAME = "optimizer.json"
+FORMAT = "apr-dist-adamw-v2"
+RANDOM = "random."
+"""Prefix of the tensors that hold a rank's random state, by device."""
+
+_TYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
-def save_optimizer(moments: Mapping[str, torch.Tensor], path: Path) -> str:
-    """Write whole moments and step counters, in host memory, atomically; rank 0 alone.
+def part_name(rank: int, world_size: int) -> str:
+    """File of one rank's state."""
+    return f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def random_pieces(device: torch.device) -> list[Piece]:
+    """This rank's random state: of the CPU, and of the GPU it trains on."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return [Piece(RANDOM + kind, tuple(state.shape), 0, state) for kind, state in states.items()]
+
+
+def write_part(pieces: Sequence[Piece], path: Path, moved: Callable[[], None]) -> str:
+    """Write one rank's pieces as a safetensors file, a tensor at a time, and read it back.
+
+    The library wants all tensors in host memory at once, so the header is written here; the format is
+    documented with it (8 bytes of length, JSON, the values in order).
+
+    Args:
+        pieces: what the rank holds, in host memory or not.
+        path: the file to make.
+        moved: called after each tensor.
 
     Returns:
-        ``sha256:...`` of the file's bytes (INV-TRAIN-003).
+        ``sha256:...`` of the file's bytes.
 
     Raises:
-        OutputError: it cannot be written; a file that stood there still stands.
+        OutputError: it cannot be written, or does not read back; a file that stood there still stands.
     """
-    with atomic_path(path, overwrite=True) as temporary:
-        try:
-            save_file(dict(moments), temporary, metadata={"format": "apr-dist-adamw-v1"})
-        except SafetensorError as error:  # the library wraps the operating system's refusal in its own
-            raise OSError(None, str(error)) from error
-    return file_digest(path)
+    hashed, at = hashlib.sha256(), 0
+    with AtomicFile(path, overwrite=True) as file:
+        for content in _contents(pieces):
+            hashed.update(content)
+            file.write_at(at, content)
+            at += len(content)
+            moved()
+    digest = f"sha256:{hashed.hexdigest()}"
+    if file_digest(path) != digest:
+        raise OutputError(
+            "what is on disk is not what was written",
+            where=path,
+            expected="every byte back",
+            remedy="check the disk; do not use this folder",
+            falsifier=STATE_DAMAGED,
+        )
+    return digest
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path | None, runtime: Runtime
+def _contents(pieces: Sequence[Piece]) -> Iterable[bytes | memoryview]:
+    places = {piece.name: [piece.start, *piece.shape] for piece in pieces}
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "places": json.dumps(places)}}
+    at = 0
+    for piece in pieces:
+        end = at + piece.values.numel() * piece.values.element_size()
+        kind = _TYPES[piece.values.dtype]
+        header[piece.name] = {"dtype": kind, "shape": [piece.values.numel()], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for piece in pieces:
+        if piece.values.numel():
+            yield host_bytes(piece.values)
+
+
+def host_bytes(values: Tensor) -> memoryview:
+    """The bytes of a flat tensor's values, copied to host memory where they are not there."""
+    array: Any = values.detach().cpu().contiguous().numpy()
+    return memoryview(array).cast("B")
+
+
+def index_text(digests: dict[str, str], *, updates: int) -> bytes:
+    """Content of the index: the files of a step folder's state and how many updates it has seen."""
+    return (json.dumps({"format": FORMAT, "updates": updates, "files": digests}, indent=2) + "\n").encode()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a step folder's training state.
+
+    Raises:
+        DamagedModelFile: there is none, or it is not one.
+    """
+    path = folder / INDEX_NAME
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index["format"] != FORMAT or not index["files"]:
+            raise ValueError(f"format {index['format']} with {len(index['files'])} files")
+        int(index["updates"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"the index of the training state cannot be read ({error})") from error
+    found: dict[str, Any] = index
+    return found
+
+
+def restore(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, runtime: Runtime, exchange: Exchange
 ) -> None:
-    """Give the optimizer of every rank the state in rank 0's file.
+    """Give every rank's optimizer and random generators the state in a step folder.
 
     Args:
         model: the decoder whose parameters the optimizer holds.
-        optimizer: AdamW without state.
-        path: the file on rank 0, None elsewhere.
+        optimizer: AdamW without state, or DeepSpeed's wrapper of it.
+        folder: the step folder, which every rank reads.
         runtime: this rank's view of the run.
+        exchange: over which the ranks agree.
 
     Raises:
-        DamagedModelFile: on every rank: not a state file, or not of this model.
+        DamagedModelFile: on every rank: not such a state, or not of this model.
     """
-    error = None
-    if path is not None:
-        try:
-            _check_names(model, path)
-        except DamagedModelFile as damaged:
-            error = damaged
-    runtime.agree(error)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_opened(path)) if path is not None else None
-        empty = runtime.broadcast_json(None if file is None else not file.keys())
-        if empty:  # saved before the first step
-            return
-        fill_moments(model, optimizer, None if file is None else file.get_tensor, runtime)
+    error: AprDistError | None = None
+    try:
+        _load(model, optimizer, folder, runtime)
+    except AprDistError as damaged:
+        error = damaged
+    exchange.agree(error)
 
 
-def _check_names(model: nn.Module, path: Path) -> None:
+def _load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, runtime: Runtime) -> None:
+    index = read_index(folder)
+    mine = part_name(runtime.rank, runtime.world_size)
+    files = sorted(index["files"], key=lambda name: (name != mine, name))  # its own first, often enough
+    parts = _Parts([folder / name for name in files])
+    if index["updates"]:
+        shapes = {
+            f"{name}.{key}": whole_shape(weight)
+            for name, weight in model.named_parameters()
+            for key in MOMENTS
+        }
+        parts.refuse_others(shapes)
+        fill_moments(model, optimizer, updates=int(index["updates"]), read=parts.read, runtime=runtime)
+    if mine in files:
+        _restore_random(folder / mine, runtime.device)
+
+
+def _restore_random(path: Path, device: torch.device) -> None:
     with _opened(path) as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    wanted = {
-        f"{name}.{key}": () if key == STEP else whole_shape(weight)
-        for name, weight in model.named_parameters()
-        for key in (*MOMENTS, STEP)
-    }
-    odd = [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
-    if found and odd:
-        raise _damaged(path, f"{len(odd)} tensors are missing, left over or misshapen, first {min(odd)}")
+        names = set(file.keys())
+        if RANDOM + "cpu" in names:
+            torch.set_rng_state(file.get_tensor(RANDOM + "cpu"))
+        if device.type == "cuda" and RANDOM + "cuda" in names:
+            torch.cuda.set_rng_state(file.get_tensor(RANDOM + "cuda"), device)
+
+
+class _Parts:
+    """The files of one state, opened when something in them is needed."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._opened: dict[Path, tuple[safe_open, dict[str, list[int]]]] = {}
+
+    def refuse_others(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """The state must be of exactly these tensors."""
+        path = self._paths[0]
+        found = {
+            name: tuple(place[1:])
+            for name, place in self._open(path)[1].items()
+            if not name.startswith(RANDOM)
+        }
+        odd = [name for name in found if shapes.get(name) != found[name]]
+        if odd:
+            raise _damaged(path, f"{len(odd)} tensors are left over or misshapen, first {min(odd)}")
+
+    def read(self, name: str, start: int, values: Tensor) -> None:
+        """Fill ``values`` with the elements of ``name`` from ``start`` on.
+
+        Raises:
+            DamagedModelFile: some of them are in no file.
+        """
+        missing = values.numel()
+        for path in self._paths:
+            if not missing:
+                return
+            file, places = self._open(path)
+            if name not in places:
+                continue
+            held = file.get_slice(name)  # type: ignore[no-untyped-call]
+            begin = places[name][0]
+            first = max(start, begin)
+            last = min(start + values.numel(), begin + held.get_shape()[0])
+            if first < last:
+                values[first - start : last - start] = held[first - begin : last - begin]
+                missing -= last - first
+        if missing:
+            raise _damaged(self._paths[0].parent, f"{missing} elements of {name} are in no file")
+
+    def _open(self, path: Path) -> tuple[safe_open, dict[str, list[int]]]:
+        if path not in self._opened:
+            file = _opened(path)
+            try:
+                places = json.loads(file.metadata()["places"])  # type: ignore[no-untyped-call]
+            except (ValueError, KeyError, TypeError) as error:
+                raise _damaged(path, f"it does not say what it holds ({error})") from error
+            self._opened[path] = (file, places)
+        return self._opened[path]
 
 
 def file_digest(path: Path) -> str:
@@ -102,7 +249,7 @@ def _damaged(path: Path, what: str) -> DamagedModelFile:
     return DamagedModelFile(
         what,
         where=path,
-        expected="the optimizer state that was saved with this checkpoint",
+        expected="the training state that was saved with this checkpoint, in a folder every machine sees",
         remedy="resume from an earlier step folder, or start from checkpoint.apr with --init",
         falsifier=STATE_DAMAGED,
     )

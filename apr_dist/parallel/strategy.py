@@ -51,6 +51,34 @@ class Strategy(StrEnum):
         return self.is_fsdp or self.zero_stage > 0
 
 
+class Offload(StrEnum):
+    """What lies in host memory between its uses."""
+
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
+
+
+def refuse_offload(strategy: Strategy, offload: Offload) -> None:
+    """Offload only what the strategy can keep in host memory.
+
+    Raises:
+        UsageError: naming what the strategy can.
+    """
+    possible = [Offload.NONE]
+    if strategy.zero_stage:
+        possible.append(Offload.OPTIMIZER)
+    if strategy.is_fsdp or strategy is Strategy.ZERO3:
+        possible.append(Offload.OPTIMIZER_AND_PARAMETERS)
+    if offload not in possible:
+        raise UsageError(
+            f"parallel.offload is {offload} under strategy {strategy}",
+            expected=f"one of {', '.join(possible)}",
+            remedy="optimizer needs zero1, zero2 or zero3; optimizer+parameters needs zero3, fsdp2,"
+            " shard-grad-op or hsdp",
+        )
+
+
 def launched_world_size() -> int:
     """How many processes the launcher started (``WORLD_SIZE``; 1 without a launcher)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -112,23 +140,25 @@ def group_size(strategy: Strategy, world: int, asked: int | None) -> int:
     return size
 
 
-def prepare_for_deepspeed(*, use_cpu: bool) -> None:
+def prepare_for_deepspeed(*, use_cpu: bool, offload: Offload) -> None:
     """Let DeepSpeed find the device and its build tools; call before the first process group.
 
     Raises:
-        DistributedError: on CPU DeepSpeed builds a communication module, and there is no C++ compiler.
+        DistributedError: DeepSpeed builds a module (for CPU ranks to communicate, for an offloaded
+            optimizer to update), and there is no C++ compiler.
     """
     old_names = r".*(all_gather_into|reduce_scatter)_tensor.*"  # which DeepSpeed still calls
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
-    if not use_cpu:
+    if use_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    elif offload is Offload.NONE:
         return
-    os.environ["DS_ACCELERATOR"] = "cpu"
     if shutil.which("ninja") is None:  # installed beside this Python, whose folder need not be on the path
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
-    compiler = os.environ.get("CXX", "c++")
+    compiler, purpose = os.environ.get("CXX", "c++"), "CPU ranks" if use_cpu else "offloading"
     if shutil.which(compiler) is None:
         raise DistributedError(
-            f"DeepSpeed builds a module for CPU ranks, and the C++ compiler {compiler} is not there",
+            f"DeepSpeed builds a module for {purpose}, and the C++ compiler {compiler} is not there",
             expected="a C++ compiler on the path",
             remedy="install g++ or name a compiler in CXX, or use --parallel.strategy fsdp2",
         )

@@ -1,30 +1,26 @@
-"""Weights between one file and all ranks, one tensor at a time, proven on arrival.
+"""Weights from one file to all ranks, one tensor at a time, proven on arrival.
 
-Rank 0 reads a tensor, every rank receives it, nobody ever holds a second copy of the model. What
-arrived is proven by digest against what the file holds. Which tensors a file must hold is the
-business of ``gates.weights``; sharded training state is not handled here.
+Rank 0 reads a tensor, every rank receives its part of it, nobody ever holds a second copy of the model.
+What arrived is proven by digest against what the file holds. Which tensors a file must hold is the
+business of ``gates.weights``; the way back into a file is in ``gather``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from apr_dist.apr.digests import values_digest as _digest_array
 from apr_dist.apr.digests import weights_digest
-from apr_dist.apr.layout import VOCABULARY, DType, Flag
-from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
-from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.errors import AprDistError, WeightsRefused
+from apr_dist.errors import WeightsRefused
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import initial_weight
+from apr_dist.parallel.pieces import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharding import fill, gathered, reshard, whole_shape
+from apr_dist.parallel.sharding import reshard
 
 ARRIVAL = "FALSIFY-APR-DIST-TRAINER-001"
 """Falsifier of every refusal that a weight in the network is not the weight in the file."""
@@ -116,7 +112,7 @@ def prove_weights(model: nn.Module, expected: Mapping[str, str], runtime: Runtim
     Raises:
         WeightsRefused: on all ranks, naming the first tensor that differs on the lowest such rank.
     """
-    found = weight_digests(model)
+    found = weight_digests(model, runtime)
     wrong = [name for name in found if expected.get(name) != found[name]]
     wrong += [name for name in expected if name not in found]
     counts = torch.zeros(runtime.world_size, dtype=torch.int64, device=runtime.device)
@@ -132,96 +128,27 @@ def prove_weights(model: nn.Module, expected: Mapping[str, str], runtime: Runtim
         )
 
 
-def weight_digests(model: nn.Module) -> dict[str, str]:
+def weight_digests(model: nn.Module, runtime: Runtime) -> dict[str, str]:
     """Digest of each parameter's whole f32 values, by name; a collective where parameters are sharded."""
     found = {}
     for name, parameter in named_weights(model):
-        with gathered(parameter) as values:
-            found[name] = _digest(values)
+        hashed = xxhash.xxh3_128()
+        for run in whole_in_runs(parameter, runtime):
+            hashed.update(host_array(run).data)
+        found[name] = hashed.hexdigest()
     return found
 
 
-def model_digest(model: nn.Module) -> str:
+def model_digest(model: nn.Module, runtime: Runtime) -> str:
     """``sha256:...`` over the names and digests of all parameters: the identity of the weights."""
-    return weights_digest(weight_digests(model))
+    return weights_digest(weight_digests(model, runtime))
 
 
-def save_weights(
-    model: nn.Module,
-    path: Path,
-    metadata: AprMetadata | None,
-    *,
-    overwrite: bool,
-    runtime: Runtime | None = None,
-) -> None:
-    """Write every parameter as f32 into one APR file on rank 0, and read it back to prove it.
-
-    With a runtime every rank calls this, and sharded tensors are gathered one at a time.
-
-    Args:
-        model: the decoder.
-        path: the file to make.
-        metadata: on rank 0; None elsewhere.
-        overwrite: whether an existing file may be replaced.
-        runtime: this rank's view of the run; None: this process holds the model alone.
-
-    Raises:
-        OutputError: on all ranks: the file cannot be written; what was there before is still there.
-        WeightsRefused: on all ranks: the file on disk does not hold what the model holds.
-    """
-    weights = dict(sorted(named_weights(model), key=lambda item: item[0].encode()))
-    error: AprDistError | None = None
-    turns = iter(weights.items())
-    if metadata is not None:
-        try:
-            _write(path, metadata, turns, weights, overwrite=overwrite)
-        except AprDistError as refused:
-            if runtime is None:
-                raise
-            error = refused
-    if runtime is None:
-        return
-    # The other ranks only give their parts; after a refusal so does rank 0, that nobody waits for it.
-    for _, parameter in turns:
-        with gathered(parameter):
-            pass
-    runtime.agree(error)
-
-
-def _write(
-    path: Path,
-    metadata: AprMetadata,
-    turns: Iterator[tuple[str, nn.Parameter]],
-    weights: Mapping[str, nn.Parameter],
-    *,
-    overwrite: bool,
-) -> None:
-    specs = [TensorSpec(name, DType.F32, whole_shape(weight)) for name, weight in weights.items()]
-    written: dict[str, str] = {}
-    flags = Flag.ROW_MAJOR | (Flag.HAS_VOCAB if VOCABULARY in metadata.custom else Flag(0))
-    with AprWriter(path, metadata=metadata, tensors=specs, flags=flags, overwrite=overwrite) as writer:
-        for name, parameter in turns:
-            with gathered(parameter) as values:
-                array = _host_array(values)
-                written[name] = _digest_array(array)
-                writer.write(name, array)
-    with AprReader(path) as reader:
-        for name, value in written.items():
-            if name not in reader.tensors or _digest_array(reader.float32(name)) != value:
-                raise WeightsRefused(
-                    f"{name} on disk is not the tensor that was saved",
-                    where=path,
-                    expected="every tensor back bit for bit",
-                    remedy="check the disk; do not use this file",
-                    falsifier="FALSIFY-APR-DIST-CHECKPOINT-002",
-                )
-            reader.forget(name)
-
-
-def _host_array(weight: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = weight.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
+def host_array(values: torch.Tensor) -> np.ndarray:
+    """Values as a contiguous f32 array in host memory."""
+    array: np.ndarray = values.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
     return array
 
 
 def _digest(values: torch.Tensor) -> str:
-    return _digest_array(_host_array(values))
+    return xxhash.xxh3_128_hexdigest(host_array(values).data)

@@ -12,6 +12,7 @@ from typing import Any
 
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.strategy import Offload
 
 BUCKET_ELEMENTS = 100_000_000
 """Elements reduced or gathered together: 400 MB in f32."""
@@ -48,8 +49,18 @@ def zero_config(
             "stage3_max_live_parameters": 10 * BUCKET_ELEMENTS,
             "stage3_max_reuse_distance": 10 * BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": kept_whole,
+            **_offloaded(runtime),
         },
     }
+
+
+def _offloaded(runtime: Runtime) -> dict[str, Any]:
+    """Page-locked host memory only where a GPU reads it."""
+    place = {"device": "cpu", "pin_memory": runtime.device.type == "cuda"}
+    if runtime.offload is Offload.NONE:
+        return {}
+    both = runtime.offload is Offload.OPTIMIZER_AND_PARAMETERS
+    return {"offload_optimizer": place, **({"offload_param": place} if both else {})}
 
 
 def zero_init(config: TransformerConfig, runtime: Runtime) -> contextlib.AbstractContextManager[Any]:

@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from apr_dist.errors import WeightsRefused
-from apr_dist.parallel.sharding import whole_shape
+from apr_dist.errors import DistributedError, WeightsRefused
+from apr_dist.parallel.pieces import whole_shape
 
 
 def build_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    offloaded: bool = False,
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on tensors of two or more dimensions only.
 
-    Uses torch's fused kernel, which exists for CPU and CUDA and updates each element in one pass.
+    Uses torch's fused kernel, which exists for CPU and CUDA and updates each element in one pass; for
+    an optimizer that ZeRO keeps in host memory, DeepSpeed's vectorised one, which it compiles at first use.
 
     Raises:
         WeightsRefused: a trainable parameter is in no group or in two.
+        DistributedError: DeepSpeed's optimizer cannot be compiled.
     """
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     matrices = [weight for weight in parameters if len(whole_shape(weight)) >= 2]
     vectors = [weight for weight in parameters if len(whole_shape(weight)) < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        fused=True,
-    )
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if offloaded:
+        optimizer = _on_host(groups, lr=lr, betas=betas, eps=eps)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     assert_each_parameter_once(model, optimizer)
+    return optimizer
+
+
+def _on_host(
+    groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: PLC0415  (slow to import, rarely needed)
+
+    try:
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, lr=lr, betas=betas, eps=eps, adamw_mode=True
+        )
+    except RuntimeError as error:
+        raise DistributedError(
+            f"DeepSpeed's optimizer for host memory cannot be compiled ({error.__cause__ or error})",
+            where="--parallel.offload",
+            expected="a C++ compiler that builds deepspeed.ops.adam.DeepSpeedCPUAdam",
+            remedy="run ds_report to see what is missing, or use --parallel.offload none",
+        ) from error
     return optimizer
 
 

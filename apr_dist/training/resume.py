@@ -6,6 +6,7 @@ another schedule, seed or batch is another run, and its losses would say nothing
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ _FREE = {
     *("progress", "device", "steps_per_epoch", "micro_batch_size", "target_val_loss"),
     *(
         "parallel.strategy",
+        "parallel.shard_size",
+        "parallel.offload",
         "parallel.cpu_threads",
         "parallel.timeout_s",
         "parallel.hang_s",
@@ -33,8 +36,8 @@ _FREE = {
         "loader.pin_memory",
         "compute.activation_checkpointing",
     ),
-    *("early_stop.patience", "early_stop.min_epochs", "checkpoint.keep_last", "checkpoint.keep_every"),
-    "evaluation.micro_batch_size",
+    *("early_stop.patience", "early_stop.min_epochs", "evaluation.micro_batch_size"),
+    *("checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.background"),
 }
 """Keys that change where and how often, not what is computed. Files are compared by content instead; a
 mixture's fingerprint holds its weights."""
@@ -48,8 +51,8 @@ class ResumePoint:
     state: SavedState
 
 
-def find_resume_point(config: TrainConfig) -> ResumePoint | None:
-    """The step folder ``--resume`` means, or None to begin at step 0.
+def find_resume_point(config: TrainConfig, say: Callable[[str], None]) -> ResumePoint | None:
+    """The step folder ``--resume`` means, or None to begin at step 0; says which ones it passes over.
 
     Raises:
         UsageError: a setting that alters the mathematics differs and is not named.
@@ -57,7 +60,10 @@ def find_resume_point(config: TrainConfig) -> ResumePoint | None:
     """
     if config.resume == NEVER:
         return None
-    folder = newest_whole(config.run_dir) if config.resume == AUTO else Path(config.resume)
+    if config.resume == AUTO:
+        folder = newest_whole(config.run_dir, lambda damaged: say(f"passed over: {damaged}"))
+    else:
+        folder = Path(config.resume)
     if folder is None:
         return None
     point = ResumePoint(folder=folder, state=read_state(folder))

@@ -30,8 +30,10 @@ from apr_dist.model.loss import choose_loss_backend
 from apr_dist.model.matmul import cpu_matmul_backend
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
+from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
+from apr_dist.parallel.state import restore
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.weights import draw_weights, load_weights
 from apr_dist.parallel.whereabouts import HERE, Phase
@@ -45,7 +47,7 @@ from apr_dist.training.random_start import RandomStart, can_measure, compare_wit
 from apr_dist.training.resume import ResumePoint
 from apr_dist.training.run_log import LOG_NAME, RunLog
 from apr_dist.training.saving import Saver
-from apr_dist.training.step_folders import CHECKPOINT_NAME, OPTIMIZER_NAME, SavedState
+from apr_dist.training.step_folders import CHECKPOINT_NAME, SavedState
 from apr_dist.training.trainer import Trainer, TrainingData
 from apr_dist.training.verdict import Verdict
 
@@ -84,6 +86,7 @@ def execute(
         cpu_threads=options.cpu_threads,
         timeout_s=options.timeout_s,
         shard_size=options.shard_size,
+        offload=options.offload,
     )
     _watch_all(watch, runtime, hang_s=options.hang_s)
     runtime.agree(refusal)
@@ -123,7 +126,7 @@ def execute(
         start=start,
         results=[GateResult(**gate) for gate in facts["gates"]] + [arrived],
         resumed=resumed,
-        moments=point.folder / OPTIMIZER_NAME if point else None,
+        step_folder=Path(facts["step_folder"]) if facts["step_folder"] else None,
         display=display,
     )
     return _train(session, watch)
@@ -161,7 +164,7 @@ def _say_how(config: TrainConfig, runtime: Runtime, say: Display) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Session:
-    """What one run holds while it trains; ``moments`` is the optimizer file to resume, on rank 0 only."""
+    """What one run holds while it trains; ``step_folder`` is the one it goes on from, on every rank."""
 
     config: TrainConfig
     runtime: Runtime
@@ -169,7 +172,7 @@ class _Session:
     start: Start
     results: list[GateResult]
     resumed: SavedState | None
-    moments: Path | None
+    step_folder: Path | None
     display: Display
 
 
@@ -183,6 +186,7 @@ def _shared(preflight: Preflight, point: ResumePoint | None) -> dict[str, Any]:
         "provenance": preflight.provenance,
         "recorded_val_loss": preflight.recorded_val_loss,
         "resumed": asdict(point.state) if point else None,
+        "step_folder": str(point.folder.absolute()) if point else None,
         "weights_from": str(preflight.reader.path) if preflight.reader else None,
     }
 
@@ -310,6 +314,7 @@ def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
         after_step=resumed.step if resumed else None,
     )
     stack.enter_context(metrics)
+    exchange = Exchange(runtime)
     trainer = Trainer(
         config=config,
         runtime=runtime,
@@ -318,12 +323,12 @@ def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
         train_data=train_data,
         eval_data=eval_data,
         metrics=metrics,
-        saver=Saver(config, runtime, session.start, config.run_dir, session.display),
+        saver=Saver(config, runtime, session.start, config.run_dir, exchange, session.display),
         display=session.display,
         resumed=resumed,
     )
-    if resumed is not None:
-        trainer.restore_optimizer(session.moments)
+    if resumed is not None and session.step_folder is not None:
+        restore(session.model, trainer.engine.optimizer, session.step_folder, runtime, exchange)
         session.display(f"going on after step {resumed.step}, with the optimizer state of that step")
     return trainer
 

@@ -1,21 +1,42 @@
-"""Saving: one whole step folder at a time, on rank 0, read back before the one before it may go."""
+"""Saving: one whole step folder at a time, read back before the one before it may go.
+
+Each rank copies what it gives into host memory, and training goes on while a thread writes the copies;
+where the copies do not fit, or on request, training waits for the write instead. One save is under way at
+a time, and what fails in one is raised on all ranks at a step's end, never lost.
+"""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
+import psutil
 import torch
 from torch import nn
 
+from apr_dist.apr.metadata import AprMetadata
 from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.config import TrainConfig
-from apr_dist.parallel.moments import whole_moments
+from apr_dist.errors import AprDistError, DistributedError
+from apr_dist.parallel.exchange import Exchange
+from apr_dist.parallel.gather import WeightParts, save_weights, weight_parts
+from apr_dist.parallel.moments import moment_pieces, updates_done
+from apr_dist.parallel.pieces import Piece
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.state import file_digest, save_optimizer
-from apr_dist.parallel.weights import save_weights
+from apr_dist.parallel.state import (
+    INDEX_NAME,
+    file_digest,
+    index_text,
+    part_name,
+    random_pieces,
+    write_part,
+)
+from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.checkpoint import (
     FACTS_NAME,
     CheckpointFacts,
@@ -24,68 +45,186 @@ from apr_dist.training.checkpoint import (
     perplexity,
 )
 from apr_dist.training.progress import Progress, Start
-from apr_dist.training.step_folders import (
-    CHECKPOINT_NAME,
-    OPTIMIZER_NAME,
-    SavedState,
-    finish,
-    retire,
-    step_folder,
-)
+from apr_dist.training.step_folders import CHECKPOINT_NAME, SavedState, finish, retire, step_folder
+
+LEAVING_S = 8.0
+"""How long a run that ends with an error still waits for the save under way."""
+
+ROOM = 1.25
+"""Host memory that must be free before copies are made, as a multiple of the copies of this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What one save writes; ``metadata``, ``state`` and ``facts`` are rank 0's."""
+
+    folder: Path
+    weights: WeightParts
+    pieces: list[Piece]
+    updates: int
+    metadata: AprMetadata | None
+    state: SavedState
+    facts: CheckpointFacts
+    began: float
+
+    def on_host(self) -> _Job:
+        """The same with copies of what is trained."""
+        pieces = [piece.on_host() for piece in self.pieces]
+        return replace(self, weights=self.weights.on_host(), pieces=pieces)
+
+    def copied_bytes(self) -> int:
+        """Bytes of those copies."""
+        pieces = [*self.pieces, *self.weights.pieces.values()]
+        return sum(piece.values.numel() * piece.values.element_size() for piece in pieces)
 
 
 class Saver:
-    """Writes where a run is; what it wrote last is always whole.
+    """Writes where a run is; what it wrote last is always whole. Making and leaving one are collectives.
 
     Args:
         config: the resolved configuration.
         runtime: this rank's view of the processes.
         start: what the run starts from.
-        run_dir: the run folder.
+        run_dir: the run folder, which every rank sees.
+        exchange: the ranks' own group for saving.
         say: prints one line on rank 0.
     """
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, start: Start, run_dir: Path, say: Callable[[str], None]
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        start: Start,
+        run_dir: Path,
+        exchange: Exchange,
+        say: Callable[[str], None],
     ) -> None:
         self._config, self._runtime, self._start = config, runtime, start
-        self._run_dir, self._say = run_dir, say
+        self._run_dir, self._exchange, self._say = run_dir, exchange, say
         self._began = time.perf_counter()
+        self._thread: threading.Thread | None = None
+        self._error: AprDistError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has failed on this rank; `finish` says how."""
+        return self._error is not None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Save model, optimizer and progress as one step folder; every rank calls this.
 
+        Returns when everything is copied, or, where there is no room for copies, when it is written.
+
         Raises:
-            OutputError: on every rank; the folder before it is untouched.
-            WeightsRefused: the file on disk does not hold what the model holds.
+            AprDistError: on every rank, what went wrong in the save before or in this one so far; the
+                folder before it is untouched.
         """
+        self.finish()
+        job = self._job(model, optimizer, progress)
+        self._runtime.on_main(lambda: _make(job.folder))
+        if not self._copies_fit(job):
+            self._write(job)
+            self.finish()
+            return
+        job = job.on_host()
+        self._thread = threading.Thread(target=self._write, args=(job,), name="saving", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the save under way; every rank calls this.
+
+        Raises:
+            AprDistError: on every rank, what went wrong in it.
+        """
+        if self._thread is not None:
+            with HERE.during(Phase.SAVING, step=HERE.step):
+                while self._thread.is_alive():
+                    self._thread.join(1.0)
+                    HERE.moved_at = max(HERE.moved_at, self._exchange.moved_at)
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self._thread is not None:  # another error ends the run: the save under way gets a moment
+            self._thread.join(LEAVING_S)
+
+    def _copies_fit(self, job: _Job) -> bool:
+        """Whether every rank has room for its copies; a collective."""
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed = ROOM * job.copied_bytes() * local
+        short = not self._config.checkpoint.background or psutil.virtual_memory().available < needed
+        count = torch.tensor([int(short)], dtype=torch.int64, device=self._runtime.device)
+        return not int(self._runtime.sum(count))
+
+    def _job(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> _Job:
         began = time.perf_counter()
-        runtime, folder = self._runtime, step_folder(self._run_dir, progress.step)
-        runtime.on_main(lambda: _make(folder))
         metadata = None
-        if runtime.is_main:
+        if self._runtime.is_main:
             metadata = checkpoint_metadata(
                 self._start.model_config, self._start.metadata, self._provenance(progress)
             )
-        save_weights(model, folder / CHECKPOINT_NAME, metadata, overwrite=True, runtime=runtime)
-        moments = {}
-        for name, value in whole_moments(model, optimizer, runtime):
-            if runtime.is_main:
-                moments[name] = value.cpu().contiguous()
-        runtime.on_main(lambda: self._finish(folder, moments, progress, began))
+        return _Job(
+            folder=step_folder(self._run_dir, progress.step),
+            weights=weight_parts(model, self._runtime),
+            pieces=[*moment_pieces(model, optimizer, self._runtime), *random_pieces(self._runtime.device)],
+            updates=updates_done(optimizer),
+            metadata=metadata,
+            state=self._state(progress),
+            facts=self._facts(progress),
+            began=began,
+        )
 
-    def _finish(
-        self, folder: Path, moments: Mapping[str, torch.Tensor], progress: Progress, began: float
-    ) -> None:
-        target = folder / CHECKPOINT_NAME
-        optimizer_digest = save_optimizer(moments, folder / OPTIMIZER_NAME)
-        finish(folder, self._run_dir, self._state(progress, file_digest(target), optimizer_digest))
-        facts = self._facts(progress, optimizer_digest)
+    def _write(self, job: _Job) -> None:
+        """Write, prove and declare whole; what goes wrong is kept for `finish`, the same on every rank."""
+        try:
+            self._write_files(job)
+        except AprDistError as error:
+            self._error = error
+        except Exception as error:  # of a thread, where it would be lost
+            self._error = DistributedError(
+                f"saving ended with {type(error).__name__}: {' '.join(str(error).split())[:500]}",
+                where=job.folder,
+                remedy="check that every rank still runs, and go on with --resume auto",
+            )
+
+    def _write_files(self, job: _Job) -> None:
+        exchange, target = self._exchange, job.folder / CHECKPOINT_NAME
+        save_weights(job.weights, target, job.metadata, overwrite=True, exchange=exchange)
+        error, written = None, ""
+        name = part_name(exchange.rank, exchange.world_size)
+        try:
+            written = write_part(job.pieces, job.folder / name, exchange.moved)
+        except AprDistError as refused:
+            error = refused
+        exchange.agree(error)
+        digests = dict(exchange.collect([name, written]))
+        if self._runtime.is_main:
+            try:
+                self._declare(job, digests)
+            except AprDistError as refused:
+                error = refused
+        exchange.agree(error)
+
+    def _declare(self, job: _Job, digests: dict[str, str]) -> None:
+        """Write the index, then the marker, then let the oldest folders go; rank 0 alone."""
+        index = job.folder / INDEX_NAME
+        write_atomically(index, index_text(digests, updates=job.updates))
+        optimizer_digest, target = file_digest(index), job.folder / CHECKPOINT_NAME
+        state = replace(job.state, checkpoint_digest=file_digest(target), optimizer_digest=optimizer_digest)
+        finish(job.folder, self._run_dir, state)
+        facts = replace(job.facts, optimizer_state_sha=optimizer_digest)
         write_atomically(self._run_dir / FACTS_NAME, json_bytes(asdict(facts)))
         keep = self._config.checkpoint
         retire(self._run_dir, keep_last=keep.keep_last, keep_every=keep.keep_every)
-        took = time.perf_counter() - began
-        self._say(f"step {progress.step:>6}  saved {target} ({took:.1f} s, read back)")
+        took = time.perf_counter() - job.began
+        self._say(f"step {job.state.step:>6}  saved {target} ({took:.1f} s, read back)")
 
     def _provenance(self, progress: Progress) -> dict[str, object]:
         return {
@@ -98,7 +237,7 @@ class Saver:
             "synthetic": True if self._config.synthetic else None,
         }
 
-    def _state(self, progress: Progress, checkpoint_digest: str, optimizer_digest: str) -> SavedState:
+    def _state(self, progress: Progress) -> SavedState:
         return SavedState(
             step=progress.step,
             epoch=progress.epoch,
@@ -111,13 +250,11 @@ class Saver:
             config_digest=self._config.digest(),
             data_fingerprint=self._start.provenance.get("data_fingerprint"),
             init_digest=self._start.provenance.get("init_digest"),
-            checkpoint_digest=checkpoint_digest,
-            optimizer_digest=optimizer_digest,
             first_gates=[gate.to_json() for gate in progress.first_gates],
             evaluated_at=progress.evaluated_at,
         )
 
-    def _facts(self, progress: Progress, optimizer_digest: str) -> CheckpointFacts:
+    def _facts(self, progress: Progress) -> CheckpointFacts:
         return CheckpointFacts(
             epoch=progress.epoch,
             step=progress.step,
@@ -125,7 +262,7 @@ class Saver:
             val_loss=progress.val_loss,
             train_ppl=perplexity(progress.train_loss),
             val_ppl=perplexity(progress.val_loss),
-            optimizer_state_sha=optimizer_digest,
+            optimizer_state_sha="",
             wall_seconds=time.perf_counter() - self._began,
             tokens_seen=progress.tokens_seen,
             grad_norm_max=progress.grad_norm_max,

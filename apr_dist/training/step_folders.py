@@ -1,29 +1,29 @@
 """The step folders of a run: which are whole, which is newest, which may go.
 
-``run_dir/steps/000120/`` holds ``checkpoint.apr``, ``optimizer.safetensors`` and, written last,
-``state.json`` with the digests of both: a folder without it was never finished and is never picked.
+``run_dir/steps/000120/`` holds ``checkpoint.apr``, each rank's ``optimizer-*.safetensors`` with their
+index ``optimizer.json`` and, written last, ``state.json`` with the digests of model and index: a folder
+without it was never finished and is never picked.
 ``run_dir/checkpoint.apr`` is the newest whole folder's file under a second name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from apr_dist.atomic_files import flush_folder, write_atomically, writing_to
 from apr_dist.errors import DamagedModelFile
-from apr_dist.parallel.state import STATE_DAMAGED, file_digest
+from apr_dist.parallel.state import INDEX_NAME, STATE_DAMAGED, file_digest, read_index
 
 CHECKPOINT_NAME = "checkpoint.apr"
-OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
 STEPS = "steps"
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class SavedState:
         data_fingerprint: identity of the training shards; None for made-up data.
         init_digest: digest of the init file the run began with; None from scratch.
         checkpoint_digest: of checkpoint.apr's bytes.
-        optimizer_digest: of optimizer.safetensors' bytes.
+        optimizer_digest: of optimizer.json's bytes, which hold the digests of the other files.
         first_gates: the gates of step 0, as they were judged then.
         evaluated_at: step of the newest evaluation; None, in older folders: this one.
     """
@@ -94,17 +94,27 @@ def whole_folders(run_dir: Path) -> list[Path]:
     return sorted(path.parent for path in (run_dir / STEPS).glob(f"[0-9]*/{STATE_NAME}"))
 
 
-def newest_whole(run_dir: Path) -> Path | None:
-    """The newest step folder whose files are what its marker says; damaged ones are passed over."""
+def newest_whole(
+    run_dir: Path, passed_over: Callable[[DamagedModelFile], None] = lambda _: None
+) -> Path | None:
+    """The newest step folder whose files are what its marker says.
+
+    Args:
+        run_dir: the run folder.
+        passed_over: called with what is wrong with each newer one.
+    """
     for folder in reversed(whole_folders(run_dir)):
-        with contextlib.suppress(DamagedModelFile):
+        try:
             read_state(folder)
+        except DamagedModelFile as damaged:
+            passed_over(damaged)
+        else:
             return folder
     return None
 
 
 def read_state(folder: Path) -> SavedState:
-    """The state of a step folder, after comparing both files with their digests.
+    """The state of a step folder, after comparing every file in it with its digest.
 
     Raises:
         DamagedModelFile: the marker is missing or malformed, or a file is not the one it names.
@@ -116,14 +126,16 @@ def read_state(folder: Path) -> SavedState:
         raise _damaged(path, f"the state cannot be read ({error})") from error
     if state.version != STATE_VERSION:
         raise _damaged(path, f"it is of version {state.version}, and {STATE_VERSION} is read here")
-    for name, digest in (
-        (CHECKPOINT_NAME, state.checkpoint_digest),
-        (OPTIMIZER_NAME, state.optimizer_digest),
-    ):
+    _compare(folder, {CHECKPOINT_NAME: state.checkpoint_digest, INDEX_NAME: state.optimizer_digest})
+    _compare(folder, read_index(folder)["files"])
+    return state
+
+
+def _compare(folder: Path, digests: dict[str, str]) -> None:
+    for name, digest in digests.items():
         file = folder / name
         if not file.is_file() or file_digest(file) != digest:
             raise _damaged(file, "it is missing or not the file that was saved")
-    return state
 
 
 def retire(run_dir: Path, *, keep_last: int, keep_every: int | None) -> None:

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,7 @@ from apr_dist.gates.result import GateResult
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.state import load_optimizer
+from apr_dist.parallel.strategy import Offload
 from apr_dist.parallel.weights import model_digest
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.checkpoint import perplexity
@@ -116,14 +115,11 @@ class Trainer:
             weight_decay=options.weight_decay,
             betas=(options.beta1, options.beta2),
             eps=options.eps,
+            offloaded=runtime.strategy.zero_stage > 0 and runtime.offload is not Offload.NONE,
         )
         self.schedule = schedule_of(config)
         micro_batch = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
         self.engine = prepare(model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
-
-    def restore_optimizer(self, path: Path | None) -> None:
-        """Take the moments of a step folder's file, which only rank 0 needs to see."""
-        load_optimizer(self.model, self.engine.optimizer, path, self.runtime)
 
     def fit(self) -> Outcome:
         """Train to the end of the steps, the target, or the patience, saving at every evaluation.
@@ -138,7 +134,7 @@ class Trainer:
             EarlyStop(self.config.early_stop.patience, self.config.early_stop.min_epochs),
         )
         pace = Pace(steps=self.config.num_steps, steps_per_epoch=self.config.steps_per_epoch, done=state.step)
-        with self.display.training(pace), self.stop_request:
+        with self.display.training(pace), self.stop_request, self.saver:
             if not state.evaluations:
                 self._step_zero()
             for done in state.evaluations:
@@ -189,6 +185,7 @@ class Trainer:
             signal_number = self._step(compare=state.step in (0, self.config.num_steps - 1))
             if signal_number:
                 self._save()
+                self.saver.finish()
                 raise self.stop_request.as_error(signal_number, step=state.step)
 
     def _stopped_before_evaluating(self) -> bool:
@@ -201,6 +198,7 @@ class Trainer:
         """End the run here, where its state is saved, when a signal came to any rank."""
         number = first_signal(self.runtime.sum(self._signals()).tolist())
         if number:
+            self.saver.finish()
             raise self.stop_request.as_error(number, step=self.progress.step)
 
     def _signals(self) -> torch.Tensor:
@@ -262,8 +260,14 @@ class Trainer:
             inputs, targets = split_sequences(tokens, self.runtime.device, self.config.loader.ignored_ids)
             total += self.engine.accumulate(inputs, targets, scale=scale, last=last).double()
             HERE.moved()
-        # A signal to one rank stops all: it travels with the loss, at no further collective.
-        loss, *signals = self.runtime.sum(torch.cat([total.view(1), self._signals()])).tolist()
+        # A signal to one rank stops all, and so does a save that failed on one: both travel with the loss,
+        # at no further collective.
+        failed = total.new_tensor([float(self.saver.failed)])
+        loss, failures, *signals = self.runtime.sum(
+            torch.cat([total.view(1), failed, self._signals()])
+        ).tolist()
+        if failures:
+            self.saver.finish()
         return loss / counted, counted, first_signal(signals)
 
     def _record(
@@ -379,7 +383,7 @@ class Trainer:
             "train_loss": state.train_loss,
             "val_losses": [result.loss for result in state.evaluations],
             "wall_seconds": time.perf_counter() - self.began,
-            "weights_digest": model_digest(self.model),
+            "weights_digest": model_digest(self.model, self.runtime),
             "strategy": self.runtime.strategy.value,
             **self.engine.evidence,
             "world_size": self.runtime.world_size,

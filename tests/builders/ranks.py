@@ -24,10 +24,12 @@ from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.engine import Engine, prepare
+from apr_dist.parallel.exchange import Exchange
+from apr_dist.parallel.gather import save_weights, weight_parts
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import assert_spread, build_decoder
 from apr_dist.parallel.strategy import Strategy
-from apr_dist.parallel.weights import draw_weights, load_weights, model_digest, prove_weights, save_weights
+from apr_dist.parallel.weights import draw_weights, load_weights, model_digest, prove_weights
 from apr_dist.training.guards import check_finite
 from apr_dist.training.optimizer import build_optimizer
 
@@ -55,7 +57,7 @@ def take_steps(model: Path, view: Runtime, folder: Path) -> dict[str, Any]:
     )
     decoder = build_decoder(config, view)
     load_weights(decoder, reader if view.is_main else None, view)
-    loaded = model_digest(decoder)
+    loaded = model_digest(decoder, view)
     optimizer = build_optimizer(decoder, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     engine = prepare(decoder, optimizer, view, micro_batch=1, grad_clip=0.5)
     found: dict[str, Any] = {"loaded": loaded, **engine.evidence, "losses": [], "norms": []}
@@ -63,18 +65,19 @@ def take_steps(model: Path, view: Runtime, folder: Path) -> dict[str, Any]:
         loss, norm = one_step(engine, view, config.vocab_size, step, scale=1.0)
         found["losses"].append(loss)
         found["norms"].append(norm)
-    before = model_digest(decoder)
+    before = model_digest(decoder, view)
     try:
         one_step(engine, view, config.vocab_size, STEPS, scale=math.nan)
     except NumericalInstability as error:
         found["refused"] = error.falsifier
-    found["untouched"] = model_digest(decoder) == before
+    found["untouched"] = model_digest(decoder, view) == before
     target = folder / f"{view.strategy}-{view.shard_size}.apr"
-    metadata = reader.metadata if view.is_main else None
-    save_weights(decoder, target, metadata, overwrite=False, runtime=view)
+    metadata, exchange = reader.metadata if view.is_main else None, Exchange(view)
+    parts = weight_parts(decoder, view)
+    save_weights(parts, target, metadata, overwrite=False, exchange=exchange)
     found["saved"] = str(target)
     try:
-        save_weights(decoder, target, metadata, overwrite=False, runtime=view)
+        save_weights(parts, target, metadata, overwrite=False, exchange=exchange)
     except OutputError:
         found["kept_the_first"] = True
     return found
@@ -144,7 +147,7 @@ def drawn(view: Runtime, config: TransformerConfig) -> str:
     decoder: Decoder = build_decoder(config, view)
     draw_weights(decoder, config, view, seed=5)
     assert_spread(decoder, view)
-    return model_digest(decoder)
+    return model_digest(decoder, view)
 
 
 def main() -> None:

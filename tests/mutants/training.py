@@ -312,9 +312,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         CHECKPOINT + "002",
         "what was written is not read back",
-        "apr_dist/parallel/weights.py",
-        "            if name not in reader.tensors or _digest_array(reader.float32(name)) != value:",
-        "            if name not in reader.tensors:",
+        "apr_dist/parallel/gather.py",
+        "            if found != hashed.hexdigest():",
+        "            if found is None:",
     ),
     Change(
         ARCH + "002",
@@ -340,16 +340,16 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         CHECKPOINT + "008",
         "a resume forgets the moments",
-        TRAINER_FILE,
-        "        load_optimizer(self.model, self.engine.optimizer, path, self.runtime)",
-        "        del path",
+        "apr_dist/training/run.py",
+        "        restore(session.model, trainer.engine.optimizer, session.step_folder, runtime, exchange)",
+        "        del exchange",
     ),
     Change(
         CHECKPOINT + "009",
         "the last good folder goes before the new one is whole",
         "apr_dist/training/saving.py",
-        "        runtime.on_main(lambda: _make(folder))\n",
-        "        runtime.on_main(lambda: _make(folder))\n"
+        "        self._runtime.on_main(lambda: _make(job.folder))\n",
+        "        self._runtime.on_main(lambda: _make(job.folder))\n"
         "        for old in (self._run_dir / 'steps').glob('*/state.json'):\n            old.unlink()\n"
         "        time.sleep(2.0)\n",
     ),
@@ -364,8 +364,8 @@ MUTANTS: tuple[Change, ...] = (
         LOOP + "003",
         "the facts carry the digest of the model",
         "apr_dist/training/saving.py",
-        "        facts = self._facts(progress, optimizer_digest)",
-        "        facts = self._facts(progress, file_digest(target))",
+        "        facts = replace(job.facts, optimizer_state_sha=optimizer_digest)",
+        "        facts = replace(job.facts, optimizer_state_sha=file_digest(target))",
     ),
     Change(
         TRAINER + "028",

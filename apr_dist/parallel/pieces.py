@@ -1,0 +1,163 @@
+"""Which elements of each whole tensor a rank holds, as one run of it flattened row by row.
+
+FSDP2 cuts rows, ZeRO-3 cuts elements, replicas hold all: here all of them are a start and a flat view, so
+that loading, proving and saving move runs of elements and never need to hold a tensor whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.strategy import Strategy
+from apr_dist.parallel.whereabouts import HERE
+
+RUN_ELEMENTS = 4 << 20
+"""Elements that travel at once: 16 MiB in f32."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of a whole tensor.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the whole tensor.
+        start: the first element's place in it, flattened row by row.
+        values: the elements, flat.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+    def on_host(self) -> Piece:
+        """A copy in host memory that later steps do not change."""
+        copied = torch.empty(self.values.shape, dtype=self.values.dtype, device="cpu")
+        return replace(self, values=copied.copy_(self.values))
+
+    def part(self, number: int, of: int) -> Piece:
+        """One of ``of`` nearly equal parts, which may be empty."""
+        each = -(-self.values.numel() // of)
+        begin = min(number * each, self.values.numel())
+        return replace(self, start=self.start + begin, values=self.values[begin : begin + each])
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter, of which this rank may hold a part."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def span(shape: tuple[int, ...], runtime: Runtime, rank: int) -> tuple[int, int]:
+    """First element and one past the last that ``rank`` holds of a weight of this shape."""
+    total, size = math.prod(shape), runtime.shard_size
+    # FSDP2 cuts rows, as torch.chunk does; all others cut elements.
+    unit = math.prod(shape[1:]) if runtime.strategy.is_fsdp else 1
+    each = -(-total // unit // size) * unit
+    part = rank % size
+    return min(part * each, total), min((part + 1) * each, total)
+
+
+def local(parameter: Tensor, runtime: Runtime) -> Tensor:
+    """This rank's elements of a weight, or of a moment that lies like one: a flat view, without padding."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach().view(-1)
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach().view(-1)
+    begin, end = span(whole_shape(parameter), runtime, runtime.rank)
+    return part.detach()[: end - begin]  # type: ignore[no-any-return]
+
+
+def shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that together hold one copy of a sharded weight; None: all of them."""
+    if not isinstance(parameter, DTensor):
+        return None
+    mesh = parameter.device_mesh
+    return mesh.get_group(parameter.placements.index(Shard(0)))
+
+
+def whole_in_runs(parameter: Tensor, runtime: Runtime) -> Iterator[Tensor]:
+    """All elements of a weight in order, flat and a run at a time, on every rank; read only.
+
+    A collective where parameters are sharded: every rank takes every run of the same parameters.
+    """
+    mine = local(parameter, runtime)
+    if not runtime.strategy.shards_parameters:
+        yield mine
+        return
+    group, shape = shard_group(parameter), whole_shape(parameter)
+    first = runtime.rank - runtime.rank % runtime.shard_size
+    for owner in range(first, first + runtime.shard_size):
+        begin, end = span(shape, runtime, owner)
+        for count, at in runs(begin, end):
+            if owner == runtime.rank:
+                run = mine[at - begin : at - begin + count].to(runtime.device)
+            else:
+                run = torch.empty(count, dtype=mine.dtype, device=runtime.device)
+            dist.broadcast(run, src=owner, group=group)
+            HERE.moved()
+            yield run
+
+
+def runs(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """(count, start) of the runs in which the elements from ``begin`` to ``end`` travel."""
+    for at in range(begin, end, RUN_ELEMENTS):
+        yield min(RUN_ELEMENTS, end - at), at
+
+
+def fill(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
+    """Give one weight, wherever its parts lie, the values rank 0 holds; a collective.
+
+    No rank but 0 ever holds more of it than its own part.
+
+    Args:
+        parameter: replicated, an FSDP2 shard, or a ZeRO-3 partition.
+        values: the whole f32 values on rank 0, in host memory; None elsewhere.
+        runtime: this rank's view of the run.
+    """
+    if not runtime.strategy.shards_parameters:
+        if values is not None:
+            parameter.data.copy_(values)
+        runtime.broadcast(parameter.data)
+        return
+    if runtime.rank < runtime.shard_size:
+        _scatter(parameter, values, runtime)
+    if runtime.strategy is Strategy.HSDP and isinstance(parameter, DTensor):
+        copies = parameter.device_mesh.get_group("replicate")
+        mine = _on_device(local(parameter, runtime), runtime)
+        dist.broadcast(mine, src=runtime.rank % runtime.shard_size, group=copies)
+        local(parameter, runtime).copy_(mine)
+
+
+def _scatter(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
+    """Rank 0's values into the parts of the first copy; its ranks call this."""
+    shape = whole_shape(parameter)
+    begin, end = span(shape, runtime, 0)
+    each, mine = end - begin, local(parameter, runtime)  # the first part is never a shorter one
+    parts = None
+    if values is not None:
+        flat = values.reshape(-1).to(runtime.device)  # on CPU the mapped file itself
+        parts = [_padded(flat, span(shape, runtime, rank), each) for rank in range(runtime.shard_size)]
+    fits = mine.numel() == each and mine.device == runtime.device
+    part = mine if fits else torch.empty(each, dtype=mine.dtype, device=runtime.device)
+    dist.scatter(part, parts, src=0, group=shard_group(parameter))
+    if not fits:
+        mine.copy_(part[: mine.numel()])
+
+
+def _padded(flat: Tensor, where: tuple[int, int], size: int) -> Tensor:
+    part = flat[where[0] : where[1]]
+    return part if part.numel() == size else torch.nn.functional.pad(part, (0, size - part.numel()))
+
+
+def _on_device(values: Tensor, runtime: Runtime) -> Tensor:
+    return values.to(runtime.device)
