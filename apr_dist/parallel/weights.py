@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 
-from apr_dist.apr.digests import weights_digest
+from apr_dist.apr.digests import values_digest, weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import WeightsRefused
 from apr_dist.model.config import TransformerConfig
@@ -151,4 +152,4 @@ def host_array(values: torch.Tensor) -> np.ndarray:
 
 
 def _digest(values: torch.Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(host_array(values).data)
+    return values_digest(host_array(values))

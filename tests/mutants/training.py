@@ -262,7 +262,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         DISTRIBUTED + "005",
         "under DDP rank 0 keeps the file's values to itself",
-        "apr_dist/parallel/sharding.py",
+        "apr_dist/parallel/pieces.py",
         "            parameter.data.copy_(values)\n        runtime.broadcast(parameter.data)",
         "            parameter.data.copy_(values)\n        runtime.barrier()",
         also=(TRAINER + "001", DISTRIBUTED + "002"),
@@ -306,8 +306,8 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "034",
         "vectors are in no group",
         OPTIMIZER,
-        '{"params": vectors, "weight_decay": 0.0}],',
-        '{"params": vectors, "weight_decay": 0.0, "lr": 0.0}],',
+        '{"params": vectors, "weight_decay": 0.0}]',
+        '{"params": vectors, "weight_decay": 0.0, "lr": 0.0}]',
     ),
     Change(
         CHECKPOINT + "002",
