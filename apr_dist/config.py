@@ -124,6 +124,10 @@ class ProgressStyle(StrEnum):
     QUIET = "quiet"
 
 
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""What ``track`` may name: the trackers that Accelerate knows, by its own names."""
+
+
 @dataclass(frozen=True)
 class ModeDefaults:
     """What GATE-TRAIN-009 calls atomic: the three values a mode sets together."""
@@ -326,6 +330,9 @@ class TrainConfig(Section):
         ProgressStyle.AUTO,
         description="what is shown: auto, rich (live picture), plain (a line a step) or quiet (the verdict)",
     )
+    track: str = Field(
+        "", description="trackers to tell, by commas: tensorboard, wandb, trackio or another of Accelerate's"
+    )
     optimizer: OptimizerSection = OptimizerSection()
     loader: LoaderSection = LoaderSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -344,6 +351,21 @@ class TrainConfig(Section):
                     f"keys of the configuration; there is no {key}, nearest is {nearest(key, known)}"
                 )
         return named
+
+    @field_validator("track")
+    @classmethod
+    def _known_trackers(cls, value: str) -> str:
+        for name in _by_commas(value):
+            if name not in TRACKERS:
+                close = nearest(name, TRACKERS)
+                hint = f"; the nearest to {name} is {close}" if close else ""
+                raise ValueError(f"names among {', '.join(TRACKERS)}{hint}")
+        return value
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in ``track``, each once."""
+        return tuple(dict.fromkeys(_by_commas(self.track)))
 
     def resolved(self) -> TrainConfig:
         """The same run with every mode default filled in; an explicit value wins alone."""
@@ -382,9 +404,13 @@ class TrainConfig(Section):
 
 _NOT_THE_MATHEMATICS = (
     *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint"),
-    *("init", "dataset", "val_dataset", "tokenizer", "progress"),
+    *("init", "dataset", "val_dataset", "tokenizer", "progress", "track"),
 )
 """Where things are, what is shown and how long they are kept; files are identified by their own digests."""
+
+
+def _by_commas(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -30,6 +30,7 @@ from apr_dist.training.plan import under_trained
 from apr_dist.training.run_log import RunLog
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error
+from apr_dist.training.trackers import check_installed
 
 if TYPE_CHECKING:
     from apr_dist.training.resume import ResumePoint
@@ -88,6 +89,7 @@ def _ask_gates(
         return None, None, None
     HERE.enter(Phase.GATES)
     try:
+        check_installed(config.trackers)
         schedule_of(config)
         point = _resume_point(config, display.warn)
         folder = point.folder / "checkpoint.apr" if point else None

@@ -6,14 +6,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from builders.runs import Inputs, verdict
+from builders.browser import open_browser
+from builders.runs import Inputs, run_here, verdict
 
 from apr_dist.cli.report import report
+from apr_dist.data.manifest import Manifest
 from apr_dist.errors import UsageError
+from apr_dist.interop.text_model import open_text_model
+from apr_dist.model.generation import Sampling
 from apr_dist.report.figures import smooth
 from apr_dist.report.run_folder import config_differences, read_runs
+from apr_dist.report.samples import make_samples
 
 STEP = {
     "kind": "step",
@@ -33,21 +40,22 @@ def copied(inputs: Inputs, target: Path) -> Path:
     return target
 
 
-def page_of(*runs: Path, output: Path) -> str:
-    """The page of these runs."""
-    report(runs, output=output)
+def page_of(*runs: Path, output: Path, **options: Any) -> str:
+    """The page of these runs, without samples unless a test wants them."""
+    report(runs, output=output, **{"samples": 0, **options})
     return output.read_text()
 
 
 def test_the_page_holds_everything_it_shows(inputs: Inputs, tmp_path: Path) -> None:
     page = page_of(copied(inputs, tmp_path / "run"), output=tmp_path / "out.html")
     sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
-    assert len(sources) == 10, "five figures, each for a light and a dark page"
+    pictures = sorted(path.name for path in tmp_path.glob("out-*.png"))
+    assert len(pictures) >= 6
+    assert len(sources) == 2 * len(pictures), "each figure for a light and a dark page"
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     text = re.sub(r"base64,[A-Za-z0-9+/=]*", "", page)
     assert not re.search(r"https?:|//|@import|url\(|<script|<link", text)
-    pictures = sorted(path.name for path in tmp_path.glob("out-*.png"))
-    assert "out-loss.png" in pictures
+    assert {"out-loss.png", "out-phases.png", "out-data-wait.png"} <= set(pictures)
     assert (tmp_path / "out-loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -102,6 +110,101 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         report((tmp_path,))
     with pytest.raises(UsageError, match="no run folder"):
         report(())
+
+
+def test_phases_add_up_to_what_the_lines_took(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"kind": "load", "step": 0, "wall_ms": 500.0}, {**STEP, "step": 1, "memory_bytes": 812_000_000}]
+    lines += [{"kind": "evaluation", "step": 1, "val_loss": 2.0, "wall_ms": 40.0}]
+    lines += [{"kind": "save", "step": 1, "wall_ms": 60.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_runs([run])[0].phases_s == pytest.approx(
+        {
+            "forward, backward, optimizer": 0.0099,
+            "waiting for data": 0.0001,
+            "evaluating": 0.04,
+            "saving": 0.06,
+            "loading": 0.5,
+        }
+    )
+    page = page_of(run, output=tmp_path / "out.html")
+    assert "<dt>peak memory</dt><dd>0.81 GB</dd>" in page
+    assert (tmp_path / "out-memory.png").exists()
+
+
+def test_a_run_records_its_loads_and_saves(inputs: Inputs) -> None:
+    phases = read_runs([inputs.pretrained_run])[0].phases_s
+    assert all(took > 0 for took in phases.values())
+
+
+@pytest.fixture(scope="module")
+def tuned(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run from the pretrained model, whole, so that both of its models can be asked."""
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    flags = ("--init", str(inputs.pretrained), "--num-steps", "6", "--lr", "1e-2", "--warmup-steps", "0")
+    assert run_here(*inputs.data_flags(), *flags, "--run-dir", str(run)) == 0
+    return run
+
+
+def test_the_page_shows_what_the_model_says_before_and_after(
+    inputs: Inputs, tuned: Path, tmp_path: Path
+) -> None:
+    page = page_of(tuned, output=tmp_path / "out.html", prompt=("import <os>", "def f"), samples=None)
+    assert '<pre class="prompt">import &lt;os&gt;</pre>' in page
+    assert page.count("<h3>before training</h3>") == page.count("<h3>after training</h3>") == 2
+    assert "No samples" not in page
+    samples = make_samples(read_runs([tuned])[0], count=3)
+    assert len(samples.rows) == 3
+    speaker = open_text_model(inputs.pretrained, tokenizer=inputs.tokenizer)
+    first = samples.rows[0]
+    pieces = speaker.speak(speaker.encode(first.prompt), Sampling(max_new_tokens=48))
+    assert first.before == "".join(piece.text for piece in pieces)
+    assert any(row.before != row.after for row in samples.rows)
+    held_out = Manifest.load(inputs.validation)
+    ids = np.fromfile(held_out.path_of(held_out.shards[0]), dtype="<u4", count=24)
+    assert first.prompt == speaker.tokenizer.decode(ids.tolist())
+
+
+def test_why_there_are_no_samples_is_said(inputs: Inputs, tuned: Path, tmp_path: Path) -> None:
+    run = copied(inputs, tmp_path / "run")
+    notes = make_samples(read_runs([run])[0], count=1).notes
+    assert notes[0] == f"No samples after training: {run / 'checkpoint.apr'} is not there."
+    assert notes[1] == "No samples before training: the run began from random weights."
+    other = tmp_path / "other"
+    shutil.copytree(tuned, other, ignore=shutil.ignore_patterns("*.apr", "steps"))
+    shutil.copy(inputs.pretrained, other / "checkpoint.apr")
+    found = verdict(other)
+    found["facts"]["init_digest"] = "sha256:of-another-file"
+    (other / "verdict.json").write_text(json.dumps(found))
+    after, before = make_samples(read_runs([other])[0], count=1).notes
+    assert "are not the ones the verdict names" in after
+    assert "is not the file the run began with" in before
+
+
+@pytest.mark.parametrize("width", [1280, 390], ids=["desk", "phone"])
+def test_a_browser_shows_the_whole_page_in_light_and_dark_and_asks_for_nothing(
+    inputs: Inputs, tmp_path: Path, width: int
+) -> None:
+    first, second = copied(inputs, tmp_path / "first"), copied(inputs, tmp_path / ("second-" + "x" * 60))
+    page = tmp_path / "out.html"
+    page_of(first, second, output=page)
+    shots = {}
+    with open_browser(tmp_path / "profile") as browser:
+        for dark in (False, True):
+            browser.show(page, width=width, dark=dark)
+            assert browser.ask("document.documentElement.scrollWidth") <= width, "nothing is beyond the edge"
+            widths = browser.ask("[...document.images].map(image => image.complete && image.naturalWidth)")
+            assert len(widths) >= 6
+            assert all(found > 500 for found in widths)
+            shots[dark] = browser.screenshot(tmp_path / f"{width}-{dark}.png")
+            colour = browser.ask("getComputedStyle(document.body).backgroundColor")
+            assert colour == ("rgb(14, 17, 22)" if dark else "rgb(243, 245, 248)")
+            used = browser.ask("document.images[0].currentSrc === document.images[0].src")
+            assert used is not dark, "a dark page has dark pictures"
+    assert all(shot.startswith(b"\x89PNG") and len(shot) > 20_000 for shot in shots.values())
+    assert {address.split(":")[0] for address in browser.requested} <= {"file", "data"}
+    assert {address for address in browser.requested if address.startswith("file")} == {page.as_uri()}
 
 
 def test_smoothing_is_not_pulled_towards_its_start() -> None:

@@ -16,17 +16,23 @@ def report(
     /,
     *,
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    samples: int | None = None,
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
 ) -> None:
-    """Write one HTML page of runs: curves, gates, verdicts, configuration differences.
+    """Write one HTML page of runs: curves, gates, verdicts, samples, configuration differences.
 
     Example: apr-dist report runs/first runs/second -o comparison.html
 
     Args:
         runs: run folders; several are drawn over each other.
         output: page to write, its pictures beside it; by default report.html in the first run folder.
+        samples: texts to generate before and after training; 0 none; by default 2 where models are small.
+        prompt: generate from this text instead of held-out ones; may be given several times.
     """
     if not runs:
         raise UsageError("no run folder was named", where="command line", expected="RUN_DIR [RUN_DIR...]")
+    if samples is not None and samples < 0:
+        raise UsageError(f"{samples} samples", where="--samples", expected="0 or more")
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -36,5 +42,6 @@ def report(
         )
     from apr_dist.report.page import write_report  # noqa: PLC0415  (drawing is an extra)
 
-    for path in write_report(runs, output or runs[0] / "report.html"):
+    page = output or runs[0] / "report.html"
+    for path in write_report(runs, page, samples=samples, prompts=prompt):
         print(path)

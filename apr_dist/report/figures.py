@@ -18,19 +18,21 @@ mpl.use("Agg")
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one kind of page; ``runs`` are told apart without hue by line style too."""
+    """Colours of one kind of page; ``series`` are told apart without hue by line style or hatching too."""
 
     background: str
     text: str
     grid: str
-    runs: tuple[str, ...]
+    series: tuple[str, ...]
 
 
 LIGHT = Theme("#ffffff", "#1d232b", "#d9dee5", ("#1a5fb4", "#c64600", "#1f7a3f", "#813d9c", "#8a6a00"))
 DARK = Theme("#171b21", "#e6e9ee", "#39414d", ("#78aeed", "#ffa06b", "#7fd69a", "#d3a0ea", "#e5c860"))
 
 _STYLES = ("-", "--", "-.", ":")
+_HATCHES = ("", "//", "..", "xx", "--")
 _SMOOTHING = 0.9
+_LONGEST_NAME = 18
 _FEW_STEPS = 20
 
 Draw = Callable[[Axes, Run, str, str], bool]
@@ -53,6 +55,8 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
         light, dark = (_render(runs, unit, plot, theme) for theme in (LIGHT, DARK))
         if light is not None and dark is not None:
             pictures.append(Picture(name, title, light, dark))
+    if any(sum(run.phases_s.values()) for run in runs):
+        pictures.append(Picture("phases", "Time by phase", _phases(runs, LIGHT), _phases(runs, DARK)))
     return pictures
 
 
@@ -66,10 +70,9 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _render(runs: Sequence[Run], unit: str, plot: Draw, theme: Theme) -> bytes | None:
-    figure = Figure(figsize=(4.7, 3.0), dpi=200, layout="constrained", facecolor=theme.background)
-    axes = figure.subplots()
+    figure, axes = _canvas(theme)
     drawn = [
-        plot(axes, run, theme.runs[index % len(theme.runs)], _STYLES[index % len(_STYLES)])
+        plot(axes, run, theme.series[index % len(theme.series)], _STYLES[index % len(_STYLES)])
         for index, run in enumerate(runs)
     ]
     if not any(drawn):
@@ -79,19 +82,64 @@ def _render(runs: Sequence[Run], unit: str, plot: Draw, theme: Theme) -> bytes |
     if len(handles) > 1:
         legend = axes.legend(frameon=False, fontsize=9, labelcolor=theme.text)
         legend.set_zorder(3)
+    return _png(figure)
+
+
+def _canvas(theme: Theme) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.7, 3.0), dpi=200, layout="constrained", facecolor=theme.background)
+    return figure, figure.subplots()
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _dress(axes: Axes, theme: Theme, unit: str) -> None:
+def _phases(runs: Sequence[Run], theme: Theme) -> bytes:
+    """A bar for each run, its parts the seconds of each phase."""
+    figure, axes = _canvas(theme)
+    names = [_short(run) for run in runs]
+    ends = [0.0] * len(runs)
+    for index, phase in enumerate(runs[0].phases_s):
+        parts = [run.phases_s[phase] for run in runs]
+        if not sum(parts):
+            continue
+        colour, hatch = theme.series[index % len(theme.series)], _HATCHES[index % len(_HATCHES)]
+        places = list(range(len(runs)))
+        share = sum(parts) / max(sum(sum(run.phases_s.values()) for run in runs), 1e-9)
+        label = f"{phase} {100 * share:.1f} %" if len(runs) == 1 else phase
+        axes.barh(
+            places, parts, left=ends, color=colour, hatch=hatch, edgecolor=theme.background, label=label
+        )
+        ends = [end + part for end, part in zip(ends, parts, strict=True)]
+    _dress(axes, theme, "", x="seconds", whole=False)
+    axes.set_yticks(list(range(len(runs))), names if len(runs) > 1 else [""])
+    axes.set_ylim(len(runs) - 0.3, -0.7)
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.text,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.22),
+        ncols=2,
+    )
+    return _png(figure)
+
+
+def _short(run: Run) -> str:
+    """The end of a long name, which is where names of runs differ."""
+    return run.name if len(run.name) <= _LONGEST_NAME else f"...{run.name[-_LONGEST_NAME:]}"
+
+
+def _dress(axes: Axes, theme: Theme, unit: str, *, x: str = "step", whole: bool = True) -> None:
     axes.set_facecolor(theme.background)
-    axes.set_xlabel("step", color=theme.text, fontsize=10)
+    axes.set_xlabel(x, color=theme.text, fontsize=10)
     axes.set_ylabel(unit, color=theme.text, fontsize=10)
     axes.grid(color=theme.grid, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.text, labelsize=9, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=whole))
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.grid)
@@ -106,11 +154,11 @@ def _loss(axes: Axes, run: Run, colour: str, style: str) -> bool:
         axes.plot(steps, values, color=colour, linewidth=1.4 if few else 0.8, alpha=1 if few else 0.3)
         if not few:
             axes.plot(steps, smooth(values), color=colour, linewidth=1.6, linestyle=style)
-        axes.lines[-1].set_label(f"{run.name}: training")
+        axes.lines[-1].set_label(f"{_short(run)}: training")
     found = [(line["step"], line["val_loss"]) for line in run.evaluations if line.get("val_loss") is not None]
     if found:
         x, y = zip(*found, strict=True)
-        label = f"{run.name}: validation"
+        label = f"{_short(run)}: validation"
         axes.plot(x, y, color=colour, linewidth=1.2, linestyle=style, marker="o", markersize=4.5, label=label)
     return bool(steps or found)
 
@@ -119,7 +167,7 @@ def _line(key: str) -> Draw:
     def plot(axes: Axes, run: Run, colour: str, style: str) -> bool:
         steps, values = run.series(key)
         if steps:
-            axes.plot(steps, values, color=colour, linewidth=1.4, linestyle=style, label=run.name)
+            axes.plot(steps, values, color=colour, linewidth=1.4, linestyle=style, label=_short(run))
             if len(steps) == 1:
                 axes.lines[-1].set_marker("o")
         return bool(steps)
@@ -144,9 +192,21 @@ def _data_wait(axes: Axes, run: Run, colour: str, style: str) -> bool:
     if not steps or len(walls) != len(waits):
         return False
     shares = [100 * wait / wall for wait, wall in zip(waits, walls, strict=True)]
-    axes.plot(steps, shares, color=colour, linewidth=1.4, linestyle=style, label=run.name)
+    axes.plot(steps, shares, color=colour, linewidth=1.4, linestyle=style, label=_short(run))
     axes.set_ylim(bottom=0)
     return True
+
+
+def _scaled(key: str, factor: float) -> Draw:
+    def plot(axes: Axes, run: Run, colour: str, style: str) -> bool:
+        steps, values = run.series(key)
+        if steps:
+            scaled = [factor * value for value in values]
+            axes.plot(steps, scaled, color=colour, linewidth=1.4, linestyle=style, label=_short(run))
+            axes.set_ylim(bottom=0)
+        return bool(steps)
+
+    return plot
 
 
 _FIGURES: tuple[tuple[str, str, str, Draw], ...] = (
@@ -154,5 +214,7 @@ _FIGURES: tuple[tuple[str, str, str, Draw], ...] = (
     ("learning-rate", "Learning rate", "lr", _line("lr")),
     ("throughput", "Throughput", "tokens per second", _from_zero("tokens_per_sec")),
     ("gradient-norm", "Gradient norm before clipping", "norm", _from_zero("grad_norm")),
+    ("mfu", "Model FLOPs utilisation", "% of the peak", _scaled("mfu", 100.0)),
+    ("memory", "Peak memory so far", "GB", _scaled("memory_bytes", 1e-9)),
     ("data-wait", "Time spent waiting for data", "% of the step", _data_wait),
 )

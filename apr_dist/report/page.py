@@ -12,10 +12,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from apr_dist.atomic_files import write_atomically
 from apr_dist.report.figures import Picture, draw
 from apr_dist.report.run_folder import Run, config_differences, read_runs
+from apr_dist.report.samples import Samples, make_samples
 
 
-def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
+def write_report(
+    folders: Sequence[Path], output: Path, *, samples: int | None = 0, prompts: Sequence[str] = ()
+) -> list[Path]:
     """Write the page of these runs to ``output`` and its pictures beside it, replacing older ones.
+
+    Args:
+        folders: run folders.
+        output: the page.
+        samples: texts to generate before and after training; None for a few where models are small.
+        prompts: what to generate from; by default the beginnings of held-out documents.
 
     Returns:
         every file written, the page first.
@@ -26,7 +35,8 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     """
     runs = read_runs(folders)
     pictures = draw(runs)
-    write_atomically(output, render(runs, pictures).encode())
+    said = [make_samples(run, count=samples, prompts=prompts) for run in runs]
+    write_atomically(output, render(runs, pictures, said).encode())
     written = [output]
     for picture in pictures:
         path = output.with_name(f"{output.stem}-{picture.name}.png")
@@ -35,7 +45,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     return written
 
 
-def render(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
+def render(runs: Sequence[Run], pictures: Sequence[Picture], samples: Sequence[Samples]) -> str:
     """The page as HTML that needs nothing but itself."""
     environment = Environment(
         loader=PackageLoader("apr_dist.report", "."),
@@ -45,7 +55,10 @@ def render(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.jinja").render(
-        runs=[{"run": run, "facts": _facts(run)} for run in runs],
+        runs=[
+            {"run": run, "facts": _facts(run), "samples": said}
+            for run, said in zip(runs, samples, strict=True)
+        ],
         pictures=[
             {"title": one.title, "light": _data_uri(one.light), "dark": _data_uri(one.dark)}
             for one in pictures
@@ -68,6 +81,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.steps:
         rows.append(("tokens", f"{run.steps[-1]['tokens_seen']:,}"))
         rows.append(("median speed", f"{run.median('tokens_per_sec'):,.0f} tokens/s"))
+    _, memory = run.series("memory_bytes")
+    if memory:
+        rows.append(("peak memory", f"{max(memory) / 1e9:,.2f} GB"))
     if "wall_seconds" in facts:
         rows.append(("wall time", f"{facts['wall_seconds']:,.1f} s"))
     if "strategy" in facts:

@@ -24,6 +24,7 @@ class Run:
         folder: the run folder.
         steps: the step lines of metrics.jsonl.
         evaluations: its evaluation lines.
+        others: its lines of other kinds: loads and saves with what they took.
         verdict: verdict.json, or None where the run did not come to one.
         values: the configuration, flat: dotted key to value as text.
     """
@@ -32,6 +33,7 @@ class Run:
     folder: Path
     steps: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Mapping[str, Any]]
+    others: Sequence[Mapping[str, Any]]
     verdict: Mapping[str, Any] | None
     values: Mapping[str, str]
 
@@ -54,6 +56,20 @@ class Run:
         """(steps, values) of one figure of the step lines that have it."""
         found = [(line["step"], line[key]) for line in self.steps if line.get(key) is not None]
         return [step for step, _ in found], [value for _, value in found]
+
+    @property
+    def phases_s(self) -> dict[str, float]:
+        """Seconds by what they were spent on, as far as the lines tell; the phases do not overlap."""
+        waited = sum(line.get("data_wait_ms", 0.0) for line in self.steps)
+        others = {"save": "saving", "load": "loading"}
+        found = {
+            "forward, backward, optimizer": sum(line.get("wall_ms", 0.0) for line in self.steps) - waited,
+            "waiting for data": waited,
+            "evaluating": sum(line.get("wall_ms", 0.0) for line in self.evaluations),
+        }
+        for kind, words in others.items():
+            found[words] = sum(line.get("wall_ms", 0.0) for line in self.others if line.get("kind") == kind)
+        return {words: took / 1e3 for words, took in found.items()}
 
     def median(self, key: str) -> float | None:
         """Median of one figure over all steps, or None without steps."""
@@ -96,6 +112,7 @@ def _read(folder: Path, name: str) -> Run:
         folder=folder,
         steps=[line for line in lines if line.get("kind") == "step"],
         evaluations=[line for line in lines if line.get("kind") == "evaluation"],
+        others=[line for line in lines if line.get("kind") not in ("step", "evaluation")],
         verdict=_json(verdict, verdict.read_text(encoding="utf-8")) if verdict.is_file() else None,
         values=dict(_flat(read_tree(config), "")) if config.is_file() else {},
     )

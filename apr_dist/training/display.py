@@ -216,7 +216,7 @@ def figures_of(line: Mapping[str, Any], pace: Pace) -> dict[str, str]:
         "grad norm": f"{line['grad_norm']:.3f}",
         "tokens/s": f"{line['tokens_per_sec']:,.0f}",
         "MFU": _shown(line.get("mfu"), lambda share: f"{100 * share:.1f} %"),
-        "memory": _shown(line.get("memory_bytes"), lambda size: f"{size / 2**30:,.2f} GiB"),
+        "memory": _shown(line.get("memory_bytes"), lambda size: f"{size / 1e9:,.2f} GB"),
         "data wait": f"{100 * line['data_wait_ms'] / wall_ms:.1f} %" if wall_ms else NOT_AVAILABLE,
         "GPU": f"{line['gpu_util_pct']:.0f} %",
         "left": duration(pace.left_s),

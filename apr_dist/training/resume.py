@@ -21,7 +21,7 @@ NEVER, AUTO = "never", "auto"
 
 _FREE = {
     *("run_dir", "overwrite", "resume", "resume_allow", "init", "dataset", "val_dataset", "tokenizer"),
-    *("progress", "device", "steps_per_epoch", "micro_batch_size", "target_val_loss"),
+    *("progress", "track", "device", "steps_per_epoch", "micro_batch_size", "target_val_loss"),
     *(
         "parallel.strategy",
         "parallel.shard_size",
@@ -79,8 +79,8 @@ def refuse_changes(config: TrainConfig, point: ResumePoint) -> None:
     """
     allowed = {key.strip() for key in config.resume_allow.split(",")}
     # A key that the saved configuration does not know had its default then.
-    before = _flat(TrainConfig().model_dump(mode="json")) | _flat(point.state.config)
-    now = _flat(config.model_dump(mode="json"))
+    before = flat(TrainConfig().model_dump(mode="json")) | flat(point.state.config)
+    now = flat(config.model_dump(mode="json"))
     changed = [
         f"{key} was {before.get(key)} and is {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
@@ -119,11 +119,12 @@ def refuse_other_inputs(point: ResumePoint, provenance: dict[str, Any], *, init_
             )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by their dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value
     return found

@@ -44,10 +44,11 @@ from apr_dist.training.display import Display
 from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.progress import Start
 from apr_dist.training.random_start import RandomStart, can_measure, compare_with_random
-from apr_dist.training.resume import ResumePoint
+from apr_dist.training.resume import ResumePoint, flat
 from apr_dist.training.run_log import LOG_NAME, RunLog
 from apr_dist.training.saving import Saver
 from apr_dist.training.step_folders import CHECKPOINT_NAME, SavedState
+from apr_dist.training.trackers import Trackers
 from apr_dist.training.trainer import Trainer, TrainingData
 from apr_dist.training.verdict import Verdict
 
@@ -101,6 +102,7 @@ def execute(
     _say_how(config, runtime, display)
     resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
     runtime.on_main(lambda: _open_run_dir(config, display, fresh=resumed is None))
+    began = time.perf_counter()
     reader = preflight.reader if preflight else None
     weights = _Weights(
         reader=reader, named=facts["weights_from"], compared=config.init is not None and resumed is None
@@ -127,6 +129,7 @@ def execute(
         results=[GateResult(**gate) for gate in facts["gates"]] + [arrived],
         resumed=resumed,
         step_folder=Path(facts["step_folder"]) if facts["step_folder"] else None,
+        load_s=time.perf_counter() - began,
         display=display,
     )
     return _train(session, watch)
@@ -164,7 +167,10 @@ def _say_how(config: TrainConfig, runtime: Runtime, say: Display) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Session:
-    """What one run holds while it trains; ``step_folder`` is the one it goes on from, on every rank."""
+    """What one run holds while it trains.
+
+    ``step_folder`` is the one it goes on from, on every rank; ``load_s`` what building the network took.
+    """
 
     config: TrainConfig
     runtime: Runtime
@@ -173,6 +179,7 @@ class _Session:
     results: list[GateResult]
     resumed: SavedState | None
     step_folder: Path | None
+    load_s: float
     display: Display
 
 
@@ -307,14 +314,23 @@ def _train(session: _Session, watch: Watch) -> Verdict:
 def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
     config, runtime, resumed = session.config, session.runtime, session.resumed
     train_data, eval_data = _open_data(config, session.start.model_config, runtime, stack, session.display)
+    trackers = Trackers(
+        config.trackers if runtime.is_main else (),
+        run_dir=config.run_dir,
+        values=flat(config.model_dump(mode="json")),
+        warn=session.display.warn,
+        resumed_step=resumed.step if resumed else None,
+    )
+    stack.enter_context(trackers)
     metrics = MetricsFile(
         config.run_dir / METRICS_NAME if runtime.is_main else None,
         common={"synthetic": True} if config.synthetic else {},
-        told=[session.display.measured],
+        told=[session.display.measured, trackers.measured],
         after_step=resumed.step if resumed else None,
     )
     stack.enter_context(metrics)
     exchange = Exchange(runtime)
+    metrics.event("load", {"step": resumed.step if resumed else 0, "wall_ms": session.load_s * 1e3})
     trainer = Trainer(
         config=config,
         runtime=runtime,

@@ -361,8 +361,11 @@ class Trainer:
         return None
 
     def _save(self) -> None:
+        began = time.perf_counter()
         with HERE.during(Phase.SAVING, step=self.progress.step):
             self.saver.save(self.model, self.engine.optimizer, self.progress)
+        wall_ms = (time.perf_counter() - began) * 1e3
+        self.metrics.event("save", {"step": self.progress.step, "wall_ms": wall_ms})
 
     def _outcome(self, status: Status, detail: str) -> Outcome:
         state, config = self.progress, self.config
