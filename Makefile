@@ -2,6 +2,7 @@
 #   make demo    set up, then fine-tune a real pretrained model from an APR file
 #   make test    set up, then run the whole suite
 #   make check   set up, then formatter, linters, types, layers, contracts, Rust tests
+#   make evidence  set up, then fine-tune that model for 500 steps, judge the run, keep the evidence
 #   make mutate  set up, then break the code behind each falsifier and see its test turn red
 #   make fuzz    set up, then 20,000 hostile model files
 #   make docs    set up, then build the documentation; a warning is an error
@@ -26,7 +27,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/Cargo.toml rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo test mutate fuzz docs wheel check format clean
+.PHONY: setup demo evidence test mutate fuzz docs wheel check format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -69,6 +70,17 @@ demo: $(DEMO)/shards/validation/manifest.json
 	@echo "opening the checkpoint again: its step-0 validation loss must be the loss the run ended with"
 	$(BIN)/python apr_dist/train.py --init $(DEMO)/run/checkpoint.apr --tokenizer $(DEMO)/smollm2.tokenizer \
 	    $(DEMO_DATA) --run-dir $(DEMO)/reopened --overwrite --num-steps 0
+
+EVIDENCE := contracts/evidence/smollm2-135m-500-steps
+EVIDENCE_RUN := $(BUILD)/evidence/run
+EVIDENCE_STEPS := 500
+
+evidence: $(DEMO)/shards/validation/manifest.json
+	$(BIN)/python apr_dist/train.py --init $(DEMO)/smollm2.apr --dataset $(DEMO)/shards/train \
+	    --val-dataset $(DEMO)/shards/validation --config configs/evidence.yaml --num-steps $(EVIDENCE_STEPS) \
+	    --run-dir $(EVIDENCE_RUN) --overwrite
+	$(BIN)/apr-dist report $(EVIDENCE_RUN)
+	$(BIN)/apr-dist verdict $(EVIDENCE_RUN) --steps $(EVIDENCE_STEPS) --evidence $(EVIDENCE) --force
 
 # --- tests and checks --------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.contracts import CONTRACT, ID, SUITE, changed, make_repository
+from builders.contracts import CONTRACT, ID, MUTANTS, SUITE, changed, make_repository
 
 from apr_dist.contracts.evidence import RULES, sha256_of, sign, signature
 from apr_dist.contracts.finding import Finding, Gate
@@ -73,6 +73,7 @@ def test_dependencies_a_circle(tmp_path: Path) -> None:
     other = OTHER.replace("depends_on: []", "depends_on: [sum-v1]").replace("test_sum.py", "test_more.py")
     (tmp_path / "contracts" / "more-v1.yaml").write_text(other, "utf-8")
     (tmp_path / "tests" / "test_more.py").write_text(SUITE.replace("SUM", "MORE"), "utf-8")
+    (tmp_path / "tests" / "mutants" / "more.py").write_text(MUTANTS.replace("SUM", "MORE"), "utf-8")
     collected = COLLECTED | {node.replace("sum", "more"): cases for node, cases in COLLECTED.items()}
     found = lint(read_repository(tmp_path), collected=collected)
     assert {(f.gate, f.text) for f in found.findings} == {
@@ -358,3 +359,19 @@ def test_source_ids_an_error_that_cites_what_no_contract_has(tmp_path: Path) -> 
     )
     finding = only(lint(read_repository(tmp_path), collected=COLLECTED), Gate.SOURCE_IDS)
     assert (finding.file, finding.line) == (Path("apr_dist/sums.py"), 2)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (MUTANTS.replace("Change(", "Other("), f"{ID} has no mutant"),
+        (MUTANTS + 'MORE = (Change("FALSIFY-GONE-001", "", FILE, "", ""),)\n', "is of FALSIFY-GONE-001"),
+    ],
+)
+def test_mutants_a_falsifier_without_one_and_one_without_a_falsifier(
+    tmp_path: Path, table: str, says: str
+) -> None:
+    make_repository(tmp_path)
+    (tmp_path / "tests" / "mutants" / "sums.py").write_text(table, "utf-8")
+    finding = only(lint(read_repository(tmp_path), collected=COLLECTED), Gate.MUTANTS)
+    assert says in finding.text

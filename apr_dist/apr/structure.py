@@ -62,6 +62,7 @@ def check_magic(head: bytes, *, where: Path) -> None:
             remedy="apr-dist import old.apr -o new.apr"
             if magic == b"APR1"
             else "convert it to APR v2 with the tool that wrote it",
+            falsifier=WRONG_MAGIC,
         )
     raise NotAModelFile(
         "the file is empty" if not head else f"the file begins with {magic!r}",

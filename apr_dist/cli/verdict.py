@@ -9,6 +9,7 @@ import tyro
 
 from apr_dist.atomic_files import write_atomically
 from apr_dist.contracts.evidence import sign
+from apr_dist.errors import ExitCode
 from apr_dist.report.finetune_verdict import CONTRACT_STEPS, judge, keep_evidence
 from apr_dist.report.verdict_table import verdict_lines
 from apr_dist.training.checkpoint import json_bytes
@@ -33,14 +34,14 @@ def verdict(
         run_dir: the run folder.
         output: signed verdict to write; by default finetune-verdict.json in the run folder.
         steps: steps the run must have; fewer than 500 make it a rehearsal, which discharges nothing.
-        evidence: also keep metrics, configuration, pictures and verdict in this folder.
+        evidence: also keep metrics, configuration, pictures and verdict of a run that passed in this folder.
         force: replace earlier evidence in that folder.
     """
     judged = judge(run_dir, steps=steps)
     write_atomically(output or run_dir / OUTPUT_NAME, json_bytes(sign(judged.body)))
     for line in verdict_lines(judged.verdict):
         print(line)
-    if evidence is not None:
+    if evidence is not None and judged.verdict.exit_code is ExitCode.OK:
         for path in keep_evidence(judged, evidence, force=force):
             print(path)
     return int(judged.verdict.exit_code)

@@ -26,6 +26,7 @@ class Gate(StrEnum):
     EVIDENCE = "evidence"
     SUMMARY = "summary"
     SOURCE_IDS = "source-ids"
+    MUTANTS = "mutants"
 
 
 @dataclass(frozen=True, order=True)

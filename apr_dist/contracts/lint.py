@@ -29,6 +29,7 @@ _GATES: Mapping[Gate, Callable[[Repository], Iterator[Finding]]] = {
     Gate.STATUS: suite_gates.status,
     Gate.EVIDENCE: suite_gates.evidence,
     Gate.SOURCE_IDS: suite_gates.source_ids,
+    Gate.MUTANTS: suite_gates.mutants,
 }
 
 

@@ -8,6 +8,7 @@ from apr_dist.contracts.binding import SuiteTest
 from apr_dist.contracts.evidence import evidence_problem, folder_problem
 from apr_dist.contracts.finding import Finding, Gate
 from apr_dist.contracts.ladder import rank, supported_level, supported_statuses
+from apr_dist.contracts.mutant_table import FOLDER, falsifiers_with_a_mutant
 from apr_dist.contracts.repository import Repository
 from apr_dist.contracts.schema import Contract, Level
 
@@ -127,6 +128,18 @@ def evidence(repository: Repository) -> Iterator[Finding]:
         if falsifier.status is Level.DISCHARGED and not falsifier.live:
             text = f"{falsifier.id} is called DISCHARGED and has no live part"
             yield contract.finding(Gate.EVIDENCE, text, _FALSIFIERS, index, "status")
+
+
+def mutants(repository: Repository) -> Iterator[Finding]:
+    """Every falsifier that names a test has a mutant that must turn it red, and no mutant is of another."""
+    tried = falsifiers_with_a_mutant(repository.root)
+    known = {falsifier.id: falsifier for _, _, falsifier in repository.falsifiers()}
+    for contract, index, falsifier in repository.falsifiers():
+        if falsifier.nodes and falsifier.id not in tried:
+            text = f"{falsifier.id} has no mutant in {FOLDER}: nothing shows that its tests can fail"
+            yield contract.finding(Gate.MUTANTS, text, _FALSIFIERS, index, "test")
+    for name in sorted(tried - set(known)):
+        yield Finding(FOLDER, 1, Gate.MUTANTS, f"a mutant is of {name}, which is in no contract")
 
 
 def source_ids(repository: Repository) -> Iterator[Finding]:

@@ -201,6 +201,8 @@ def _read(folder: Path, path: Path) -> bytes:
     if not folder.is_dir():
         found = "a file stands there" if folder.exists() else "there is no such folder"
         raise ManifestError(found, where=folder, expected="a shard folder with manifest.json")
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+        raise ManifestError("it is no regular file", where=path, expected="a file of JSON")
     try:
         return path.read_bytes()
     except FileNotFoundError as error:

@@ -239,6 +239,8 @@ def _merges_text(facts: TokenizerJson, where: Path) -> str:
 
 
 def _read(source: Path, path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+        raise TokenizerError("it is no regular file", where=path, expected="a tokenizer.json")
     try:
         return path.read_bytes()
     except FileNotFoundError as error:

@@ -113,6 +113,8 @@ def model_from_name(name: str) -> TransformerConfig:
     if path.suffix != ".json":
         return preset(name)
     try:
+        if not path.is_file():  # reading a FIFO would wait for ever
+            raise FileNotFoundError("no regular file")
         keys = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(

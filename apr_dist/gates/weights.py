@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import WeightsRefused
 
@@ -17,6 +18,9 @@ MISSING = "FALSIFY-APR-DIST-TRAINER-004"
 SHAPE = "FALSIFY-APR-DIST-TRAINER-005"
 LEFT_OVER = "FALSIFY-APR-DIST-TRAINER-006"
 VALUES = "FALSIFY-APR-DIST-TRAINER-007"
+INTEGER = "FALSIFY-APR-DIST-TRAINER-013"
+
+_INTEGERS = (DType.I8, DType.U8, DType.I32, DType.I64)
 
 _REMEDY = "import the model again from its source; nothing is filled in, reshaped or dropped here"
 
@@ -73,6 +77,15 @@ def check_values(reader: AprReader, names: Sequence[str]) -> int:
     """
     checked = 0
     for name in names:
+        kind = reader.tensors[name].dtype
+        if kind in _INTEGERS:
+            raise WeightsRefused(
+                f"{name} holds integers ({kind.name})",
+                where=reader.path,
+                expected="floating-point weights, or a quantised type that carries its scales",
+                remedy=_REMEDY,
+                falsifier=INTEGER,
+            )
         values = reader.float32(name)
         checked += values.size
         # One pass and no temporary: the sum is not finite when any value is not. It may also

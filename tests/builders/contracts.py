@@ -86,6 +86,11 @@ def test_signs(cell):
     assert cell < 4
 """
 
+MUTANTS = f'''\
+PREFIX, FILE = "{ID[:-3]}", "apr_dist/sums.py"
+MUTANTS = (Change(PREFIX + "{ID[-3:]}", "cites nothing", FILE, "WRONG", "RIGHT"),)
+'''
+
 PYTEST_INI = """\
 [pytest]
 markers =
@@ -99,6 +104,7 @@ def make_repository(root: Path, *, contract: str = CONTRACT, suite: str = SUITE)
         "contracts/sum-v1.yaml": contract,
         "tests/test_sum.py": suite,
         "docs/sum.md": "# Sum\n",
+        "tests/mutants/sums.py": MUTANTS,
         "apr_dist/sums.py": f'WRONG = "{ID}"\n',
         "pytest.ini": PYTEST_INI,
     }

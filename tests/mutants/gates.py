@@ -206,4 +206,11 @@ MUTANTS: tuple[Change, ...] = (
         "        if not config.synthetic:",
         "        if not config.synthetic and config.dataset.exists() and config.val_dataset.exists():",
     ),
+    Change(
+        TRAINER + "013",
+        "integers are weights",
+        WEIGHTS_GATE,
+        "        if kind in _INTEGERS:",
+        "        if kind in _INTEGERS[:0]:",
+    ),
 )

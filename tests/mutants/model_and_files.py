@@ -104,6 +104,7 @@ MUTANTS: tuple[Change, ...] = (
         "            return _Linear.apply(x.to(compute_dtype(x)), self.weight, self.bias)",
         "            bias = None if self.bias is None else self.bias.detach()\n"
         "            return _Linear.apply(x.to(compute_dtype(x)), self.weight, bias)",
+        also=(TRAINER + "034",),
     ),
     Change(
         CHECKPOINT + "010",

@@ -216,6 +216,7 @@ MUTANTS: tuple[Change, ...] = (
         OPTIMIZER,
         '    for group in optimizer.param_groups:\n        group["lr"] = lr',
         '    for group in optimizer.param_groups[:1]:\n        group["lr"] = lr',
+        also=(TRAINER + "034",),
     ),
     Change(
         TRAINER + "021",
@@ -304,10 +305,10 @@ MUTANTS: tuple[Change, ...] = (
     ),
     Change(
         TRAINER + "034",
-        "vectors are in no group",
+        "vectors never move",
         OPTIMIZER,
         '{"params": vectors, "weight_decay": 0.0}]',
-        '{"params": vectors, "weight_decay": 0.0, "lr": 0.0}]',
+        '{"params": vectors, "weight_decay": 0.0, "eps": 1e30}]',
     ),
     Change(
         CHECKPOINT + "002",
