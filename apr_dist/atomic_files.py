@@ -86,13 +86,16 @@ class AtomicFile:
                 self.temporary.unlink(missing_ok=True)
 
     def _refuse_existing(self) -> None:
-        if self.path.is_dir() or (not self._overwrite and os.path.lexists(self.path)):
-            raise OutputError(
-                "the output exists already",
-                where=self.path,
-                expected="a path where nothing is",
-                remedy="choose another path, or pass --force to replace a file",
-            )
+        if not self.path.name or self.path.is_dir():
+            what, remedy = "the output is a folder", "name a file in it"
+        elif not os.path.lexists(self.path) or (self._overwrite and self.path.is_file()):
+            return
+        elif self.path.exists() and not self.path.is_file():
+            what, remedy = "the output is a pipe, socket or device", "choose another path"
+        else:
+            what = "the output exists already"
+            remedy = "choose another path, or pass --force to replace a file"
+        raise OutputError(what, where=self.path, expected="a path where nothing is", remedy=remedy)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-import signal
+import os
 import stat
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from builders.files import open_folder, unprivileged, write_apr
+from builders.files import open_folder, small_disk, unprivileged, write_apr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -157,19 +156,24 @@ def test_a_read_only_folder_is_refused() -> None:
             write_apr(folder / "y.apr", {})
 
 
-def test_a_disk_without_space_leaves_the_old_file(tmp_path: Path) -> None:
-    target = write_apr(tmp_path / "x.apr", {"old": np.ones(3, np.float32)})
-    before = target.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # stands in for a full disk
-    try:
-        with pytest.raises(OutputError, match="cannot be written"):
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    with small_disk(tmp_path, 100_000):
+        target = write_apr(tmp_path / "x.apr", {"old": np.ones(3, np.float32)})
+        before = target.read_bytes()
+        with pytest.raises(OutputError, match=r"cannot be written \((No space left|File too large)"):
             write_apr(target, {"w": np.ones(100_000, np.float32)}, overwrite=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-    assert target.read_bytes() == before
+        assert target.read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["x.apr"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+def test_what_is_no_file_is_never_replaced(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "x.apr"
+    os.mkfifo(target) if kind == "pipe" else target.symlink_to("/dev/null")
+    before = target.lstat()
+    with pytest.raises(OutputError, match="pipe, socket or device"):
+        write_apr(target, {}, overwrite=True)
+    assert target.lstat() == before
     assert [path.name for path in tmp_path.iterdir()] == ["x.apr"]
 
 

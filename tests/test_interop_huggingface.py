@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders.files import TINY_METADATA, flipped, tiny_tensors, write_apr, write_tokenizer
+from builders.files import TINY_METADATA, flipped, small_disk, tiny_tensors, write_apr, write_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -297,9 +296,7 @@ def test_a_damaged_safetensors_file_always_ends_in_one_of_our_errors(tmp_path: P
         import_model(path, tmp_path / "x.apr")
 
 
-def test_an_export_replaces_nothing_unasked_and_leaves_nothing_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_replaces_nothing_unasked_and_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
     source = write_apr(tmp_path / "x.apr", tiny_tensors(), TINY_METADATA)
     target = tmp_path / "out"
     target.mkdir()
@@ -310,17 +307,26 @@ def test_an_export_replaces_nothing_unasked_and_leaves_nothing_when_it_fails(
         export_huggingface(source, target, overwrite=True)
     export_huggingface(source, tmp_path / "model")
     before = sorted(path.name for path in (tmp_path / "model").iterdir())
-    monkeypatch.setattr(
-        os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    with pytest.raises(OutputError, match="No space left"):
-        export_huggingface(source, tmp_path / "model", overwrite=True)
-    monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "x.apr"]
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
     export_huggingface(source, tmp_path / "model", overwrite=True, dtype=DType.BF16)
     assert weights_of(tmp_path / "model")["model.norm.weight"].dtype is torch.bfloat16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "x.apr"]
+
+
+def test_an_export_to_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    source = write_apr(tmp_path / "x.apr", tiny_tensors(), TINY_METADATA)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with small_disk(disk, 250_000):  # enough for one export in F16, and for none in F32
+        export_huggingface(source, disk / "model", dtype=DType.F16)
+        before = {path.name: path.read_bytes() for path in (disk / "model").iterdir()}
+        with pytest.raises(OutputError, match="cannot be written"):
+            export_huggingface(source, disk / "model", overwrite=True)
+        with pytest.raises(OutputError, match="cannot be written"):
+            export_huggingface(source, disk / "other")
+        assert {path.name: path.read_bytes() for path in (disk / "model").iterdir()} == before
+        assert [path.name for path in disk.iterdir()] == ["model"]
 
 
 def test_an_export_needs_to_know_the_class(tmp_path: Path) -> None:

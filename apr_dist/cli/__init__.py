@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
 from apr_dist import __version__
-from apr_dist.errors import AprDistError, ExitCode
+from apr_dist.errors import AprDistError, ExitCode, Terminated
 
 VERBS: Mapping[str, str] = {
     "import": "files:import_file",
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(given)
     except AprDistError as error:
@@ -67,7 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
         code = ExitCode.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return int(code)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated("terminated; nothing half-written was left behind")
 
 
 def _dispatch(given: list[str]) -> int:

@@ -12,14 +12,13 @@ import tyro
 from apr_dist.apr.layout import DType
 from apr_dist.cli.progress import bytes_bar
 from apr_dist.cli.tables import inspection_lines, table_lines
-from apr_dist.errors import OutputError, TokenizerError, UsageError
+from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.interop.diff import diff_files
 from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.hf_export import export_huggingface, export_safetensors
-from apr_dist.interop.importing import import_model
+from apr_dist.interop.importing import import_with_tokenizer
 from apr_dist.interop.inspection import inspect_file, validate_file
 from apr_dist.interop.stamp import stamp_file
-from apr_dist.interop.tokenizers import import_any_tokenizer
 
 Source = Annotated[Path, tyro.conf.Positional]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -64,11 +63,8 @@ def import_file(
         tie: drop a separate output head and use the embedding.
         force: replace an existing output.
     """
-    folder = output.with_suffix(".tokenizer")
-    if folder.exists() and not force:
-        raise OutputError("already exists", where=folder, remedy="pass --force to replace it")
     with bytes_bar(f"importing {source.name}") as progress:
-        summary = import_model(
+        summary, folder, tokenizer = import_with_tokenizer(
             source, output, dtype=_dtype(dtype), tie=True if tie else None, overwrite=force, progress=progress
         )
     head = "tied" if summary.tied else "own"
@@ -76,11 +72,10 @@ def import_file(
         f"{output}: {summary.tensor_count} tensors, {summary.param_count:,} parameters, {head} output head,"
         f" {summary.size_bytes / 1e6:,.1f} MB"
     )
-    try:
-        identity = import_any_tokenizer(output, folder, overwrite=force)
-        print(f"{folder}: {identity.effective_vocab_count:,} tokens, {identity.merges_count:,} merges")
-    except TokenizerError as missing:
-        print(f"warning: no tokenizer came with the model: {missing}")
+    if isinstance(tokenizer, TokenizerError):
+        print(f"warning: no tokenizer came with the model: {tokenizer}")
+    else:
+        print(f"{folder}: {tokenizer.effective_vocab_count:,} tokens, {tokenizer.merges_count:,} merges")
     for note in summary.notes:
         print(f"note: {note}")
 

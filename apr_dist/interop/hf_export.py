@@ -252,6 +252,10 @@ def _take_place(work: Path, target: Path) -> None:
     else:
         old = work.with_name(work.name + ".old")
         target.rename(old)
-        work.rename(target)
+        try:
+            work.rename(target)
+        finally:
+            if not target.exists():  # refused or interrupted between the two
+                old.rename(target)
         shutil.rmtree(old)
     flush_folder(target.parent)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from apr_dist.apr import legacy
 from apr_dist.apr.files import open_regular
 from apr_dist.apr.layout import DType
-from apr_dist.errors import NotAModelFile, UsageError
+from apr_dist.data.manifest import TokenizerIdentity
+from apr_dist.errors import NotAModelFile, OutputError, TokenizerError, UsageError
 from apr_dist.interop import gguf_file
 from apr_dist.interop.convert import ImportSummary, Progress
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.huggingface import import_huggingface
 from apr_dist.interop.legacy import import_apr1
+from apr_dist.interop.tokenizers import import_any_tokenizer
 
 
 def import_model(
@@ -62,6 +65,39 @@ def import_model(
         expected="a GGUF file, a safetensors file, an APR1 file, or a Hugging Face folder",
         remedy="check the path",
     )
+
+
+def import_with_tokenizer(
+    source: Path,
+    target: Path,
+    *,
+    dtype: DType | None = None,
+    tie: bool | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> tuple[ImportSummary, Path, TokenizerIdentity | TokenizerError]:
+    """As ``import_model``, and the tokenizer in a folder beside it: ``model.tokenizer`` for ``model.apr``.
+
+    Returns:
+        The summary, the folder, and the tokenizer in it, or why there is none.
+
+    Raises:
+        ModelFileError, UsageError: as ``import_model``.
+        OutputError: model or folder cannot be written; neither is left half-done.
+    """
+    model, folder = Path(target), Path(target).parent / f"{Path(target).stem}.tokenizer"
+    new = [path for path in (model, folder) if not os.path.lexists(path)]
+    if folder not in new and not overwrite:
+        raise OutputError("already exists", where=folder, remedy="pass --force to replace it")
+    summary = import_model(source, model, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress)
+    try:
+        return summary, folder, import_any_tokenizer(model, folder, overwrite=overwrite)
+    except TokenizerError as missing:
+        return summary, folder, missing
+    except BaseException:  # interrupted, or the disk is full: the two belong together
+        for path in new:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def _head(path: Path) -> bytes:

@@ -9,11 +9,11 @@ from typing import Any
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
-from apr_dist.apr.layout import Flag
+from apr_dist.apr.layout import TOKENIZER_TEXT, Flag
 from apr_dist.apr.metadata import KEYS, AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.errors import UsageError
+from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.interop.convert import Progress
 from apr_dist.interop.embedding import embed_tokenizer
 
@@ -70,6 +70,7 @@ def stamp_file(
         )
         notes: tuple[str, ...] = ()
         if tokenizer is not None:
+            _check_tokenizer(tokenizer)
             after, notes = embed_tokenizer(after, tokenizer)
         if after == before:
             raise UsageError(
@@ -87,6 +88,16 @@ def stamp_file(
         size_bytes=Path(target).stat().st_size,
         notes=notes,
     )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not (folder / TOKENIZER_TEXT).is_file():
+        raise TokenizerError(
+            f"there is no {TOKENIZER_TEXT} in it",
+            where=folder,
+            expected="a tokenizer folder",
+            remedy="make one with apr-dist tokenize import-hf",
+        )
 
 
 def _copy(
