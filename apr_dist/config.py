@@ -335,6 +335,9 @@ class TrainConfig(Section):
     )
     optimizer: OptimizerSection = OptimizerSection()
     loader: LoaderSection = LoaderSection()
+    log_every: int | None = Field(
+        None, gt=0, description="steps between readings of loss and norm; none: 1 on CPU, 10 on CUDA"
+    )
     evaluation: EvaluationSection = EvaluationSection()
     early_stop: EarlyStopSection = EarlyStopSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -403,7 +406,7 @@ class TrainConfig(Section):
 
 
 _NOT_THE_MATHEMATICS = (
-    *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint"),
+    *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint", "log_every"),
     *("init", "dataset", "val_dataset", "tokenizer", "progress", "track"),
 )
 """Where things are, what is shown and how long they are kept; files are identified by their own digests."""

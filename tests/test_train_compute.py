@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from apr_dist.errors import ExitCode
 from apr_dist.model.transformer import Decoder
 from apr_dist.training.metrics import MetricsFile, StepMetrics
+from apr_dist.training.stepping import Stepper
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -90,6 +91,46 @@ def test_z_loss_moves_the_weights_and_no_reported_loss(
     assert found[0] == pytest.approx(plain[0], rel=1e-6)
     assert found[2] != pytest.approx(plain[2], rel=1e-4)
     assert found[4] != pytest.approx(plain[4], rel=1e-3)
+
+
+def test_figures_that_are_read_seldom_are_those_of_every_step(
+    plain: list[float], inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(inputs, tmp_path / "run", "--log-every", "3") == 0
+    assert losses(tmp_path / "run") == plain
+    assert "MFU n/a: the peak of this processor is not known" in capfd.readouterr().out
+    for line in metrics(tmp_path / "run"):
+        assert line["mfu"] is None
+        assert line["memory_bytes"] == line["host_memory_bytes"] > 1e8
+        assert 0 <= line["data_wait_ms"] < line["wall_ms"]
+
+
+@pytest.mark.falsifies("INV-TRAIN-007")
+def test_after_a_loss_that_is_no_number_nothing_moves_until_the_run_stops(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[torch.Tensor] = []
+    take, forward = Stepper.take, Decoder.forward
+
+    def watching(self: Stepper, step: int, *, compare: bool, more: bool) -> None:
+        take(self, step, compare=compare, more=more)
+        heads.append(self._engine.evaluated.head_weight.detach().clone())
+
+    def broken(
+        self: Decoder, *args: torch.Tensor, **options: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        total, count = forward(self, *args, **options)
+        return total * (math.nan if self.training and len(heads) == 2 else 1.0), count
+
+    monkeypatch.setattr(Stepper, "take", watching)
+    monkeypatch.setattr(Decoder, "forward", broken)
+    flags = ("--log-every", "8", "--num-steps", "6", "--steps-per-epoch", "6")
+    assert train(inputs, tmp_path / "run", *flags) == ExitCode.NUMERICAL_INSTABILITY
+    assert "step 3" in capfd.readouterr().err
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert not torch.equal(heads[0], heads[1])
+    assert len(heads) == 6
+    assert all(torch.equal(head, heads[1]) for head in heads[2:])
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,14 @@
 
 An engine holds the prepared network and optimizer. The trainer sees only this face; every engine
 averages gradients over the ranks, returns the global norm before clipping, and leaves the weights
-alone when that norm, or the loss, is refused.
+alone when that norm is not a number, or when it is told to. Nothing here waits for a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +24,6 @@ from apr_dist.parallel.runtime import Runtime, assert_wrapped
 from apr_dist.parallel.sharding import assert_spread
 from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
 from apr_dist.parallel.zero import vector_elements, zero_config
-
-Check = Callable[[float], None]
-"""Called with a gradient norm; raises when the step must not happen."""
 
 
 class Engine(ABC):
@@ -44,12 +40,21 @@ class Engine(ABC):
     evidence: dict[str, Any]
 
     @abstractmethod
-    def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
+    def accumulate(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        document_ids: Tensor | None = None,
+        *,
+        scale: float | Tensor,
+        last: bool,
+    ) -> Tensor:
         """Forward and backward of one micro-batch, adding its gradients to those before it.
 
         Args:
             inputs: token ids ``[batch, seq]``.
             targets: next tokens ``[batch, seq]``.
+            document_ids: ``[batch, seq]``; runs of equal ids attend to themselves only.
             scale: factor of the loss sum before backward; gradients are averaged over the ranks.
             last: whether it is the step's last one; its gradients are then complete over all ranks.
 
@@ -58,14 +63,18 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, check: Check) -> float:
+    def step(self, hold: Tensor) -> Tensor:
         """Clip, update and forget the gradients.
 
-        Returns:
-            the global gradient norm before clipping.
+        Where ``hold`` is true or the norm is not a number, nothing is updated: weights, moments and
+        counters stay as they were.
 
-        Raises:
-            whatever ``check`` raises, before a weight is touched.
+        Args:
+            hold: bool scalar on the device, the same on every rank.
+
+        Returns:
+            the global gradient norm before clipping, a scalar on the device; NaN where DeepSpeed was
+            held and worked none out.
         """
 
 
@@ -78,26 +87,28 @@ class _TorchEngine(Engine):
         self._network, self._runtime, self.optimizer = network, runtime, optimizer
         self._grad_clip = grad_clip
 
-    def step(self, check: Check) -> float:
+    def step(self, hold: Tensor) -> Tensor:
         """See `Engine.step`."""
         parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         gradients = [_local(weight.grad) for weight in parameters if weight.grad is not None]
         norm = global_norm(gradients, self._runtime)
-        check(norm)
-        share = self._grad_clip / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
-        if share < 1:
-            torch._foreach_mul_(gradients, share)
+        share = (self._grad_clip / (norm + 1e-6)).clamp_(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        if share.device.type != "cpu" or share < 1:  # to ask a GPU would be to wait for it
+            torch._foreach_mul_(gradients, share.to(gradients[0].dtype))
+        # Fused AdamW reads this where its parameters are, as it does for loss scaling, and changes nothing.
+        bad = hold.to(norm.device) | ~torch.isfinite(norm)
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm.to(hold.device)
 
 
 NORM_BLOCK = 1024
 """Elements whose squares are added in f32."""
 
 
-def global_norm(gradients: Sequence[Tensor], runtime: Runtime) -> float:
-    """L2 norm of all gradients over all ranks, each rank giving its parts; a collective.
+def global_norm(gradients: Sequence[Tensor], runtime: Runtime) -> Tensor:
+    """L2 norm of all gradients over all ranks, each giving its parts; f64, on their device; a collective.
 
     Squares are added in f32 within short blocks and in f64 between them, so that the norm does not
     depend on how tensors are cut (DeepSpeed adds in f64 too); no f64 copy of a gradient is made.
@@ -111,8 +122,8 @@ def global_norm(gradients: Sequence[Tensor], runtime: Runtime) -> float:
     # Ranks that hold copies of the same parts all add them.
     copies = runtime.world_size // runtime.shard_size
     if runtime.shard_size > 1:
-        squares = runtime.sum(squares.to(runtime.device)) / copies
-    return math.sqrt(float(squares))
+        squares = runtime.sum(squares.to(runtime.device)).to(squares.device) / copies
+    return squares.sqrt()
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -130,11 +141,19 @@ class ReplicaEngine(_TorchEngine):
         super().__init__(network, optimizer, runtime, grad_clip)
         self.evaluated, self.evidence = decoder, assert_spread(decoder, runtime)
 
-    def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
+    def accumulate(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        document_ids: Tensor | None = None,
+        *,
+        scale: float | Tensor,
+        last: bool,
+    ) -> Tensor:
         """See `Engine.accumulate`."""
         self._network.train()
         with contextlib.nullcontext() if last else self._runtime.accelerator.no_sync(self._network):
-            loss_sum, _ = self._network(inputs, targets)
+            loss_sum, _ = self._network(inputs, targets, document_ids=document_ids)
             (loss_sum * scale).backward()
         return loss_sum.detach()  # type: ignore[no-any-return]
 
@@ -149,12 +168,20 @@ class FsdpEngine(_TorchEngine):
         self._fsdp = _as_fsdp(decoder)
         self.evaluated, self.evidence = decoder, assert_spread(decoder, runtime)
 
-    def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
+    def accumulate(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        document_ids: Tensor | None = None,
+        *,
+        scale: float | Tensor,
+        last: bool,
+    ) -> Tensor:
         """See `Engine.accumulate`."""
         self._network.train()
         self._fsdp.set_is_last_backward(last)
         with self._runtime.accelerator.autocast():
-            loss_sum, _ = self._network(inputs, targets)
+            loss_sum, _ = self._network(inputs, targets, document_ids=document_ids)
         (loss_sum * scale).backward()
         return loss_sum.detach()  # type: ignore[no-any-return]
 
@@ -189,6 +216,7 @@ class ZeroEngine(Engine):
             # A block's weights come and go together, around its call: checkpointing and compiled code
             # inside it then see whole weights and no hook.
             deepspeed.utils.set_z3_leaf_modules(decoder, [DecoderBlock])
+        self._runtime = runtime
         deepspeed.init_distributed(dist_backend="gloo" if runtime.device.type == "cpu" else "nccl")
         settings = zero_config(
             stage,
@@ -207,20 +235,29 @@ class ZeroEngine(Engine):
         self.evidence["optimizer_elements"] = self._optimizer_elements(runtime)
         self.evidence["optimizer"] = type(getattr(self.optimizer, "optimizer")).__name__  # noqa: B009
 
-    def accumulate(self, inputs: Tensor, targets: Tensor, *, scale: float, last: bool) -> Tensor:
+    def accumulate(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        document_ids: Tensor | None = None,
+        *,
+        scale: float | Tensor,
+        last: bool,
+    ) -> Tensor:
         """See `Engine.accumulate`."""
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
-        loss_sum, _ = self._engine(inputs, targets)
+        loss_sum, _ = self._engine(inputs, targets, document_ids=document_ids)
         self._engine.backward(loss_sum * scale)
         return loss_sum.detach()  # type: ignore[no-any-return]
 
-    def step(self, check: Check) -> float:
+    def step(self, hold: Tensor) -> Tensor:
         """See `Engine.step`."""
-        check(0.0)  # the loss alone; a norm that is not finite makes DeepSpeed itself skip the update
-        self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        check(norm)
+        if bool(hold):
+            self._engine.optimizer.zero_grad(set_to_none=True)
+            return torch.full((), float("nan"), device=self._runtime.device)
+        self._engine.step()  # a norm that is not finite makes DeepSpeed itself skip the update
+        norm: Tensor = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._runtime.device)
         return norm
 
     def _optimizer_elements(self, runtime: Runtime) -> list[int]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -53,10 +53,21 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+class Batch(NamedTuple):
+    """One micro-batch on the device, each [batch, seq]; document ids where documents are kept apart."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    document_ids: torch.Tensor | None = None
+
+
 def split_sequences(
-    tokens: torch.Tensor, device: torch.device, ignored_ids: Sequence[int] = ()
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[batch, seq + 1] token ids to (inputs, targets), each [batch, seq], on the device.
+    tokens: torch.Tensor,
+    device: torch.device,
+    ignored_ids: Sequence[int] = (),
+    document_ids: torch.Tensor | None = None,
+) -> Batch:
+    """[batch, seq + 1] token ids to inputs and targets, each [batch, seq], on the device.
 
     Ids travel as 32-bit; targets widen to int64 only where they are used. Those among ``ignored_ids``
     become -100, which no loss counts.
@@ -65,12 +76,14 @@ def split_sequences(
     targets = moved[:, 1:].long()
     if ignored_ids:
         targets = targets.where(loss_mask(targets, ignored_ids=ignored_ids), IGNORE_INDEX)
-    return moved[:, :-1], targets
+    if document_ids is not None:
+        document_ids = document_ids.to(device, non_blocking=True)
+    return Batch(moved[:, :-1], targets, document_ids)
 
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[torch.Tensor | Batch],
     runtime: Runtime,
     *,
     progress: Callable[[int, int], None] | None = None,
@@ -84,7 +97,7 @@ def evaluate(
 
     Args:
         model: the decoder, not its distributed wrapper.
-        batches: token ids, each [batch, seq + 1].
+        batches: token ids, each [batch, seq + 1], or batches that are on the device already.
         runtime: this rank's view of the run.
         progress: called about every five seconds with (batches done, batches in all).
         ignored_ids: targets that do not count.
@@ -101,7 +114,10 @@ def evaluate(
     try:
         with torch.no_grad(), runtime.accelerator.autocast():
             for done, tokens in enumerate(batches, start=1):
-                loss_sum, count = model(*split_sequences(tokens, runtime.device, ignored_ids))
+                batch = tokens
+                if not isinstance(batch, Batch):
+                    batch = split_sequences(batch, runtime.device, ignored_ids)
+                loss_sum, count = model(batch.inputs, batch.targets, document_ids=batch.document_ids)
                 total[0] += loss_sum.double()
                 total[1] += count
                 HERE.moved()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from apr_dist.errors import Divergence, NumericalInstability
+from apr_dist.errors import DataError, Divergence, NumericalInstability
 
 FINETUNE_FIRST_LOSS_CAP = 10.0
 """Largest first validation loss of a fine-tuning run, in nats per token."""
@@ -32,6 +32,22 @@ def check_finite(*, step: int, train_loss: float, grad_norm: float) -> None:
         expected="finite numbers; the weights of the step before are untouched",
         remedy="lower --lr, check the data of that step, or use --parallel.precision f32",
         falsifier="INV-TRAIN-007",
+    )
+
+
+def check_targets(*, step: int, targets: int) -> None:
+    """Stop when a global batch had no target that counts: there was nothing to learn from.
+
+    Raises:
+        DataError: naming the step.
+    """
+    if targets:
+        return
+    raise DataError(
+        f"every target of step {step} is one of loader.ignored_ids",
+        where="training shards",
+        expected="at least one target that counts in each global batch",
+        remedy="name fewer ids, or raise --batch-size",
     )
 
 

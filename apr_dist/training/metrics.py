@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-import torch
-
 from apr_dist.atomic_files import write_atomically
 from apr_dist.errors import NumericalInstability, OutputError
+
+MAY_BE_UNKNOWN = ("mfu", "memory_bytes", "host_memory_bytes")
+"""Figures that are null where the machine does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,10 @@ class StepMetrics:
         data_epoch: passes over the training data begun so far, less one; of a mixture, over the source
             with most.
         data_epochs: the same for each source, by name.
+        mfu: share of the devices' peak that the model's own arithmetic reached; None where the peak is
+            not known.
+        memory_bytes: most memory held so far: on a GPU by tensors, on a CPU by the process.
+        host_memory_bytes: most memory the process has held so far.
     """
 
     step: int
@@ -45,6 +50,9 @@ class StepMetrics:
     tokens_seen: int
     data_epoch: int
     data_epochs: Mapping[str, int]
+    mfu: float | None = None
+    memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
 
 
 class MetricsFile:
@@ -93,7 +101,7 @@ class MetricsFile:
         """
         values = asdict(metrics)
         for key, value in values.items():
-            if key == "data_epochs":
+            if key == "data_epochs" or (value is None and key in MAY_BE_UNKNOWN):
                 continue
             if not math.isfinite(value) or (key == "tokens_per_sec" and value <= 0):
                 raise NumericalInstability(
@@ -130,13 +138,3 @@ def _lines_up_to(path: Path, step: int) -> bytes:
         return b""
     lines = path.read_bytes().splitlines(keepends=True)
     return b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step)
-
-
-def gpu_utilisation(device: torch.device) -> float:
-    """Utilisation in percent of a CUDA device over the driver's last sample period; 0 on CPU."""
-    return float(torch.cuda.utilization(device)) if device.type == "cuda" else 0.0
-
-
-def device_name(device: torch.device) -> str:
-    """What the arithmetic runs on: ``cpu``, or the name of the CUDA device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

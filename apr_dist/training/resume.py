@@ -36,7 +36,7 @@ _FREE = {
         "loader.pin_memory",
         "compute.activation_checkpointing",
     ),
-    *("early_stop.patience", "early_stop.min_epochs", "evaluation.micro_batch_size"),
+    *("early_stop.patience", "early_stop.min_epochs", "evaluation.micro_batch_size", "log_every"),
     *("checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.background"),
 }
 """Keys that change where and how often, not what is computed. Files are compared by content instead; a

@@ -48,8 +48,9 @@ from apr_dist.training.resume import ResumePoint, flat
 from apr_dist.training.run_log import LOG_NAME, RunLog
 from apr_dist.training.saving import Saver
 from apr_dist.training.step_folders import CHECKPOINT_NAME, SavedState
+from apr_dist.training.stepping import TrainingData
 from apr_dist.training.trackers import Trackers
-from apr_dist.training.trainer import Trainer, TrainingData
+from apr_dist.training.trainer import Trainer
 from apr_dist.training.verdict import Verdict
 
 CONFIG_NAME = "config.yaml"

@@ -1,23 +1,21 @@
 """The loop: evaluate, step, evaluate, save, and say how it ended.
 
-What a step is reads top to bottom in ``Trainer._step``. Processes, weights, guards, metrics and the
-verdict live in their own rooms; nothing here opens a model file or parses a flag.
+What a step is, is in ``stepping``. Processes, weights, guards, metrics and the verdict live in their own
+rooms; nothing here opens a model file or parses a flag.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from apr_dist.config import TrainConfig
-from apr_dist.data.documents import loss_mask
-from apr_dist.data.mixture import Progress as DataProgress
-from apr_dist.errors import DataError
+from apr_dist.errors import AprDistError
 from apr_dist.gates.result import GateResult
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import prepare
@@ -28,15 +26,24 @@ from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.checkpoint import perplexity
 from apr_dist.training.compute import set_up_compute
 from apr_dist.training.display import Display, Pace
-from apr_dist.training.evaluation import Evaluation, EvaluationStopped, evaluate, split_sequences
-from apr_dist.training.guards import EarlyStop, check_finite, check_validation
-from apr_dist.training.metrics import MetricsFile, StepMetrics, device_name, gpu_utilisation
-from apr_dist.training.optimizer import apply_lr, build_optimizer
+from apr_dist.training.efficiency import (
+    device_name,
+    efficiency_of,
+    gpu_utilisation,
+    host_peak_bytes,
+    peak_bytes,
+)
+from apr_dist.training.evaluation import Evaluation, EvaluationStopped, evaluate
+from apr_dist.training.garbage import collect, collected_on_request
+from apr_dist.training.guards import EarlyStop, check_finite, check_targets, check_validation
+from apr_dist.training.metrics import MetricsFile, StepMetrics
+from apr_dist.training.optimizer import build_optimizer
 from apr_dist.training.progress import Progress, Start
 from apr_dist.training.saving import Saver
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, StopRequest, first_signal
 from apr_dist.training.step_folders import SavedState
+from apr_dist.training.stepping import BatchFeed, Stepper, Taken, TrainingData
 from apr_dist.training.verdict import (
     Agreement,
     Status,
@@ -46,16 +53,6 @@ from apr_dist.training.verdict import (
     refuse_failed,
     step_zero_gates,
 )
-
-
-class TrainingData(Protocol):
-    """Global batches by number: this rank's micro-batches, each int32 [micro_batch, seq + 1]."""
-
-    def progress(self, batches: int) -> dict[str, DataProgress]:
-        """How far each source has come when that many global batches were handed out."""
-
-    def batch(self, k: int) -> list[torch.Tensor]:
-        """This rank's micro-batches of global batch ``k``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +117,17 @@ class Trainer:
         self.schedule = schedule_of(config)
         micro_batch = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
         self.engine = prepare(model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
+        self.efficiency = efficiency_of(start.model_config, config, runtime)
+        self.log_every = config.log_every or (10 if runtime.device.type == "cuda" else 1)
+        ignored = config.loader.ignored_ids
+        self.stepper = Stepper(
+            engine=self.engine,
+            runtime=runtime,
+            feed=BatchFeed(train_data, runtime.device, ignored_ids=ignored),
+            lr_at=self.schedule.lr_at,
+            global_tokens=None if ignored else config.batch_size * config.seq_length,
+            notes=self._notes,
+        )
 
     def fit(self) -> Outcome:
         """Train to the end of the steps, the target, or the patience, saving at every evaluation.
@@ -133,8 +141,14 @@ class Trainer:
             self.progress,
             EarlyStop(self.config.early_stop.patience, self.config.early_stop.min_epochs),
         )
+        self.display(self.efficiency.describe())
         pace = Pace(steps=self.config.num_steps, steps_per_epoch=self.config.steps_per_epoch, done=state.step)
-        with self.display.training(pace), self.stop_request, self.saver:
+        with (
+            self.display.training(pace),
+            self.stop_request,
+            self.saver,
+            collected_on_request(),
+        ):
             if not state.evaluations:
                 self._step_zero()
             for done in state.evaluations:
@@ -182,7 +196,7 @@ class Trainer:
         state, length = self.progress, self.config.steps_per_epoch
         last = min((state.step // length + 1) * length, self.config.num_steps)
         while state.step < last:
-            signal_number = self._step(compare=state.step in (0, self.config.num_steps - 1))
+            signal_number = self._step(last=last)
             if signal_number:
                 self._save()
                 self.saver.finish()
@@ -206,98 +220,83 @@ class Trainer:
         asked = [float(self.stop_request.received == number) for number in SIGNALS]
         return torch.tensor(asked, dtype=torch.float64, device=self.runtime.device)
 
-    def _step(self, *, compare: bool) -> int:
-        """One optimizer step; returns the number of a signal that came to any rank, or 0."""
-        began = time.perf_counter()
-        step = self.progress.step
-        HERE.enter(Phase.TRAINING, step=step)
-        micro_batches = self.train_data.batch(step)
-        data_wait_s = time.perf_counter() - began
-        eval_loss = self._loss_of(micro_batches).loss if compare else None
-        computed = time.perf_counter()
-        lr = apply_lr(self.engine.optimizer, self.schedule.lr_at(step))
-        train_loss, targets, signal_number = self._forward_backward(micro_batches)
-        grad_norm = self.engine.step(
-            lambda norm: check_finite(step=step + 1, train_loss=train_loss, grad_norm=norm)
-        )
-        wall_s = time.perf_counter() - computed + data_wait_s
-        self._record(train_loss, targets, grad_norm, lr, wall_s, data_wait_s)
-        if eval_loss is not None:
-            both = Agreement(step=step + 1, train_loss=train_loss, eval_loss=eval_loss)
-            self.progress.agreements.append(both)
-            self.metrics.event("agreement", asdict(both))
-        return signal_number
+    def _notes(self) -> torch.Tensor:
+        """What each rank has to tell all others: that a save failed here, and which signals came."""
+        failed = torch.tensor([float(self.saver.failed)], dtype=torch.float64, device=self.runtime.device)
+        return torch.cat((failed, self._signals()))
 
-    def _loss_of(self, micro_batches: Sequence[torch.Tensor]) -> Evaluation:
-        """The loss of a global batch, measured the way held-out sequences are."""
-        ignored = self.config.loader.ignored_ids
-        return evaluate(self.engine.evaluated, micro_batches, self.runtime, ignored_ids=ignored)
+    def _step(self, *, last: int) -> int:
+        """One optimizer step; returns the number of a signal that came to any rank, or 0.
 
-    def _counted_targets(self, micro_batches: Sequence[torch.Tensor]) -> int:
-        """Targets of the global batch that count in the loss; a collective only where some may not."""
-        ignored = self.config.loader.ignored_ids
-        if not ignored:
-            return self.config.batch_size * self.config.seq_length
-        here = sum(int(loss_mask(tokens[:, 1:], ignored_ids=ignored).sum()) for tokens in micro_batches)
-        counted = self.runtime.sum(torch.tensor(here, dtype=torch.int64, device=self.runtime.device))
-        if not int(counted):
-            raise DataError(
-                f"every target of step {self.progress.step + 1} is one of loader.ignored_ids",
-                where="training shards",
-                expected="at least one target that counts in each global batch",
-                remedy="name fewer ids, or raise --batch-size",
-            )
-        return int(counted)
+        Figures are read every ``log_every`` steps, and before anything that depends on them.
+        """
+        state = self.progress
+        HERE.enter(Phase.TRAINING, step=state.step)
+        compare = state.step in (0, self.config.num_steps - 1)
+        try:
+            self.stepper.take(state.step, compare=compare, more=state.step + 1 < self.config.num_steps)
+        except AprDistError:
+            self._read_figures()  # of the steps before, which are done
+            raise
+        state.step += 1
+        if compare or state.step == last or self.stepper.waiting >= self.log_every:
+            return self._read_figures()
+        return 0
 
-    def _forward_backward(self, micro_batches: Sequence[torch.Tensor]) -> tuple[float, int, int]:
-        # Gradients are those of (sum of token losses) / (targets of the global batch that count). Engines
-        # average over ranks, so each rank's share is scaled by the world size first.
-        counted = self._counted_targets(micro_batches)
-        scale = self.runtime.world_size / counted
-        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        for index, tokens in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            inputs, targets = split_sequences(tokens, self.runtime.device, self.config.loader.ignored_ids)
-            total += self.engine.accumulate(inputs, targets, scale=scale, last=last).double()
-            HERE.moved()
-        # A signal to one rank stops all, and so does a save that failed on one: both travel with the loss,
-        # at no further collective.
-        failed = total.new_tensor([float(self.saver.failed)])
-        loss, failures, *signals = self.runtime.sum(
-            torch.cat([total.view(1), failed, self._signals()])
-        ).tolist()
+    def _read_figures(self) -> int:
+        """Record the steps taken since the last time; returns the number of a signal, or 0.
+
+        Raises:
+            NumericalInstability, DataError: a step had no loss or no norm; it and those after it changed
+                nothing.
+            OutputError: a save that was going on has failed, on any rank.
+        """
+        failures, signal_number = 0.0, 0
+        gpu_util = gpu_utilisation(self.runtime.device)
+        for taken in self.stepper.read():
+            check_targets(step=taken.step + 1, targets=taken.targets)
+            check_finite(step=taken.step + 1, train_loss=taken.train_loss, grad_norm=taken.grad_norm)
+            self._record(taken, gpu_util)
+            failed, *signals = taken.notes
+            failures += failed
+            signal_number = signal_number or first_signal(signals)
         if failures:
             self.saver.finish()
-        return loss / counted, counted, first_signal(signals)
+        return signal_number
 
-    def _record(
-        self, train_loss: float, targets: int, grad_norm: float, lr: float, wall_s: float, data_wait_s: float
-    ) -> None:
+    def _record(self, taken: Taken, gpu_util_pct: float) -> None:
         state = self.progress
-        state.step += 1
-        state.tokens_seen += targets
-        state.train_loss = train_loss
-        state.grad_norm_max = max(state.grad_norm_max, grad_norm)
-        self._count_passes()
+        state.tokens_seen += taken.targets
+        state.train_loss = taken.train_loss
+        state.grad_norm_max = max(state.grad_norm_max, taken.grad_norm)
+        self._count_passes(taken.step + 1)
+        speed = taken.targets / taken.wall_s
         line = StepMetrics(
-            step=state.step,
-            train_loss=train_loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens_per_sec=targets / wall_s,
-            gpu_util_pct=gpu_utilisation(self.runtime.device),
-            wall_ms=wall_s * 1e3,
-            data_wait_ms=data_wait_s * 1e3,
+            step=taken.step + 1,
+            train_loss=taken.train_loss,
+            grad_norm=taken.grad_norm,
+            lr=taken.lr,
+            tokens_per_sec=speed,
+            gpu_util_pct=gpu_util_pct,
+            wall_ms=taken.wall_s * 1e3,
+            data_wait_ms=taken.data_wait_s * 1e3,
             tokens_seen=state.tokens_seen,
             data_epoch=max(state.data_epochs.values()),
             data_epochs=dict(state.data_epochs),
+            mfu=self.efficiency.mfu(speed),
+            memory_bytes=peak_bytes(self.runtime.device),
+            host_memory_bytes=host_peak_bytes(),
         )
         self.metrics.step(line)
+        if taken.eval_loss is not None:
+            both = Agreement(step=line.step, train_loss=taken.train_loss, eval_loss=taken.eval_loss)
+            state.agreements.append(both)
+            self.metrics.event("agreement", asdict(both))
 
-    def _count_passes(self) -> None:
+    def _count_passes(self, steps: int) -> None:
         """Say when a source of the training data begins again."""
         state = self.progress
-        for name, progress in self.train_data.progress(state.step).items():
+        for name, progress in self.train_data.progress(steps).items():
             newest = progress.newest_pass
             if newest > state.data_epochs.get(name, 0):
                 seen = f"every sequence seen {newest} times"
@@ -316,6 +315,7 @@ class Trainer:
         return loss
 
     def _evaluate(self) -> Evaluation:
+        collect()
         state, epoch = self.progress, len(self.progress.evaluations)
         with HERE.during(Phase.EVALUATION, step=state.step):
             result = evaluate(

@@ -99,7 +99,9 @@ def one_step(
             last=index == len(mine) - 1,
         ).double()
     loss = float(view.sum(total)) / (BATCH * LENGTH)
-    return loss, engine.step(lambda norm: check_finite(step=step, train_loss=loss, grad_norm=norm))
+    norm = float(engine.step(torch.tensor(not math.isfinite(loss))))
+    check_finite(step=step, train_loss=loss, grad_norm=norm)
+    return loss, norm
 
 
 def compiled_steps(view: Runtime, config: TransformerConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mutants.change import (
     RUNTIME,
     SAVED,
     SCHEDULE,
+    STEPPING,
     TRAINER,
     TRAINER_FILE,
     VERDICT,
@@ -176,6 +177,13 @@ MUTANTS: tuple[Change, ...] = (
         "    if math.isfinite(train_loss):",
     ),
     Change(
+        LOOP + "007",
+        "a step after the bad one moves the weights",
+        STEPPING,
+        "        norm = self._engine.step(self._hold)",
+        "        norm = self._engine.step(~torch.isfinite(sums[0]))",
+    ),
+    Change(
         LOOP + "008",
         "no throughput is impossible",
         METRICS,
@@ -222,8 +230,8 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "021",
         "the logged norm is a constant",
         TRAINER_FILE,
-        "        self._record(train_loss, targets, grad_norm, lr, wall_s, data_wait_s)",
-        "        self._record(train_loss, targets, 1.0, lr, wall_s, data_wait_s)",
+        "            grad_norm=taken.grad_norm,\n            lr",
+        "            grad_norm=1.0,\n            lr",
     ),
     Change(
         TRAINER + "023",
@@ -249,8 +257,8 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         DISTRIBUTED + "002",
         "gradients are not scaled by the world size",
-        TRAINER_FILE,
-        "        scale = self.runtime.world_size / counted",
+        STEPPING,
+        "        scale = self._runtime.world_size / counted",
         "        scale = 1 / counted",
     ),
     Change(
@@ -371,9 +379,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "028",
         "a resumed run begins with the first batch",
-        TRAINER_FILE,
-        "        micro_batches = self.train_data.batch(step)",
-        '        micro_batches = self.train_data.batch(step - vars(self).setdefault("begun", step))',
+        STEPPING,
+        "        batches = self._feed.take(step)",
+        '        batches = self._feed.take(step - vars(self).setdefault("begun", step))',
     ),
     Change(
         TRAINER + "035",

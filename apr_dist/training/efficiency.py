@@ -1,0 +1,82 @@
+"""What a run makes of its machine: model FLOPs utilisation, busy share of the GPU, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from apr_dist.config import Precision, TrainConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
+from apr_dist.parallel.runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Arithmetic of a token, and what the devices could do at most.
+
+    Attributes:
+        flops_per_token: operations of forward and backward.
+        peak_flops: of one device in FLOP/s; None when it is not in the table.
+        devices: how many there are.
+        device_name: as its maker calls it.
+        precision: type of the products.
+    """
+
+    flops_per_token: int
+    peak_flops: float | None
+    devices: int
+    device_name: str
+    precision: Precision
+
+    def mfu(self, tokens_per_sec: float) -> float | None:
+        """Model FLOPs utilisation at this speed of the whole run, between 0 and 1; None: unknown peak."""
+        if self.peak_flops is None:
+            return None
+        return self.flops_per_token * tokens_per_sec / (self.devices * self.peak_flops)
+
+    def describe(self) -> str:
+        """The formula with its numbers, in one line."""
+        work = f"{self.flops_per_token / 1e9:,.3g} GFLOP per token ({FORMULA})"
+        if self.peak_flops is None:
+            return f"{work}; MFU n/a: the peak of {self.device_name} is not known"
+        peak = f"{self.devices} x {self.peak_flops / 1e12:g} TFLOP/s ({self.device_name}, {self.precision})"
+        return f"MFU = {work} x tokens/s / {peak}"
+
+
+def efficiency_of(model: TransformerConfig, config: TrainConfig, runtime: Runtime) -> Efficiency:
+    """The figures of a run on this rank's kind of device."""
+    cuda = runtime.device.type == "cuda"
+    name = torch.cuda.get_device_name(runtime.device) if cuda else "this processor"
+    dtype = torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32
+    return Efficiency(
+        flops_per_token=flops_per_token(model, config.seq_length),
+        peak_flops=peak_flops(name, dtype) if cuda else None,
+        devices=runtime.world_size,
+        device_name=name,
+        precision=config.parallel.precision,
+    )
+
+
+def gpu_utilisation(device: torch.device) -> float:
+    """Utilisation in percent of a CUDA device over the driver's last sample period; 0 on CPU."""
+    return float(torch.cuda.utilization(device)) if device.type == "cuda" else 0.0
+
+
+def host_peak_bytes() -> int:
+    """Most memory this process has held so far (``ru_maxrss``, which macOS counts in bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: by tensors on a CUDA device, by the process on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak_bytes()
+
+
+def device_name(device: torch.device) -> str:
+    """What the arithmetic runs on: ``cpu``, or the name of the CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
