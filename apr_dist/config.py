@@ -91,6 +91,13 @@ class ShardAccess(StrEnum):
     PREAD = "pread"
 
 
+class Documents(StrEnum):
+    """What attention does at a document's end inside a sequence."""
+
+    CONTINUE = "continue"
+    ISOLATE = "isolate"
+
+
 class ScheduleKind(StrEnum):
     """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
 
@@ -206,6 +213,10 @@ class LoaderSection(Section):
     )
     max_epochs: int | None = Field(
         None, gt=0, description="passes over the data before StreamExhausted; none: cycle, and say so"
+    )
+    documents: Documents = Field(
+        Documents.CONTINUE,
+        description="attention in training: continue over document ends, or isolate each document",
     )
     access: ShardAccess = Field(
         ShardAccess.MMAP,

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from builders.models import tiny_decoder
+from builders.reference import reference_model
 from builders.runs import metrics, run_here
 from torch._dynamo.utils import counters
 
+from apr_dist.apr.reader import AprReader
+from apr_dist.config import TrainConfig
+from apr_dist.data.loader import TokenLoader
+from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode
+from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.training.metrics import MetricsFile, StepMetrics
 from apr_dist.training.stepping import Stepper
@@ -131,6 +140,65 @@ def test_after_a_loss_that_is_no_number_nothing_moves_until_the_run_stops(
     assert not torch.equal(heads[0], heads[1])
     assert len(heads) == 6
     assert all(torch.equal(head, heads[1]) for head in heads[2:])
+
+
+def test_isolated_documents_attend_to_themselves_alone(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--seq-length", "256", "--batch-size", "64", "--micro-batch-size", "8", "--num-steps", "1")
+    isolate = ("--loader.documents", "isolate", "--compute.activation-checkpointing", "full")
+    assert train(inputs, tmp_path / "run", *flags, *isolate) == 0
+    assert "documents isolated by spans" in capfd.readouterr().out
+    (found,) = metrics(tmp_path / "run")
+    masked, plain = _reference_losses(inputs)
+    assert found["train_loss"] == pytest.approx(masked, rel=1e-6)
+    assert found["train_loss"] != pytest.approx(plain, rel=1e-5)
+
+
+def _reference_losses(inputs: Inputs) -> tuple[float, float]:
+    """Of the first global batch, by `transformers` with a dense mask of its documents, and without."""
+    with AprReader(inputs.pretrained) as reader:
+        config = TransformerConfig.from_metadata(
+            reader.metadata.to_mapping(), family=Family.QWEN2, where="test", tie_word_embeddings=True
+        )
+        model = tiny_decoder(config)
+        model.load_state_dict(
+            {name: torch.from_numpy(reader.float32(name).copy()) for name in reader.tensors}
+        )
+    loader = TokenLoader(
+        Manifest.load(inputs.train), seq_length=256, global_batch=64, micro_batch=64, seed=TrainConfig().seed
+    )
+    (rows,), (documents,) = loader.batch(0), loader.documents(0)
+    loader.close()
+    assert len(documents.cu_seqlens) > 65, "no document ends inside a sequence"
+    reference, found = reference_model(model), []
+    for mask in (torch.where(documents.attention_mask(), 0.0, -torch.inf), None):
+        with torch.no_grad():
+            logits = reference(input_ids=rows[:, :-1].long(), attention_mask=mask).logits
+        targets = rows[:, 1:].long().flatten()
+        found.append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("other", [("--synthetic",), ("--compute.compile", "block")])
+def test_isolation_is_refused_where_it_cannot_be(
+    other: tuple[str, ...], inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(inputs, tmp_path / "run", "--loader.documents", "isolate", *other) == ExitCode.USAGE
+    assert "do not go together" in capfd.readouterr().err
+
+
+def test_isolation_needs_data_that_tells_documents_apart(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    silent = tmp_path / "silent"
+    shutil.copytree(inputs.train, silent)
+    facts = json.loads((silent / "manifest.json").read_text())
+    facts["eos_token_id"] = facts["documents_index"] = None
+    (silent / "manifest.json").write_text(json.dumps(facts))
+    flags = ("--loader.documents", "isolate", "--dataset", str(silent))
+    assert train(inputs, tmp_path / "run", *flags) == ExitCode.DATA
+    assert "neither document starts" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress
 
 
@@ -40,6 +41,11 @@ class SyntheticTokens:
     def progress(self, batches: int) -> dict[str, Progress]:
         """How far the one source has come when ``batches`` global batches were handed out."""
         return {"synthetic": Progress(batches * self._batch_size, 0, 0)}
+
+    def documents(self, k: int) -> list[Documents]:
+        """Made-up sequences are one document each."""
+        begins = [torch.zeros(rows.shape[0], rows.shape[1] - 1, dtype=torch.bool) for rows in self.batch(k)]
+        return [Documents.from_begins(begin) for begin in begins]
 
     def batch(self, k: int) -> list[torch.Tensor]:
         """This rank's micro-batches of global batch ``k``, each int32 [micro_batch, seq + 1]."""

@@ -24,6 +24,7 @@ from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary, weights
 from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
+from apr_dist.gates.documents import check_documents
 from apr_dist.gates.output import check_run_dir
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
@@ -88,7 +89,9 @@ def run_preflight(
         if resume_from is not None:
             _identify_init(found, config)
         _note(found, say, _positions(found, config))
-        if not config.synthetic:
+        if config.synthetic:
+            check_documents(config, ())
+        else:
             _check_data(found, config, say)
         size = found.model_config.parameter_count() * BYTES_PER_WEIGHT
         # Begun and stopped before its first checkpoint, a run that resumes by itself begins again.
@@ -236,6 +239,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     check_shares(training, global_batch=config.batch_size, block=block)
     parts, everything = parts_of(training), (*parts_of(training), held_out)
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
+    check_documents(config, parts)
     sequences = sum(check_sequences(part, seq_length=config.seq_length) for part in parts)
     held = check_sequences(held_out, seq_length=config.seq_length)
     for part in parts:

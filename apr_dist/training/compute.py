@@ -7,9 +7,10 @@ import shutil
 
 import torch
 
-from apr_dist.config import Compile, TrainConfig
+from apr_dist.config import Compile, Documents, Precision, TrainConfig
 from apr_dist.errors import UsageError
 from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.model.packing import packed_kernel
 from apr_dist.model.transformer import Decoder
 
 
@@ -30,9 +31,10 @@ def set_up_compute(model: Decoder, config: TrainConfig, device: torch.device) ->
         model.compile_blocks()
 
 
-def describe_compute(config: TrainConfig) -> str:
+def describe_compute(config: TrainConfig, device: torch.device) -> str:
     """The choices that are not the default, for one line; empty when there is none."""
     options = config.compute
+    dtype = torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32
     parts = []
     if options.compile is not Compile.OFF:
         parts.append("blocks compiled")
@@ -40,6 +42,8 @@ def describe_compute(config: TrainConfig) -> str:
         parts.append(f"checkpointing {options.activation_checkpointing}")
     if options.z_loss:
         parts.append(f"z-loss {options.z_loss:g}")
+    if config.loader.documents is Documents.ISOLATE:
+        parts.append(f"documents isolated by {packed_kernel(device, dtype)}")
     return ", ".join(parts)
 
 

@@ -158,7 +158,7 @@ def _say_how(config: TrainConfig, runtime: Runtime, say: Display) -> None:
     if runtime.device.type == "cpu":
         kept = "kept" if keep_freed_memory() else "returned"
         how += f", products {cpu_matmul_backend()}, freed memory {kept}, {runtime.cpu_threads} thread(s) each"
-    if described := describe_compute(config):
+    if described := describe_compute(config, runtime.device):
         how += f", {described}"
     say(
         f"running on {runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"

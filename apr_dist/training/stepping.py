@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress as DataProgress
 from apr_dist.model.chunked_loss import IGNORE_INDEX
 from apr_dist.parallel.engine import Engine
@@ -33,9 +34,8 @@ class TrainingData(Protocol):
     def batch(self, k: int) -> list[Tensor]:
         """This rank's micro-batches of global batch ``k``."""
 
-
-DocumentIds = Callable[[int], list[Tensor]]
-"""Document ids [micro_batch, seq] of this rank's micro-batches of a global batch."""
+    def documents(self, k: int) -> list[Documents]:
+        """Where documents begin in the inputs of each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class BatchFeed:
         data: global batches by number.
         device: where they go.
         ignored_ids: targets that do not count in the loss.
-        document_ids: where documents are kept apart, which is which.
+        isolate: keep documents apart.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class BatchFeed:
         device: torch.device,
         *,
         ignored_ids: Sequence[int] = (),
-        document_ids: DocumentIds | None = None,
+        isolate: bool = False,
     ) -> None:
         self._data, self._device = data, device
-        self._ignored_ids, self._document_ids = ignored_ids, document_ids
+        self._ignored_ids, self._isolate = ignored_ids, isolate
         self._stream = _side_stream(device)
         self._ahead: tuple[int, list[Batch]] | None = None
 
@@ -116,7 +116,9 @@ class BatchFeed:
 
     def _sent(self, k: int) -> list[Batch]:
         rows = self._data.batch(k)
-        ids = self._document_ids(k) if self._document_ids is not None else [None] * len(rows)
+        ids: list[Tensor | None] = [None] * len(rows)
+        if self._isolate:
+            ids = [documents.ids for documents in self._data.documents(k)]
         with torch.cuda.stream(self._stream):  # of no effect without a stream
             return [
                 split_sequences(row, self._device, self._ignored_ids, one)

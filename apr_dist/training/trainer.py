@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from apr_dist.config import TrainConfig
+from apr_dist.config import Documents, TrainConfig
 from apr_dist.errors import AprDistError
 from apr_dist.gates.result import GateResult
 from apr_dist.model.transformer import Decoder
@@ -119,11 +119,11 @@ class Trainer:
         self.engine = prepare(model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
         self.efficiency = efficiency_of(start.model_config, config, runtime)
         self.log_every = config.log_every or (10 if runtime.device.type == "cuda" else 1)
-        ignored = config.loader.ignored_ids
+        ignored, isolate = config.loader.ignored_ids, config.loader.documents is Documents.ISOLATE
         self.stepper = Stepper(
             engine=self.engine,
             runtime=runtime,
-            feed=BatchFeed(train_data, runtime.device, ignored_ids=ignored),
+            feed=BatchFeed(train_data, runtime.device, ignored_ids=ignored, isolate=isolate),
             lr_at=self.schedule.lr_at,
             global_tokens=None if ignored else config.batch_size * config.seq_length,
             notes=self._notes,

@@ -203,8 +203,8 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "031",
         "a data folder that is missing is a synthetic run",
         PREFLIGHT,
-        "        if not config.synthetic:",
-        "        if not config.synthetic and config.dataset.exists() and config.val_dataset.exists():",
+        "        if config.synthetic:",
+        "        if config.synthetic or not (config.dataset.exists() and config.val_dataset.exists()):",
     ),
     Change(
         TRAINER + "013",

@@ -1,0 +1,40 @@
+"""Whether documents can be kept apart as asked: the data must say where they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apr_dist.config import Compile, Documents, TrainConfig
+from apr_dist.data.manifest import Manifest
+from apr_dist.errors import DataError, UsageError
+
+
+def check_documents(config: TrainConfig, parts: Sequence[Manifest]) -> None:
+    """With ``loader.documents`` isolate: boundaries are known, and blocks are not compiled.
+
+    Args:
+        config: the resolved configuration.
+        parts: the training sets; none for made-up tokens.
+
+    Raises:
+        UsageError: made-up tokens, or compiled blocks, whose shapes would change with the documents.
+        DataError: a data set does not record where documents begin.
+    """
+    if config.loader.documents is Documents.CONTINUE:
+        return
+    clash = "--synthetic" if config.synthetic else "--compute.compile block"
+    if config.synthetic or config.compute.compile is Compile.BLOCK:
+        raise UsageError(
+            f"--loader.documents isolate and {clash} do not go together",
+            where="command line",
+            expected="real documents, and blocks that are not compiled",
+            remedy="leave one of them out",
+        )
+    for part in parts:
+        if not part.has_index and part.eos_token_id is None:
+            raise DataError(
+                "this data set records neither document starts nor an end-of-document id",
+                where=part.folder,
+                expected="boundaries to tell documents apart by, for --loader.documents isolate",
+                remedy="encode the corpus again with `apr-dist tokenize encode-corpus`",
+            )
