@@ -28,6 +28,7 @@ VERBS: Mapping[str, str] = {
     "diff": "files:diff",
     "generate": "generate:generate",
     "plan": "plan:plan",
+    "profile": "profile:profile",
     "report": "report:report",
     "verdict": "verdict:verdict",
     "doctor": "doctor:doctor",
@@ -46,7 +47,7 @@ VERBS: Mapping[str, str] = {
 }
 """Verb to ``room:function`` under this package."""
 
-OWN_FLAGS = ("plan",)
+OWN_FLAGS = ("plan", "profile")
 """Verbs that take the trainer's flags and parse them as the trainer does."""
 
 

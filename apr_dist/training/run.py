@@ -314,7 +314,7 @@ def _train(session: _Session, watch: Watch) -> Verdict:
 
 def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
     config, runtime, resumed = session.config, session.runtime, session.resumed
-    train_data, eval_data = _open_data(config, session.start.model_config, runtime, stack, session.display)
+    train_data, eval_data = open_data(config, session.start.model_config, runtime, stack, session.display)
     trackers = Trackers(
         config.trackers if runtime.is_main else (),
         run_dir=config.run_dir,
@@ -350,13 +350,14 @@ def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
     return trainer
 
 
-def _open_data(
+def open_data(
     config: TrainConfig,
     model_config: TransformerConfig,
     runtime: Runtime,
     stack: contextlib.ExitStack,
     say: Display,
 ) -> tuple[TrainingData, Iterable[torch.Tensor]]:
+    """This rank's training batches and held-out sequences, closed with the stack."""
     micro = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
     if config.synthetic:
         made_up = SyntheticTokens(
