@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,50 @@ def test_the_list_of_verbs_is_printed_and_an_unknown_one_refused_with_the_neares
     assert main(["inspcet", "x.apr"]) == ExitCode.USAGE
     assert "did you mean 'inspect'" in capfd.readouterr().err
     assert main(["tokenize"]) == ExitCode.USAGE
+
+
+def completion_script(shell: str, capfd: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--print-completion", shell])
+    assert stopped.value.code in (0, None)
+    return capfd.readouterr().out
+
+
+def test_bash_completes_verbs_and_their_flags(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "apr-dist.bash"
+    script.write_text(completion_script("bash", capfd))
+    asked = {
+        ("apr-dist", "va"): {"validate"},
+        ("apr-dist", "tokenize", "enc"): {"encode-corpus"},
+        ("apr-dist", "export", "--to", "hugg"): {"huggingface"},
+        ("apr-dist", "stamp", "--data-l"): {"--data-license"},
+    }
+    for words, expected in asked.items():
+        line = " ".join(f"'{word}'" for word in words)
+        program = (
+            f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1};"
+            " $(complete -p apr-dist | sed 's/.*-F \\([^ ]*\\).*/\\1/'); printf '%s\\n' \"${COMPREPLY[@]}\""
+        )
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+        assert {word.strip() for word in done.stdout.split()} == expected
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_take_their_script(
+    shell: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = completion_script(shell, capfd)
+    assert all(word in script for verb in VERBS for word in verb.split())
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed to check the syntax")
+    (tmp_path / "script").write_text(script)
+    subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+
+
+def test_a_shell_nobody_knows_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    for asked in (["tcl"], []):
+        assert main(["--print-completion", *asked]) == ExitCode.USAGE
+        assert "bash, zsh, fish" in capfd.readouterr().err
 
 
 def test_inspect_shows_a_person_and_a_program_the_same_facts(

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import tyro
 
 from apr_dist import __version__
-from apr_dist.errors import AprDistError, ExitCode, Terminated
+from apr_dist.errors import AprDistError, ExitCode, Terminated, UsageError
 
 VERBS: Mapping[str, str] = {
     "import": "files:import_file",
@@ -83,6 +83,8 @@ def _dispatch(given: list[str]) -> int:
     if given in (["--version"], ["version"]):
         print(f"apr-dist {__version__}")
         return 0
+    if given[:1] == ["--print-completion"]:
+        return _print_completion(given[1:])
     words = 2 if given and any(verb.startswith(given[0] + " ") for verb in VERBS) else 1
     verb, rest = " ".join(given[:words]), given[words:]
     if verb in OWN_FLAGS:
@@ -97,6 +99,19 @@ def _dispatch(given: list[str]) -> int:
         return int(result or 0)
     _list_verbs(verb)
     return 0 if verb in ("", "-h", "--help") or "--help" in given else int(ExitCode.USAGE)
+
+
+def _print_completion(asked: list[str]) -> int:
+    from apr_dist.cli.completion import Shell, print_completion  # noqa: PLC0415  (loads every verb)
+
+    if len(asked) != 1 or asked[0] not in list(Shell):
+        raise UsageError("--print-completion takes one shell", expected=", ".join(Shell))
+    print_completion(Shell(asked[0]), {verb: _plain if verb in OWN_FLAGS else _load(verb) for verb in VERBS})
+    return 0
+
+
+def _plain() -> None:
+    """Stands for a verb whose flags are the trainer's and are parsed by it."""
 
 
 def _load(verb: str) -> Callable[..., Any]:
