@@ -57,7 +57,8 @@ def import_file(
     Example: apr-dist import model.gguf -o model.apr
 
     Args:
-        source: Hugging Face folder, safetensors file with config.json beside it, GGUF, or old APR1 file.
+        source: Hugging Face folder, safetensors file with config.json beside it, GGUF, manifest of APR shards
+            or the folder with it, or old APR1 file.
         output: APR file to write.
         dtype: element type to write; by default the source's, and f16 for what was quantised.
         tie: drop a separate output head and use the embedding.

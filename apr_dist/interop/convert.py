@@ -36,7 +36,7 @@ class ImportSummary:
     Attributes:
         source: the file or folder that was read.
         target: the APR file that was written.
-        original_format: ``"gguf"``, ``"safetensors"`` or ``"apr-v1"``.
+        original_format: ``"gguf"``, ``"safetensors"``, ``"apr-v1"`` or ``"apr shards"``.
         tensor_count: tensors in the target.
         param_count: elements in the target.
         size_bytes: length of the target file.

@@ -20,6 +20,7 @@ from apr_dist.interop.gguf_file import load_gguf_package
 from apr_dist.interop.gguf_names import PERMUTED_ARCHITECTURES, adjacent_pairs, rotary_projection, to_gguf
 from apr_dist.interop.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from apr_dist.interop.hf_export import ExportSummary
+from apr_dist.interop.sharded import refuse_shard
 from apr_dist.interop.tie import HEAD, tied_head
 from apr_dist.model.families import decoder_family, family_from_tensor_names
 
@@ -71,6 +72,7 @@ def export_gguf(
     """
     gguf = load_gguf_package()
     with AprReader(source) as reader:
+        refuse_shard(reader)
         architecture = _architecture(reader)
         names = _names(reader)
         tokenizer = gguf_tokenizer(reader.metadata, rows=_dimension(reader, "vocab_size"), where=reader.path)

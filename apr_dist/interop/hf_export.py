@@ -20,6 +20,7 @@ from apr_dist.interop.embedding import embedded_files, token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
+from apr_dist.interop.sharded import refuse_shard
 from apr_dist.interop.tie import HEAD, tied_head
 
 MAX_SHARD_BYTES: Final = 5_000_000_000
@@ -132,6 +133,7 @@ def export_safetensors(
 
 def _specs(reader: AprReader, dtype: DType | None) -> tuple[list[TensorSpec], bool]:
     """What to write, in index order, and whether the head is tied (then it is left out)."""
+    refuse_shard(reader)
     if not reader.metadata.hf_architecture or not reader.metadata.hf_model_type:
         raise ArchitectureRefused(
             "the file does not say which Hugging Face class it is (hf_architecture, hf_model_type)",

@@ -16,6 +16,7 @@ from apr_dist.interop.convert import ImportSummary, Progress
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.huggingface import import_huggingface
 from apr_dist.interop.legacy import import_apr1
+from apr_dist.interop.sharded import find_manifest, import_sharded
 from apr_dist.interop.tokenizers import import_any_tokenizer
 
 
@@ -31,8 +32,8 @@ def import_model(
     """Write the model at ``source`` as an APR file, its tokenizer inside.
 
     Args:
-        source: Hugging Face folder, safetensors file with ``config.json`` beside it, GGUF file, or
-            an "APR1" file.
+        source: Hugging Face folder, safetensors file with ``config.json`` beside it, GGUF file,
+            manifest of APR shards (or their folder), or an "APR1" file.
         target: APR file to make.
         dtype: element type of every tensor; None keeps the source's, and F16 for what was quantised.
         tie: whether the head is the embedding; None decides from the source.
@@ -44,16 +45,19 @@ def import_model(
         UsageError: an option that this kind of source does not have.
         OutputError: the target cannot be written.
     """
-    if Path(source).is_dir():
+    manifest = find_manifest(Path(source)) if Path(source).is_dir() else None
+    if Path(source).is_dir() and manifest is None:
         return import_huggingface(
             source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress
         )
-    head = _head(Path(source))
+    head = _head(manifest or Path(source))
     if head[:4] == gguf_file.MAGIC:
         return import_gguf(source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress)
-    if head[:4] == legacy.MAGIC:
+    if head[:4] == legacy.MAGIC or head[:1] == b"{":
         if dtype is not None or tie is not None:
-            raise UsageError("an APR1 file is converted as it is", where=source, expected="no other option")
+            raise UsageError("APR is taken as it is", where=source, expected="no other option")
+        if head[:1] == b"{":
+            return import_sharded(manifest or Path(source), target, overwrite=overwrite, progress=progress)
         return import_apr1(source, target, overwrite=overwrite, progress=progress)
     if head[8:9] == b"{":
         return import_huggingface(
@@ -62,7 +66,7 @@ def import_model(
     raise NotAModelFile(
         f"the file begins with {head[:4]!r}" if head else "the file is empty",
         where=source,
-        expected="a GGUF file, a safetensors file, an APR1 file, or a Hugging Face folder",
+        expected="a GGUF file, a safetensors file, a manifest of APR shards, or a Hugging Face folder",
         remedy="check the path",
     )
 
