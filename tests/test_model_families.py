@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from builders.models import tiny_config
 
+from apr_dist.errors import ArchitectureRefused
+from apr_dist.gates.architecture import check_family
 from apr_dist.model.config import Family, parameter_shapes
 from apr_dist.model.families import (
     decoder_family,
@@ -62,6 +64,40 @@ FAMILIES = {
 def test_tensor_names_show_their_family_in_any_order(kind: str) -> None:
     assert family_from_tensor_names(NAMES[kind]) == FAMILIES[kind]
     assert family_from_tensor_names(reversed(NAMES[kind])) == FAMILIES[kind]
+
+
+FIXTURES = Path(__file__).parent / "fixtures" / "tensor_names"
+REAL = sorted(path.stem for path in FIXTURES.glob("*.txt"))
+
+
+def real_architecture(name: str) -> tuple[dict[str, str], list[str]]:
+    """What a published architecture says of itself, and its tensor names over two layers."""
+    lines = (FIXTURES / f"{name}.txt").read_text().splitlines()
+    said = dict(line.removeprefix("# ").split(" ", 1) for line in lines if line.startswith("# "))
+    return said, [line for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-INIT-005", "FALSIFY-INIT-ARCH-MATCH-001")
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_architecture_shows_its_family_and_is_built_or_refused_by_name(name: str) -> None:
+    said, names = real_architecture(name)
+    assert family_from_tensor_names(names) == said["names_show"]
+    metadata = {key: said[key] for key in ("hf_architecture", "hf_model_type")}
+    if not said["becomes"].startswith("refused "):
+        assert check_family(metadata, names, where=Path("model.apr")) == said["becomes"]
+        return
+    with pytest.raises(ArchitectureRefused) as refusal:
+        check_family(metadata, names, where=Path("model.apr"))
+    assert refusal.value.falsifier == said["becomes"].removeprefix("refused ")
+    if said["names_show"] != "unknown":
+        assert said["hf_architecture"] in refusal.value.what
+
+
+def test_more_than_twelve_real_architectures_are_listed() -> None:
+    assert len(REAL) >= 12
+    becomes = {real_architecture(name)[0]["becomes"] for name in REAL}
+    assert set(Family) <= becomes
+    assert any("ARCH-007" in outcome for outcome in becomes)
 
 
 @pytest.mark.parametrize("family", Family)

@@ -20,6 +20,7 @@ from apr_dist.model.families import (
     hf_architecture,
     is_encoder,
     normalize_metadata_family,
+    only_shares_names,
 )
 
 MATCH = "FALSIFY-INIT-ARCH-MATCH-001"
@@ -66,6 +67,8 @@ def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Pa
             remedy="start from a causal language model",
             falsifier=ENCODER,
         )
+    if any(only_shares_names(text) for text in texts):
+        raise _not_trained_here(texts[0], where)  # said first: its names may show a family of ours
     claims = {text: family for text in texts if (family := normalize_metadata_family(text)) is not None}
     witnesses = list(claims.values()) + ([shown] if shown != UNKNOWN else [])
     if len(set(witnesses)) > 1:
@@ -113,14 +116,18 @@ def _decoder(witnesses: list[str], texts: list[str], where: Path) -> Family:
     # Several families share Llama's tensor names; each claim must be of one whose arithmetic is ours.
     found = {decoder_family(witnesses[0], text) for text in texts or [""]}
     if None in found:
-        raise ArchitectureRefused(
-            f"the architecture {texts[0] if texts else witnesses[0]!r} is not one this decoder can be",
-            where=where,
-            expected=f"one of {', '.join(Family)}",
-            remedy="start from a model of one of these families",
-            falsifier=METADATA,
-        )
+        raise _not_trained_here(texts[0] if texts else witnesses[0], where)
     return Family.MISTRAL if Family.MISTRAL in found else Family(witnesses[0])
+
+
+def _not_trained_here(name: str, where: Path) -> ArchitectureRefused:
+    return ArchitectureRefused(
+        f"the architecture {name!r} is not one this decoder can be",
+        where=where,
+        expected=f"one of {', '.join(Family)}",
+        remedy="start from a model of one of these families",
+        falsifier=METADATA,
+    )
 
 
 def _tied(claim: object, head: HeadFacts, where: Path) -> bool:

@@ -63,6 +63,11 @@ _LLAMA_NAMED_BUT_DIFFERENT: Final = re.compile(
 """``hf_model_type`` of models whose tensors are named like Llama's and whose arithmetic differs."""
 
 
+def only_shares_names(claim: str) -> bool:
+    """Whether a class name or model type is of a model named like Llama whose arithmetic differs."""
+    return _LLAMA_NAMED_BUT_DIFFERENT.match(claim) is not None
+
+
 def family_from_tensor_names(names: Iterable[str]) -> str:
     """The family that a file's tensor names show, by the first rule that matches.
 

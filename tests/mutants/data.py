@@ -121,7 +121,7 @@ MUTANTS: tuple[Change, ...] = (
         "apr_dist/data/manifest.py",
         '            "shard_count": len(self.shards),',
         '            "shard_count": len(self.shards) - 1,',
-        also=(REPAIR + "005",),
+        also=(REPAIR + "005", REPAIR + "006"),
     ),
     Change(
         REPAIR + "002",
@@ -129,7 +129,7 @@ MUTANTS: tuple[Change, ...] = (
         "apr_dist/data/manifest.py",
         '            "total_tokens": self.total_tokens,',
         '            "total_tokens": 4 * self.total_tokens,',
-        also=(REPAIR + "005",),
+        also=(REPAIR + "005", REPAIR + "006"),
     ),
     Change(
         REPAIR + "003",

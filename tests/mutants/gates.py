@@ -213,4 +213,19 @@ MUTANTS: tuple[Change, ...] = (
         "        if kind in _INTEGERS:",
         "        if kind in _INTEGERS[:0]:",
     ),
+    Change(
+        MATCH,
+        "normalised queries and keys show nothing",
+        "apr_dist/model/families.py",
+        'self_attn\\.q_norm\\.weight"),',
+        'self_attn\\.q_norm\\.bias"),',
+    ),
+    Change(
+        INIT + "005",
+        "a model that only shares names is taken for the family they show",
+        FAMILY_GATE,
+        "    if any(only_shares_names(text) for text in texts):",
+        "    if not texts and any(only_shares_names(text) for text in texts):",
+        also=(MATCH,),
+    ),
 )
