@@ -65,6 +65,7 @@ def _run(config: TrainConfig, display: Display, rank: int, world_size: int, watc
     try:
         if refusal is not None and world_size == 1:
             raise refusal
+        HERE.enter(Phase.IMPORTING)
         from apr_dist.report import verdict_lines  # noqa: PLC0415  (imports PyTorch)
         from apr_dist.training.run import execute  # noqa: PLC0415
 
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = int(os.environ.get("RANK", "0"))
     HERE.enter(Phase.STARTING, step=0)
+    HERE.spent.clear()
     watch, signals = Watch(rank=rank).start(), AtOnce()
     with signals:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,9 @@ def test_figures_that_are_read_seldom_are_those_of_every_step(
 ) -> None:
     assert train(inputs, tmp_path / "run", "--log-every", "3") == 0
     assert losses(tmp_path / "run") == plain
-    assert "MFU n/a: the peak of this processor is not known" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "MFU n/a: the peak of this processor is not known" in said
+    assert re.search(r"first step done [\d.]+ s after the process began: .*asking the gates .*loading", said)
     for line in metrics(tmp_path / "run"):
         assert line["mfu"] is None
         assert line["memory_bytes"] == line["host_memory_bytes"] > 1e8

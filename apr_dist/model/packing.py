@@ -13,12 +13,13 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention as flex
-from torch.nn.attention.varlen import varlen_attn
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Plain causal attention of ``[batch, seq, heads, head_dim]``."""
@@ -48,7 +49,7 @@ class Documents:
     spans: tuple[tuple[int, int, int], ...] = ()
     boundaries: Tensor | None = None
     longest: int = 0
-    block_mask: flex.BlockMask | None = None
+    block_mask: BlockMask | None = None
 
 
 def packed_kernel(device: torch.device, dtype: torch.dtype) -> PackedKernel:
@@ -132,6 +133,8 @@ def _attend_spans(
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None
 ) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (loads the compiler, for seconds)
+
     mixed = varlen_attn(
         query.flatten(0, 1),
         key.flatten(0, 1),
@@ -146,16 +149,20 @@ def _attend_varlen(
     return mixed.view(query.shape)  # type: ignore[union-attr]
 
 
-def _block_mask(document_ids: Tensor, window: int | None) -> flex.BlockMask:
+def _block_mask(document_ids: Tensor, window: int | None) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415  (loads the compiler)
+
     def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = document_ids[row, query] == document_ids[row, key]
         near = query - key < (document_ids.shape[1] if window is None else window)
         return same & (query >= key) & near
 
     batch, length = document_ids.shape
-    return flex.create_block_mask(visible, batch, None, length, length, device=document_ids.device)
+    return create_block_mask(visible, batch, None, length, length, device=document_ids.device)
 
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex.flex_attention, dynamic=False)
+    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415  (loads the compiler)
+
+    return torch.compile(flex_attention, dynamic=False)

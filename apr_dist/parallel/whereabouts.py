@@ -18,6 +18,7 @@ class Phase(StrEnum):
 
     STARTING = "starting"
     GATES = "asking the gates"
+    IMPORTING = "importing PyTorch"
     JOINING = "joining the processes"
     LOADING = "loading"
     TRAINING = "training"
@@ -36,6 +37,7 @@ class Whereabouts:
         moved_at: monotonic time of its last sign of progress, in seconds.
         moves: how many there were; ranks do the same things in the same order, so fewer is behind.
         deferring: whether a signal is honoured by the loop after its step, and not at once.
+        spent: seconds in each phase that was left, since the run began.
     """
 
     phase: Phase = Phase.STARTING
@@ -43,10 +45,14 @@ class Whereabouts:
     moved_at: float = field(default_factory=time.monotonic)
     moves: int = 0
     deferring: bool = False
+    spent: dict[Phase, float] = field(default_factory=dict)
+    _entered_at: float = field(default_factory=time.monotonic)
 
     def enter(self, phase: Phase, *, step: int | None = None) -> None:
         """Begin ``phase``; of ``step`` where it changed."""
-        self.phase = phase
+        now = time.monotonic()
+        self.spent[self.phase] = self.spent.get(self.phase, 0.0) + now - self._entered_at
+        self.phase, self._entered_at = phase, now
         self.step = self.step if step is None else step
         self.moved()
 

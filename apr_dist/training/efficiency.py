@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from apr_dist.config import Precision, TrainConfig
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.whereabouts import HERE, Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +83,13 @@ def peak_bytes(device: torch.device) -> int:
 def device_name(device: torch.device) -> str:
     """What the arithmetic runs on: ``cpu``, or the name of the CUDA device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def launch_text() -> str:
+    """How long it took from the beginning of this process to the end of its first step, by phase."""
+    HERE.enter(HERE.phase)  # counts the phase we are in up to now
+    total = time.time() - psutil.Process().create_time()
+    parts = {phase.value: seconds for phase, seconds in HERE.spent.items() if phase is not Phase.STARTING}
+    shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    before = total - sum(parts.values())
+    return f"first step done {total:.1f} s after the process began: before the gates {before:.1f}, {shown}"

@@ -31,6 +31,7 @@ from apr_dist.training.efficiency import (
     efficiency_of,
     gpu_utilisation,
     host_peak_bytes,
+    launch_text,
     peak_bytes,
 )
 from apr_dist.training.evaluation import Evaluation, EvaluationStopped, evaluate
@@ -118,6 +119,7 @@ class Trainer:
         micro_batch = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
         self.engine = prepare(model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
         self.efficiency = efficiency_of(start.model_config, config, runtime)
+        self._launching = True
         self.log_every = config.log_every or (10 if runtime.device.type == "cuda" else 1)
         ignored, isolate = config.loader.ignored_ids, config.loader.documents is Documents.ISOLATE
         self.stepper = Stepper(
@@ -262,6 +264,9 @@ class Trainer:
             signal_number = signal_number or first_signal(signals)
         if failures:
             self.saver.finish()
+        if self._launching:
+            self._launching = False
+            self.display(launch_text())
         return signal_number
 
     def _record(self, taken: Taken, gpu_util_pct: float) -> None:
