@@ -4,6 +4,7 @@
 #   make check   set up, then formatter, linters, types, layers, contracts, Rust tests
 #   make evidence  set up, then fine-tune that model for 500 steps, judge the run, keep the evidence
 #   make mutate  set up, then break the code behind each falsifier and see its test turn red
+#   make bench-quick   set up, then compare paired ratios with the last recorded ones
 #   make fuzz    set up, then 20,000 hostile model files
 #   make docs    set up, then build the documentation; a warning is an error
 #   make wheel   set up, then build wheel and source distribution, judge them, and use the wheel
@@ -27,7 +28,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/Cargo.toml rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo evidence test mutate fuzz docs wheel check format clean
+.PHONY: setup demo evidence test mutate bench-quick fuzz docs wheel check format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -86,6 +87,9 @@ evidence: $(DEMO)/shards/validation/manifest.json
 
 test: $(BUILD)/model-wheels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+bench-quick: $(BUILD)/installed
+	$(BIN)/python benchmarks/bench_quick.py $(BENCH_ARGS)
 
 mutate: $(BUILD)/model-wheels
 	$(BIN)/python tests/mutate.py $(MUTATE_ARGS)

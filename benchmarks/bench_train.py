@@ -1,0 +1,204 @@
+"""A training step beside what a user would pick instead: same shape, data, type and optimizer, one run.
+
+The contenders alternate, step by step; the figure is the median of paired ratios to the plain loop over
+``transformers``, with its range. Activation memory is the largest sum of live tensors during forward and
+backward beyond weights, gradients and optimizer state. On a GPU: MFU, and with ``--compile`` all compiled.
+
+    python benchmarks/bench_train.py --shape smollm2-135m --batch 2 --seq 256
+    python benchmarks/bench_train.py --shape qwen2.5-0.5b --layers 8 --batch 1 --seq 1024 --skip trainer
+    python benchmarks/bench_train.py --shape qwen2.5-0.5b --batch 8 --seq 2048 --dtype bf16 --compile
+    python benchmarks/bench_train.py --plot docs/images/step.svg one.json other.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_rivals import HeldTrainer, Loop, Setting, litgpt_loop, ours, plain_loop
+
+from apr_dist.model.config import preset
+from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
+from apr_dist.model.host_memory import keep_freed_memory
+from apr_dist.model.matmul import cpu_matmul_backend
+
+WARM_UP = 2
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="smollm2-135m", help="name of a model preset")
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="bf16: autocast, f32 weights")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="torch threads; by default all cores")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="ours by blocks, the others as a whole")
+    parser.add_argument("--skip", nargs="*", default=[], choices=("trainer", "litgpt", "memory"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw the JSON files that follow, and measure nothing")
+    parser.add_argument("files", nargs="*", type=Path)
+    return parser.parse_args()
+
+
+def contenders(setting: Setting, skip: list[str]) -> tuple[Loop, Loop, list[Any]]:
+    """Ours, the plain loop, and all of them in the order they take turns."""
+    first = ours(setting)
+    state = first.model.state_dict()
+    second = plain_loop(setting, state)
+    found: list[Any] = [first, second]
+    if "trainer" not in skip:
+        found.append(HeldTrainer(setting, state))
+    if "litgpt" not in skip:
+        try:
+            found.append(litgpt_loop(setting, state))
+        except ImportError as error:
+            print(f"litgpt left out: {error}")
+    return first, second, found
+
+
+def measure(found: list[Any], repeats: int) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each step by contender, and how far the losses of the first two were ever apart."""
+    seconds: dict[str, list[float]] = {one.name: [] for one in found}
+    apart = 0.0
+    for repeat in range(repeats + WARM_UP):
+        losses = []
+        for one in found:
+            loss, took = one.step()
+            losses.append(loss)
+            if repeat >= WARM_UP:
+                seconds[one.name].append(took)
+        apart = max(apart, abs(losses[0] - losses[1]))
+    return seconds, apart
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one setting."""
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    keep_freed_memory()
+    config = preset(options.shape)
+    config = replace(config, num_layers=options.layers or config.num_layers)
+    setting = Setting(
+        config=config,
+        batch=options.batch,
+        seq=options.seq,
+        dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
+        device=torch.device(options.device),
+        compiled=options.compile,
+    )
+    first, second, found = contenders(setting, options.skip)
+    seconds, apart = measure(found, options.repeats)
+    for one in found:
+        if isinstance(one, HeldTrainer):
+            one.close()
+    memory = {}
+    if "memory" not in options.skip:
+        memory = {one.name: one.activation_bytes() for one in (first, second)}
+    base = seconds[second.name]
+    ratios = {
+        name: spread([a / b for a, b in zip(times, base, strict=True)]) for name, times in seconds.items()
+    }
+    tokens = setting.batch * setting.seq
+    cuda = setting.device.type == "cuda"
+    peak = peak_flops(torch.cuda.get_device_name(), setting.dtype) if cuda else None
+    work = flops_per_token(config, setting.seq) * tokens
+    del found, first, second
+    gc.collect()
+    return {
+        "setting": f"{options.shape}, {config.num_layers} layers, {setting.batch} x {setting.seq}, "
+        f"{options.dtype}{', compiled' if options.compile else ''}",
+        "machine": f"{torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}, "
+        f"torch {torch.__version__}, our f32 products by {cpu_matmul_backend()}",
+        "seconds": {name: spread(times) for name, times in seconds.items()},
+        "ratios": ratios,
+        "memory_bytes": memory,
+        "tokens": tokens,
+        "mfu": {
+            name: None if peak is None else work / statistics.median(times) / peak
+            for name, times in seconds.items()
+        },
+        "loss_apart": apart,
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """What was measured, as a Markdown table."""
+    memory = facts["memory_bytes"]
+    base = memory.get("transformers")
+    lines = [
+        f"{facts['setting']}; {facts['machine']}",
+        "",
+        "| | step, s (range) | of the plain loop (range) | tokens/s | MFU | activations, MB (of plain) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, took in facts["seconds"].items():
+        ratio, mfu = facts["ratios"][name], facts["mfu"][name]
+        kept = f"{memory[name] / 1e6:,.0f} ({memory[name] / base:.2f})" if name in memory else "-"
+        lines.append(
+            f"| {name} | {took['median']:.3f} ({took['min']:.3f}-{took['max']:.3f}) | "
+            f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) | "
+            f"{facts['tokens'] / took['median']:,.0f} | {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | "
+            f"{kept} |"
+        )
+    lines += ["", f"losses of the first two at most {facts['loss_apart']:.1e} apart; MFU by {FORMULA}"]
+    return "\n".join(lines)
+
+
+def plot(path: Path, files: list[Path]) -> None:
+    """Step time and activation memory of every setting, as shares of the plain loop."""
+    import matplotlib as mpl  # noqa: PLC0415  (only a plot needs it)
+
+    mpl.use("svg")
+    mpl.rcParams["svg.fonttype"] = "none"
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    figure, axes = plt.subplots(1, len(runs), figsize=(3.6 * len(runs), 3.4), sharey=True, squeeze=False)
+    for axis, facts in zip(axes[0], runs, strict=True):
+        names = list(facts["ratios"])
+        medians = [facts["ratios"][name]["median"] for name in names]
+        low = [facts["ratios"][name]["median"] - facts["ratios"][name]["min"] for name in names]
+        high = [facts["ratios"][name]["max"] - facts["ratios"][name]["median"] for name in names]
+        places = range(len(names))
+        colours = ["#1f6f8b" if name == "apr-dist" else "#b0b7bd" for name in names]
+        axis.bar(places, medians, 0.62, yerr=[low, high], color=colours, ecolor="#444444", capsize=3)
+        for place, median in zip(places, medians, strict=True):
+            axis.text(place, 0.03, f"{median:.2f}", ha="center", color="white", fontweight="bold")
+        axis.axhline(1.0, color="#444444", linewidth=0.8, linestyle=":")
+        axis.set_xticks(list(places), names, fontsize=8)
+        axis.set_title(facts["setting"].replace(", ", "\n", 1), fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("step time, share of the plain loop")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} KB")
+
+
+def main() -> None:
+    options = arguments()
+    if options.plot:
+        plot(options.plot, options.files)
+        return
+    facts = run(options)
+    print(table(facts))
+    if options.json:
+        options.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The same model trained by others: what ``bench_train`` and ``bench_quick`` measure, one step at a time.
+
+Every contender has the same weights, tokens, AdamW and clipping. Ours is the decoder as the trainer steps
+it. ``transformers`` is a plain PyTorch loop over the same model of that library; ``Trainer`` is that
+library's own loop, held between its steps so that contenders can alternate; litgpt is a plain loop over
+litgpt's model of the same shape.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.transformer import Decoder, init_weights
+
+LR, WEIGHT_DECAY, GRAD_CLIP = 1e-4, 0.01, 1.0
+
+Batches = Callable[[], torch.Tensor]
+"""Gives the next tokens ``[batch, seq + 1]``, on the device; every contender has its own, of one seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all contenders share."""
+
+    config: TransformerConfig
+    batch: int
+    seq: int
+    dtype: torch.dtype
+    device: torch.device
+    compiled: bool = False
+
+    def batches(self) -> Batches:
+        """Random tokens, the same for each caller."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw() -> torch.Tensor:
+            shape = (self.batch, self.seq + 1)
+            return torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
+
+        return draw
+
+    def autocast(self) -> torch.autocast:
+        """bf16 products over f32 weights, where that is the type."""
+        narrow = self.dtype is torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Loop:
+    """A plain training loop over a model and its mean loss."""
+
+    def __init__(
+        self,
+        name: str,
+        setting: Setting,
+        model: torch.nn.Module,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.name, self.model = name, model
+        self._setting, self._loss, self._tokens = setting, loss, setting.batches()
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step: the loss before it, and its seconds."""
+        tokens = self._tokens()
+        self._setting.synchronize()
+        began = time.perf_counter()
+        loss = self._forward_backward(tokens)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._setting.synchronize()
+        return float(loss), time.perf_counter() - began
+
+    def activation_bytes(self) -> int:
+        """Peak of live bytes in one forward and backward, beyond weights, gradients and optimizer state."""
+        self._forward_backward(self._tokens())
+        tokens = self._tokens()
+        if self._setting.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self._forward_backward(tokens)
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            peak = _peak_on_cpu(lambda: self._forward_backward(tokens))
+        self._optimizer.zero_grad(set_to_none=True)
+        return peak
+
+    def _forward_backward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with self._setting.autocast():
+            loss = self._loss(tokens)
+        loss.backward()
+        return loss.detach()
+
+
+def ours(setting: Setting) -> Loop:
+    """The decoder of this project."""
+    with torch.device("meta"):
+        model = Decoder(setting.config)
+    model.to_empty(device="cpu")
+    model.reset_buffers()
+    init_weights(model, seed=0)
+    model.to(setting.device)
+    if setting.compiled:
+        model.compile_blocks()
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        total, count = model(tokens[:, :-1], tokens[:, 1:])
+        return total / count
+
+    return Loop("apr-dist", setting, model, loss)
+
+
+def plain_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
+    """A plain PyTorch loop over the model of ``transformers``."""
+    model = hugging_face_model(setting.config, state).to(setting.device)
+    called = torch.compile(model) if setting.compiled else model
+    return Loop("transformers", setting, model, lambda tokens: called(**_inputs(tokens)).loss)
+
+
+def litgpt_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
+    """A plain PyTorch loop over litgpt's model of the same shape, with its chunked loss.
+
+    Raises:
+        ImportError: litgpt is not installed.
+    """
+    from litgpt.config import Config  # noqa: PLC0415  (an optional contender)
+    from litgpt.model import GPT  # noqa: PLC0415
+    from litgpt.utils import chunked_cross_entropy  # noqa: PLC0415
+
+    del state  # its names are others; the work is the same for any weights
+    config = setting.config
+    model = GPT(
+        Config(
+            block_size=setting.seq,
+            padded_vocab_size=config.vocab_size,
+            vocab_size=config.vocab_size,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            n_query_groups=config.num_kv_heads,
+            n_embd=config.hidden_size,
+            head_size=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            attn_bias=config.qkv_bias,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+        )
+    ).to(setting.device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    called = torch.compile(model) if setting.compiled else model
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        logits = called(tokens[:, :-1])
+        return chunked_cross_entropy(logits, tokens[:, 1:].contiguous())  # type: ignore[no-any-return]
+
+    return Loop("litgpt", setting, model, loss)
+
+
+class HeldTrainer:
+    """``transformers.Trainer``, which waits at the end of every step until it is told to go on."""
+
+    name = "Trainer"
+
+    def __init__(self, setting: Setting, state: dict[str, torch.Tensor]) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._losses: list[float] = []
+        self._ending = False
+        folder = tempfile.mkdtemp(prefix="trainer-")
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=setting.batch,
+            max_steps=1_000_000,
+            learning_rate=LR,
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=GRAD_CLIP,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            bf16=setting.dtype is torch.bfloat16,
+            use_cpu=setting.device.type == "cpu",
+            torch_compile=setting.compiled,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        )
+        model = hugging_face_model(setting.config, state)
+        self._trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=_Rows(setting), callbacks=[_Gate(self)]
+        )
+        self._thread = threading.Thread(target=self._trainer.train, daemon=True)
+        self._thread.start()
+        self._done.acquire()  # set up, before its first step
+
+    def step(self) -> tuple[float | None, float]:
+        """One step of its loop, fetching the batch included; it does not tell the loss."""
+        began = time.perf_counter()
+        self._go.release()
+        self._done.acquire()
+        return None, time.perf_counter() - began
+
+    def close(self) -> None:
+        """Let the loop end."""
+        self._ending = True
+        self._go.release()
+        self._thread.join()
+
+    def wait(self, control: Any) -> None:
+        """Called in the loop's thread between two steps."""
+        self._done.release()
+        self._go.acquire()
+        if self._ending:
+            control.should_training_stop = True
+
+
+class _Gate(transformers.TrainerCallback):  # type: ignore[misc]
+    def __init__(self, held: HeldTrainer) -> None:
+        self._held = held
+
+    def on_train_begin(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+        self._held.wait(control)
+
+    def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._held.wait(control)
+
+
+class _Rows(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        draw = self._setting.batches()
+        while True:
+            for row in draw().cpu():
+                yield _inputs(row)
+
+
+def hugging_face_model(config: TransformerConfig, state: dict[str, torch.Tensor]) -> Any:
+    """The model of the same family in ``transformers``, with these weights."""
+    settings = getattr(transformers, f"{config.family.value.capitalize()}Config")(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+        **({"sliding_window": config.sliding_window} if config.family is Family.MISTRAL else {}),
+    )
+    model = getattr(transformers, config.family.hf_architecture)(settings)
+    model.load_state_dict({name: value.cpu() for name, value in state.items()}, strict=False)
+    model.tie_weights()
+    return model
+
+
+def _inputs(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    targets = tokens[..., 1:].contiguous()
+    return {"input_ids": tokens[..., :-1].contiguous(), "labels": targets, "shift_labels": targets}
+
+
+def _peak_on_cpu(compute: Callable[[], Any]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        compute()
+    live = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
