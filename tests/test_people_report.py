@@ -13,6 +13,7 @@ import pytest
 from builders.browser import open_browser
 from builders.runs import Inputs, run_here, verdict
 
+from apr_dist.cli import main
 from apr_dist.cli.report import report
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import UsageError
@@ -210,3 +211,36 @@ def test_a_browser_shows_the_whole_page_in_light_and_dark_and_asks_for_nothing(
 def test_smoothing_is_not_pulled_towards_its_start() -> None:
     assert smooth([5.0, 5.0, 5.0]) == pytest.approx([5.0, 5.0, 5.0])
     assert smooth([0.0] * 50 + [1.0])[-1] == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("metrics.jsonl", b"[1]\n", "it holds a JSON list"),
+        ("metrics.jsonl", b"nonsense\n", "not JSON"),
+        ("metrics.jsonl", b"\xff\xfe\n", "it cannot be read"),
+        ("verdict.json", b'{"status": "OK"}', "detail, exit_code, gates, facts is missing"),
+    ],
+)
+def test_files_that_no_run_wrote_are_refused_by_name(
+    tmp_path: Path, name: str, content: bytes, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert name in error
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_wrong_flags_and_places_are_refused(
+    tmp_path: Path, inputs: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert main(["report", str(inputs.pretrained_run), "--samples", "-1"]) == 2
+    somewhere = str(tmp_path / "no" / "such" / "folder" / "page.html")
+    assert main(["report", str(inputs.pretrained_run), "--samples", "0", "-o", somewhere]) == 6
+    error = capsys.readouterr().err
+    assert "neither metrics.jsonl nor verdict.json" in error
+    assert "-1 samples" in error
+    assert "page.html" in error

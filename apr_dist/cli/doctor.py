@@ -21,7 +21,15 @@ import tyro
 from apr_dist.errors import ExitCode
 
 REQUIRED = ("torch", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy", "pydantic")
-OPTIONAL = {"gguf": "gguf", "matplotlib": "report", "jinja2": "report"}
+OPTIONAL = {
+    "gguf": "gguf",
+    "liger-kernel": "liger",
+    "matplotlib": "report",
+    "jinja2": "report",
+    "pyarrow": "parquet",
+    "tensorboard": "track",
+}
+"""Package to the extra that brings it."""
 
 FEW_OPEN_FILES = 4096
 """Below this, a data set of many shards on many ranks runs out of descriptors."""
@@ -29,8 +37,14 @@ FEW_OPEN_FILES = 4096
 SMALL_SHARED_MEMORY = 1 << 30
 """Below this, NCCL's shared-memory transport fails between GPUs of one machine."""
 
+SMALL_FILES = 1 << 40
+"""A limit of the size of a file below this can end a save in its middle."""
+
 _DISK_BYTES = 64 << 20
 _COLLECTIVE_TIMEOUT_S = 120
+
+_OTHERS = "fsdp2, shard-grad-op, hsdp, zero1, zero2 or zero3"
+_CPU_HINT = "set ACCELERATE_USE_CPU=true"
 
 _COLLECTIVE = """
 import sys
@@ -86,7 +100,10 @@ def _examine(folder: Path, *, skip_collective: bool) -> Iterator[Finding]:
     yield from packages()
     yield _extension()
     yield from _devices()
+    yield from strategies()
+    yield compiler(os.environ.get("CXX", "c++"))
     yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    yield file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[0])
     yield from _shared_memory(Path("/dev/shm"))  # noqa: S108  (measured, not written to)
     memory = psutil.virtual_memory()
     yield Finding("memory", f"{memory.total / 1e9:,.1f} GB, {memory.available / 1e9:,.1f} GB available")
@@ -136,8 +153,55 @@ def _devices() -> Iterator[Finding]:
             "nvidia-smi is there and PyTorch sees no GPU: install a CUDA build of PyTorch" if driver else None
         )
         yield Finding("GPU", "none", fix)
-    alone = "one process: single; several: ddp, or what parallel.strategy names"
-    yield Finding("strategy", f"{'cuda' if count else 'cpu'}; {alone}")
+
+
+def strategies() -> Iterator[Finding]:
+    """What each way of starting would run here while ``parallel.strategy`` is auto, in this environment."""
+    import torch  # noqa: PLC0415
+
+    from apr_dist.parallel.strategy import Strategy  # noqa: PLC0415
+
+    device, gpus = ("cuda", torch.cuda.device_count()) if torch.cuda.is_available() else ("cpu", 0)
+    yield Finding("run: python", f"{Strategy.SINGLE} on {device}")
+    backend = "nccl" if gpus else "gloo"
+    fix = None if gpus else _CPU_HINT
+    several = f"{Strategy.DDP} over {backend}, unless --parallel.strategy names {_OTHERS}"
+    yield Finding("run: torchrun", several if fix is None else f"{several}; {fix}")
+    yield from _accelerate_launch()
+
+
+def _accelerate_launch() -> Iterator[Finding]:
+    from accelerate.commands.config.config_args import (  # noqa: PLC0415
+        default_config_file,
+        load_config_from_file,
+    )
+
+    if not Path(default_config_file).is_file():
+        yield Finding("run: accelerate", "no configuration of its own; launch/*.yaml are ready ones")
+        return
+    try:
+        found = load_config_from_file(None)
+    except Exception as error:  # whatever a file that others wrote makes the library raise
+        fix = f"run accelerate config again, or pass --config_file launch/... ({error})"
+        yield Finding("run: accelerate", f"{default_config_file} cannot be read", fix)
+        return
+    kind = getattr(found.distributed_type, "value", found.distributed_type)
+    text = f"{kind} over {found.num_processes} process(es), from {default_config_file}"
+    yield Finding("run: accelerate", text)
+
+
+def compiler(name: str) -> Finding:
+    """Whether DeepSpeed could build what ZeRO needs on CPU ranks."""
+    path = shutil.which(name)
+    missing = f"{name} is not there: ZeRO on CPU ranks cannot be built (FSDP2 needs none)"
+    return Finding("C++ compiler", path or missing)
+
+
+def file_size(limit: int) -> Finding:
+    """Whether a checkpoint may be as large as it is."""
+    limited = 0 <= limit < SMALL_FILES
+    shown = f"at most {limit / 1e9:,.1f} GB a file" if limited else "files of any size"
+    return Finding("file size", shown, "ulimit -f unlimited" if limited else None)
 
 
 def open_files(limit: int) -> Finding:
@@ -154,7 +218,7 @@ def _shared_memory(mount: Path) -> Iterator[Finding]:
 
 
 def disk(folder: Path) -> Finding:
-    """Free space, and the speed of writing a file that is synchronised to the device."""
+    """Free space, and the speed of writing a file to the device and reading it back from there."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             block = os.urandom(1 << 20)
@@ -164,15 +228,21 @@ def disk(folder: Path) -> Finding:
             file.flush()
             os.fsync(file.fileno())
             wrote = _DISK_BYTES / (time.perf_counter() - began)
+            # Pages that the kernel still holds would be read from memory.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            began = time.perf_counter()
+            file.seek(0)
+            while file.read(1 << 20):
+                pass
+            read = _DISK_BYTES / (time.perf_counter() - began)
     except OSError as error:
-        return Finding(
-            "disk", f"{folder}: cannot be written ({error.strerror})", "choose another folder", True
-        )
+        fix = "name a folder that can be written: apr-dist doctor FOLDER"
+        return Finding("disk", f"{folder.resolve()}: cannot be written ({error.strerror})", fix, True)
     free = shutil.disk_usage(folder).free
-    fix = (
-        "free some space: a checkpoint of 1 B parameters takes 12 GB with its state" if free < 12e9 else None
-    )
-    return Finding("disk", f"{folder}: {free / 1e9:,.1f} GB free, writes {wrote / 1e6:,.0f} MB/s", fix)
+    room = "free some space: a checkpoint of 1 B parameters takes 12 GB with its state"
+    speed = f"writes {wrote / 1e6:,.0f} MB/s, reads {read / 1e6:,.0f} MB/s"
+    text = f"{folder.resolve()}: {free / 1e9:,.1f} GB free, {speed}"
+    return Finding("disk", text, room if free < 12e9 else None)
 
 
 def collective() -> Finding:

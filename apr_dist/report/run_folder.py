@@ -113,23 +113,44 @@ def _read(folder: Path, name: str) -> Run:
         steps=[line for line in lines if line.get("kind") == "step"],
         evaluations=[line for line in lines if line.get("kind") == "evaluation"],
         others=[line for line in lines if line.get("kind") not in ("step", "evaluation")],
-        verdict=_json(verdict, verdict.read_text(encoding="utf-8")) if verdict.is_file() else None,
+        verdict=_verdict(verdict) if verdict.is_file() else None,
         values=dict(_flat(read_tree(config), "")) if config.is_file() else {},
     )
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     # A run that was killed, or still writes, leaves its last line unfinished.
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+    whole = _text(path).split("\n")[:-1]
     return [_json(path, line) for line in whole if line]
 
 
 def _json(path: Path, text: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
         raise UsageError(f"not JSON ({error})", where=path, expected="what a run writes there") from error
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"it holds a JSON {type(found).__name__}", where=path, expected="objects, as a run writes there"
+        )
     return found
+
+
+def _verdict(path: Path) -> dict[str, Any]:
+    found = _json(path, _text(path))
+    missing = [key for key in ("status", "detail", "exit_code", "gates", "facts") if key not in found]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} is missing", where=path, expected="what a run writes there")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"it cannot be read ({error})", where=path, expected="text that a run wrote"
+        ) from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
