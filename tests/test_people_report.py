@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from builders.browser import open_browser
 from builders.runs import Inputs, run_here, verdict
+from matplotlib.figure import Figure
 
 from apr_dist.cli import main
 from apr_dist.cli.report import report
@@ -19,7 +20,7 @@ from apr_dist.data.manifest import Manifest
 from apr_dist.errors import UsageError
 from apr_dist.interop.text_model import open_text_model
 from apr_dist.model.generation import Sampling
-from apr_dist.report.figures import smooth
+from apr_dist.report.figures import FIGURES, LIGHT, plot_runs, smooth
 from apr_dist.report.run_folder import config_differences, read_runs
 from apr_dist.report.samples import make_samples
 
@@ -111,6 +112,25 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         report((tmp_path,))
     with pytest.raises(UsageError, match="no run folder"):
         report(())
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure[0])
+def test_no_run_reaches_beyond_the_edge_of_a_figure(figure: Any, tmp_path: Path) -> None:
+    runs = []
+    for name, factor in (("low", 1.0), ("high", 3.0), ("middle", 2.0)):
+        run = tmp_path / name
+        run.mkdir()
+        more = {"mfu": 0.1, "memory_bytes": 10**9, "data_wait_ms": 1.0}
+        line = {key: value * factor for key, value in (STEP | more).items() if isinstance(value, int | float)}
+        lines = [{**line, "kind": "step", "step": step, "wall_ms": 10.0} for step in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        runs.append(run)
+    axes = Figure().subplots()
+    assert plot_runs(axes, read_runs(runs), figure[-1], LIGHT)
+    low, high = axes.get_ylim()
+    assert len(axes.lines) == 3
+    for drawn in axes.lines:
+        assert low <= min(drawn.get_ydata()) <= max(drawn.get_ydata()) <= high
 
 
 def test_phases_add_up_to_what_the_lines_took(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Picture:
 def draw(runs: Sequence[Run]) -> list[Picture]:
     """Every figure the runs have something to show for, all runs in each."""
     pictures = []
-    for name, title, unit, plot in _FIGURES:
+    for name, title, unit, plot in FIGURES:
         light, dark = (_render(runs, unit, plot, theme) for theme in (LIGHT, DARK))
         if light is not None and dark is not None:
             pictures.append(Picture(name, title, light, dark))
@@ -69,24 +69,27 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def _render(runs: Sequence[Run], unit: str, plot: Draw, theme: Theme) -> bytes | None:
-    figure, axes = _canvas(theme)
+def plot_runs(axes: Axes, runs: Sequence[Run], plot: Draw, theme: Theme) -> bool:
+    """Draw all runs over each other; whether any had something to show."""
     drawn = [
         plot(axes, run, theme.series[index % len(theme.series)], _STYLES[index % len(_STYLES)])
         for index, run in enumerate(runs)
     ]
-    if not any(drawn):
+    return any(drawn)
+
+
+def _render(runs: Sequence[Run], unit: str, plot: Draw, theme: Theme) -> bytes | None:
+    figure, axes = _canvas(theme)
+    if not plot_runs(axes, runs, plot, theme):
         return None
     _dress(axes, theme, unit)
-    handles, _ = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        legend = axes.legend(frameon=False, fontsize=9, labelcolor=theme.text)
-        legend.set_zorder(3)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9, labelcolor=theme.text, ncols=2)
     return _png(figure)
 
 
 def _canvas(theme: Theme) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.7, 3.0), dpi=200, layout="constrained", facecolor=theme.background)
+    figure = Figure(figsize=(4.7, 3.2), dpi=200, layout="constrained", facecolor=theme.background)
     return figure, figure.subplots()
 
 
@@ -116,14 +119,7 @@ def _phases(runs: Sequence[Run], theme: Theme) -> bytes:
     _dress(axes, theme, "", x="seconds", whole=False)
     axes.set_yticks(list(range(len(runs))), names if len(runs) > 1 else [""])
     axes.set_ylim(len(runs) - 0.3, -0.7)
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        labelcolor=theme.text,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.22),
-        ncols=2,
-    )
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, labelcolor=theme.text, ncols=2)
     return _png(figure)
 
 
@@ -180,7 +176,7 @@ def _from_zero(key: str) -> Draw:
 
     def plot_from_zero(axes: Axes, run: Run, colour: str, style: str) -> bool:
         drawn = plot(axes, run, colour, style)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, auto=True)  # the next run may reach higher
         return drawn
 
     return plot_from_zero
@@ -193,7 +189,7 @@ def _data_wait(axes: Axes, run: Run, colour: str, style: str) -> bool:
         return False
     shares = [100 * wait / wall for wait, wall in zip(waits, walls, strict=True)]
     axes.plot(steps, shares, color=colour, linewidth=1.4, linestyle=style, label=_short(run))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, auto=True)  # the next run may reach higher
     return True
 
 
@@ -203,13 +199,13 @@ def _scaled(key: str, factor: float) -> Draw:
         if steps:
             scaled = [factor * value for value in values]
             axes.plot(steps, scaled, color=colour, linewidth=1.4, linestyle=style, label=_short(run))
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=0, auto=True)  # the next run may reach higher
         return bool(steps)
 
     return plot
 
 
-_FIGURES: tuple[tuple[str, str, str, Draw], ...] = (
+FIGURES: tuple[tuple[str, str, str, Draw], ...] = (
     ("loss", "Loss", "nats per token", _loss),
     ("learning-rate", "Learning rate", "lr", _line("lr")),
     ("throughput", "Throughput", "tokens per second", _from_zero("tokens_per_sec")),
@@ -218,3 +214,4 @@ _FIGURES: tuple[tuple[str, str, str, Draw], ...] = (
     ("memory", "Peak memory so far", "GB", _scaled("memory_bytes", 1e-9)),
     ("data-wait", "Time spent waiting for data", "% of the step", _data_wait),
 )
+"""Every figure of runs over each other: its name for files, its title, its unit, and what draws it."""
