@@ -6,11 +6,13 @@ import gzip
 import importlib.util
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from builders.tokens import write_jsonl
+from builders.tokens import build_tiny_tokenizer, write_jsonl
 
 from apr_dist.data import corpus_formats
 from apr_dist.data.corpus import (
@@ -22,6 +24,7 @@ from apr_dist.data.corpus import (
     list_sources,
     standard_library_sources,
 )
+from apr_dist.data.encode import encode_corpus
 from apr_dist.errors import CorpusError
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
@@ -225,3 +228,43 @@ def test_the_standard_library_is_real_code_without_its_tests() -> None:
     assert {"argparse.py", "dataclasses.py"} <= names
     for path in sources[::25]:
         path.read_bytes().decode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not gzip at all", gzip.compress(b'{"content": "a"}' * 99, mtime=0)[:-9]],
+    ids=["no documents", "no gzip", "cut short"],
+)
+def test_a_corpus_that_cannot_be_encoded_leaves_nothing(tmp_path: Path, content: bytes) -> None:
+    corpus, output = tmp_path / "a.jsonl.gz", tmp_path / "out"
+    corpus.write_bytes(content)
+    tokenizer = build_tiny_tokenizer(tmp_path / "tokenizer")
+    for existed in (False, True):
+        if existed:
+            output.mkdir()
+        with pytest.raises(CorpusError):
+            encode_corpus(sources=[corpus], tokenizer=tokenizer, output=output)
+        assert output.exists() is existed
+        assert not existed or not list(output.iterdir())
+
+
+def test_the_memory_of_encoding_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """2 MB and 10 MB of JSONL on standard input, each in a process of its own."""
+    tokenizer = build_tiny_tokenizer(tmp_path / "tokenizer")
+    line = json.dumps({"content": "abcdefgh " * 11_000}).encode() + b"\n"
+    peaks = []
+    for megabytes in (2, 10):
+        command = [sys.executable, "-m", "apr_dist", "tokenize", "encode-corpus", "--corpus", "-"]
+        command += ["--tokenizer", str(tokenizer), "--output", str(tmp_path / str(megabytes))]
+        command += ["--shard-tokens", "200000", "--workers", "1"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=False) as process:
+            assert process.stdin is not None
+            for _ in range(megabytes * 10):
+                process.stdin.write(line)
+            process.stdin.close()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss / 1024)
+    assert peaks[1] - peaks[0] < 8, peaks  # the ids alone would be 30 MB
+    assert peaks[1] < 500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from builders.tokens import build_tiny_dataset, build_tiny_tokenizer, write_json
 from apr_dist.data import Manifest
 from apr_dist.data.decode import decode_documents
 from apr_dist.data.encode import EosPolicy, encode_corpus
+from apr_dist.data.shard_files import read_shard_facts
 from apr_dist.data.verification import repair_manifest, verify_dataset
 from apr_dist.errors import ManifestError, ShardError, TokenizerError, UsageError
 
@@ -55,8 +57,9 @@ def set_ids(path: Path, place: int, value: int) -> None:
 
 def remeasure(folder: Path) -> None:
     """Record the shards as they are now, leaving everything else as it was."""
-    report = repair_manifest(folder)
-    replace(report.manifest, repaired_at=None, note=None).write()
+    manifest = Manifest.load(folder)
+    shards = tuple(read_shard_facts(folder, shard.file) for shard in manifest.shards)
+    replace(manifest, shards=shards).write()
 
 
 def move_last_id_to_the_next_shard(folder: Path) -> None:
@@ -288,3 +291,15 @@ def test_documents_of_an_older_folder_end_at_the_end_id(
     assert found == [f"document number {one}\n" for one in range(10)]
     with pytest.raises(TokenizerError, match="--tokenizer"):
         next(decode_documents(folder))
+
+
+def test_a_document_index_that_no_longer_fits_its_shard_is_not_taken_over(data: Path) -> None:
+    folder = data / "train"
+    os.truncate(folder / "shard-00000.bin", 40)
+    report = repair_manifest(folder)
+    assert any("document starts do not rise" in text for text in report.changed)
+    assert sum("is not as it was recorded" in text for text in report.changed) == 1
+    assert "document boundaries" in report.unknown
+    assert not Manifest.load(folder).has_index
+    assert verify_dataset(folder).ok
+    assert repair_manifest(folder).changed == ()

@@ -138,6 +138,8 @@ def repair(folder: Source, /, *, tokenizer: Path | None = None) -> None:
     found = report.manifest
     state = "written" if report.changed else "already right"
     print(f"{folder}: manifest {state}: {len(found.shards)} shard(s), {found.total_tokens:,} tokens")
+    for text in report.changed:
+        print(f"changed: {text}")
     for text in report.unknown:
         print(f"unknown: {text}")
 

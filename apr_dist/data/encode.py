@@ -6,12 +6,13 @@ Its parts: sources in ``corpus``, threads in ``encoding_pool``, the loop in ``en
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -104,12 +105,13 @@ def encode_corpus(
         raise UsageError(f"--workers is {workers}", expected="at least 1")
     listed = list_sources(sources, globs=globs)
     loaded = _load_with_document_end(tokenizer, eos_policy)
+    new_output = not output.exists()
     refuse_existing(output, overwrite=overwrite or is_publishing(output / WORK_FOLDER))
     with closing(_open_journal(settings, listed, loaded.identity, overwrite=overwrite)) as journal:
         run = EncodingRun(settings, listed, journal, eos_id=loaded.identity.eos_id)
         if not journal.publishing:
             with (
-                _dropping_what_cannot_go_on(journal.folder),
+                _dropping_what_cannot_go_on(journal.folder, new_output=new_output),
                 EncodingPool(loaded, workers=workers or _cpus(), normalization=normalization) as pool,
             ):
                 run.encode(pool, progress)
@@ -130,13 +132,18 @@ def encode_corpus(
 
 
 @contextmanager
-def _dropping_what_cannot_go_on(work: Path) -> Iterator[None]:
+def _dropping_what_cannot_go_on(work: Path, *, new_output: bool) -> Iterator[None]:
     """Remove the work folder when the corpus itself is at fault: mended, it is another corpus."""
     try:
         yield
     except CorpusError as error:
-        if not isinstance(error.__cause__, OSError):  # a reading error may pass, and the run then goes on
+        cause = error.__cause__
+        # A reading error may pass, and the run then goes on; bytes that are not gzip do not become it.
+        if not isinstance(cause, OSError) or isinstance(cause, gzip.BadGzipFile):
             shutil.rmtree(work)
+            if new_output:
+                with suppress(OSError):  # not empty: someone put something there meanwhile
+                    work.parent.rmdir()
         raise
 
 

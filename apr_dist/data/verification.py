@@ -118,8 +118,14 @@ def repair_manifest(folder: Path, *, tokenizer: Path | None = None) -> RepairRep
     shards = tuple(read_shard_facts(folder, name) for name in names)
     manifest = _measured(folder, shards, recorded, tokenizer)
     _refuse_ids_beyond(manifest)
+    misfits, measured = _misfitting_indexes(manifest), manifest
+    if misfits:
+        manifest = _without_index(manifest)
     unknown = _unknown(manifest)
-    changed = [complaint] if complaint else list(_differences(recorded, manifest))
+    had_index = recorded.documents_index is not None
+    changed = [complaint] if complaint else list(_differences(recorded, measured if had_index else manifest))
+    if had_index or complaint:
+        changed += [f"no document boundaries are recorded any more: {problem}" for problem in misfits]
     note = f"could not know: {', '.join(unknown)}" if unknown else "nothing is missing"
     now = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = replace(manifest, repaired_at=now, note=note)
@@ -238,6 +244,23 @@ def _measured(
         created_at=recorded.created_at,
         tool_version=recorded.tool_version,
     )
+
+
+def _misfitting_indexes(manifest: Manifest) -> list[DataError]:
+    """What is wrong with document indexes, such as that of a shard that was cut short since."""
+    if not manifest.has_index:
+        return []
+    last = manifest.shards[-1]
+    return [
+        problem
+        for shard in manifest.shards
+        for problem in _check_documents(manifest, shard, shard, is_last=shard is last)
+    ]
+
+
+def _without_index(manifest: Manifest) -> Manifest:
+    shards = tuple(replace(shard, documents=None, index_xxh3_64=None) for shard in manifest.shards)
+    return replace(manifest, shards=shards, has_index=False, total_documents=None)
 
 
 def _refuse_ids_beyond(manifest: Manifest) -> None:
