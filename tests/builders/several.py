@@ -118,8 +118,10 @@ def launch(world: int, runs: list[list[str]], folder: Path) -> None:
     listed.write_text(json.dumps(runs))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["TORCH_EXTENSIONS_DIR"] = str(REPOSITORY / ".build" / "torch_extensions")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = [sys.executable]
+    if world > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(world)]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     done = subprocess.run(
         [*command, __file__, str(listed), str(folder)],
         capture_output=True,
@@ -146,9 +148,8 @@ def run_all(runs: list[list[str]]) -> list[int]:
 
 if __name__ == "__main__":
     codes = run_all(json.loads(Path(sys.argv[1]).read_text()))
-    (Path(sys.argv[2]) / f"codes-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.json").write_text(
-        json.dumps(codes)
-    )
+    ranks = "-".join(os.environ.get(key, "alone") for key in ("WORLD_SIZE", "RANK"))
+    (Path(sys.argv[2]) / f"codes-{ranks}.json").write_text(json.dumps(codes))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(max(codes))
