@@ -1,9 +1,11 @@
-"""Start-up time by phase and memory while loading, per strategy, with real processes on this machine.
+"""Start-up by phase, memory while loading and saving, and the stall of a save, with real processes here.
 
 A model file is written once; each strategy then starts its processes, loads the file, proves the
-weights, prepares the optimizer and takes one step. Memory is the largest resident set from before the
-network is built to after the weights are proven, beyond the process as it was before; a rank may need
-its share, and rank 0 two, the others one of the largest tensors besides. Times are of the slowest rank.
+weights, prepares the optimizer, takes steps and saves a step folder twice: waiting for the write, and in
+the background while steps go on. Memory is the largest resident set beyond what stood before the part that
+is measured: before the network is built, for loading; before the save that waits, for saving. While loading
+a rank may need its share, and rank 0 two, the others one of the largest tensors besides; while saving two
+of them. Times are of the slowest rank.
 
     python benchmarks/bench_distributed.py
     python benchmarks/bench_distributed.py --shape qwen2.5-0.5b --strategies fsdp2 zero3 --processes 4
@@ -30,13 +32,20 @@ import torch
 
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
+from apr_dist.config import TrainConfig
 from apr_dist.model.config import preset
 from apr_dist.model.transformer import Decoder, init_weights
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.engine import prepare
+from apr_dist.parallel.engine import Engine, prepare
+from apr_dist.parallel.exchange import Exchange
+from apr_dist.parallel.gather import save_weights, weight_parts
+from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
-from apr_dist.parallel.weights import draw_weights, load_weights, save_weights
+from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.training.evaluation import Evaluation
 from apr_dist.training.optimizer import build_optimizer
+from apr_dist.training.progress import Progress, Start
+from apr_dist.training.saving import Saver
 
 PHASES = ("launch", "import", "join", "build", "load", "prepare", "first step")
 MB = 1e6
@@ -77,10 +86,17 @@ def worker(options: argparse.Namespace) -> None:
     engine = prepare(decoder, optimizer, runtime, micro_batch=1, grad_clip=1.0)
     marks.append(time.time())
     tokens = torch.randint(config.vocab_size, (1, 65), generator=torch.Generator().manual_seed(runtime.rank))
-    engine.accumulate(tokens[:, :-1], tokens[:, 1:], scale=1 / 64, last=True)
-    engine.step(lambda _: None)
+    one_step(engine, tokens)
     marks.append(time.time())
+    start = Start(
+        model_config=config,
+        from_init=True,
+        metadata=reader.metadata if reader else None,
+        provenance={},
+    )
+    saves = measure_saves(decoder, engine, tokens, runtime, start, options.output)
     facts = {
+        **saves,
         "phases": dict(zip(PHASES, (b - a for a, b in itertools.pairwise(marks)), strict=True)),
         "load_peak_bytes": peak,
         "shard_bytes": 4 * engine.evidence["shard_elements"][runtime.rank],
@@ -92,6 +108,40 @@ def worker(options: argparse.Namespace) -> None:
     processes.shut_down(0)
 
 
+def one_step(engine: Engine, tokens: torch.Tensor) -> float:
+    """One step of one micro-batch; seconds."""
+    began = time.perf_counter()
+    engine.accumulate(tokens[:, :-1], tokens[:, 1:], scale=1 / 64, last=True)
+    engine.step(lambda _: None)
+    return time.perf_counter() - began
+
+
+def measure_saves(
+    decoder: Decoder, engine: Engine, tokens: torch.Tensor, runtime: Runtime, start: Start, folder: Path
+) -> dict[str, Any]:
+    """Seconds of a save that waits, of one that does not, and of steps with and without it beside them."""
+    found: dict[str, Any] = {"steps_alone_s": [one_step(engine, tokens) for _ in range(4)][1:]}
+    for step, background in ((1, False), (2, True)):
+        config = TrainConfig.model_validate({"checkpoint": {"background": background}})
+        saver = Saver(config, runtime, start, folder / "run", Exchange(runtime), lambda _: None)
+        gc.collect()
+        runtime.barrier()
+        Path("/proc/self/clear_refs").write_text("5")
+        before, began = resident("VmRSS"), time.perf_counter()
+        evaluated = [
+            Evaluation(loss=1.0, tokens=1, wall_s=0.0)
+        ]  # a save names one; its value is of no matter
+        saver.save(decoder, engine.optimizer, Progress(step=step, evaluations=evaluated))
+        name = "background" if background else "waiting"
+        found[f"{name}_stall_s"] = time.perf_counter() - began
+        if background:
+            found["steps_beside_s"] = [one_step(engine, tokens) for _ in range(3)]
+        saver.finish()
+        found[f"{name}_write_s"] = time.perf_counter() - began
+        found[f"{name}_peak_bytes"] = resident("VmHWM") - before
+    return found
+
+
 def write_model(path: Path, shape: str) -> tuple[int, int]:
     """Write a model from scratch; returns bytes of all tensors and of the largest."""
     config = preset(shape)
@@ -100,7 +150,9 @@ def write_model(path: Path, shape: str) -> tuple[int, int]:
     decoder.to_empty(device="cpu")
     decoder.reset_buffers()
     init_weights(decoder, seed=0)
-    save_weights(decoder, path, AprMetadata.from_mapping(config.to_metadata()), overwrite=True)
+    alone = processes.start(device="cpu", strategy="single", precision="f32", cpu_threads=1, timeout_s=60)
+    metadata = AprMetadata.from_mapping(config.to_metadata())
+    save_weights(weight_parts(decoder, alone), path, metadata, overwrite=True, exchange=Exchange(alone))
     sizes = [4 * weight.numel() for weight in decoder.parameters()]
     return sum(sizes), max(sizes)
 
@@ -139,6 +191,39 @@ def report(results: dict[str, list[list[dict[str, Any]]]], largest: int) -> None
             row.append(max(rank["load_peak_bytes"] for run in runs for rank in run[1:]))
             row.append(share + largest)
         print(f"{strategy:{width}}" + "".join(f"{value / MB:9.0f}" for value in row))
+    report_saves(results, largest, width)
+
+
+def report_saves(results: dict[str, list[list[dict[str, Any]]]], largest: int, width: int) -> None:
+    columns = (
+        "stall",
+        "in background",
+        "whole write",
+        "step alone",
+        "step beside",
+        "MB rank 0",
+        "allowed",
+        "others",
+    )
+    print("\nsaving a step folder: seconds of the slowest rank, medians; MB beyond the state while waiting")
+    print(" " * width + "".join(f"{column:>15}" for column in columns))
+
+    def slowest(runs: list[list[dict[str, Any]]], key: str) -> float:
+        return statistics.median(max(rank[key] for rank in run) for run in runs)
+
+    def slowest_step(runs: list[list[dict[str, Any]]], key: str) -> float:
+        return statistics.median(max(map(statistics.median, (rank[key] for rank in run))) for run in runs)
+
+    for strategy, runs in results.items():
+        row = [slowest(runs, key) for key in ("waiting_stall_s", "background_stall_s", "background_write_s")]
+        row += [slowest_step(runs, key) for key in ("steps_alone_s", "steps_beside_s")]
+        first = max(run[0]["waiting_peak_bytes"] for run in runs) / MB
+        others = max((rank["waiting_peak_bytes"] for run in runs for rank in run[1:]), default=0) / MB
+        print(
+            f"{strategy:{width}}"
+            + "".join(f"{value:15.2f}" for value in row)
+            + f"{first:15.0f}{2 * largest / MB:15.0f}{others:15.0f}"
+        )
 
 
 def main() -> None:
@@ -146,9 +231,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="smollm2-135m", help="name of a model preset")
-    parser.add_argument("--strategies", nargs="+", default=["single", "ddp", "fsdp2", "zero2", "zero3"])
+    parser.add_argument(
+        "--strategies", nargs="+", default=["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+    )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     for name, kind in (("--worker", str), ("--model", Path), ("--output", Path), ("--launched", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)

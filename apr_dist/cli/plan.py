@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
+from apr_dist.cli.tables import table_lines
 from apr_dist.config_input import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
-from apr_dist.training.plan import Rate, make_plan
+from apr_dist.training.plan import Plan, Rate, make_plan
 from apr_dist.training.plan_text import plan_json, plan_lines
+from apr_dist.training.simulation import HEADINGS, simulate, simulation_rows
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -28,12 +31,17 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens-per-second", type=float, help="speed of the whole run, for its time")
     parser.add_argument("--mfu", type=float, help="share of --peak-tflops that is reached, such as 0.4")
     parser.add_argument("--peak-tflops", type=float, help="peak of one device in TFLOP/s, such as 989")
+    parser.add_argument(
+        "--simulate", type=float, metavar="GIB", help="every strategy on 8 to 4,096 GPUs of this memory"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     given, rest = parser.parse_known_args(list(arguments))
     _check(given)
     peak = None if given.peak_tflops is None else given.peak_tflops * 1e12
     rate = Rate(tokens_per_s=given.tokens_per_second, mfu=given.mfu, peak_flops=peak)
     made = make_plan(parse_command_line(rest).config, world_size=given.processes, rate=rate)
+    if given.simulate is not None:
+        return _simulate(made, int(given.simulate * 2**30), as_json=given.json)
     if given.json:
         print(json.dumps(plan_json(made), indent=2))
     else:
@@ -41,8 +49,17 @@ def plan(arguments: Sequence[str]) -> int:
     return int(made.refusal.exit_code if made.refusal else ExitCode.OK)
 
 
+def _simulate(made: Plan, gpu_bytes: int, *, as_json: bool) -> int:
+    points = simulate(made.model, made.config, gpu_bytes=gpu_bytes)
+    if as_json:
+        print(json.dumps([{**asdict(point), "total": point.memory.total} for point in points], indent=2))
+    else:
+        print("\n".join(table_lines(HEADINGS, simulation_rows(points), width=150)))
+    return int(ExitCode.OK)
+
+
 def _check(given: argparse.Namespace) -> None:
-    for name in ("processes", "tokens_per_second", "mfu", "peak_tflops"):
+    for name in ("processes", "tokens_per_second", "mfu", "peak_tflops", "simulate"):
         value = getattr(given, name)
         if value is not None and not value > 0:
             raise UsageError(f"{name} is {value}", where="command line", expected="a number above 0")

@@ -32,7 +32,7 @@ from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharding import build_decoder
+from apr_dist.parallel.sharding import build_decoder, reshard
 from apr_dist.parallel.state import restore
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.weights import draw_weights, load_weights
@@ -272,6 +272,7 @@ def _compare_with_random(
     held_out = _held_out(config, runtime, min(asked.random_sequences, asked.max_sequences or 2**31))
     with contextlib.closing(held_out):
         found = compare_with_random(model, model_config, runtime, held_out, seed=config.seed, load=load)
+    reshard(model)  # FSDP2 may keep parameters gathered after a forward that no backward follows
     say(
         f"random weights: loss {found.random_loss:.4f}; the init: {found.init_loss:.4f} on the same"
         f" {found.tokens:,} held-out tokens"

@@ -1,0 +1,173 @@
+"""What each strategy takes on 8 to 4,096 GPUs: memory by part, bytes sent a step, and what no longer fits.
+
+Arithmetic from dimensions; nothing is built. Memory is ``memory.estimate``, which the suite holds to what
+runs really keep. Volumes are those of ring collectives (Patarasuk and Yuan, 2009: an all-reduce of n bytes
+over k ranks sends 2 n (k - 1) / k from each, a gather or a reduce-scatter half of it) for what each engine
+here does: FSDP2 gathers in the compute type, ZeRO in f32, and gradients are always reduced in f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from apr_dist.config import Precision, StrategyChoice, TrainConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.training.memory import F32, PARTS, Load, Memory, estimate
+
+WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+GPUS_PER_MACHINE = 8
+MOST_LAYERS = 1 << 14
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """One strategy on one number of GPUs.
+
+    Attributes:
+        strategy: how the model is spread.
+        gpus: processes, one per GPU.
+        memory: of one GPU at its fullest moment.
+        sent_bytes: what one GPU sends in one optimizer step.
+        fits: whether the memory is there.
+        largest_layers: layers of the largest model of the same width that would fit; 0 for none.
+        largest_parameters: its parameters.
+    """
+
+    strategy: StrategyChoice
+    gpus: int
+    memory: Memory
+    sent_bytes: int
+    fits: bool
+    largest_layers: int
+    largest_parameters: int
+
+
+def simulate(
+    model: TransformerConfig,
+    config: TrainConfig,
+    *,
+    gpu_bytes: int,
+    strategies: tuple[StrategyChoice, ...] = (),
+) -> list[Simulated]:
+    """Every strategy on every number of GPUs.
+
+    Args:
+        model: the decoder.
+        config: batch sizes, sequence length, precision; each GPU takes ``micro_batch_size`` sequences a
+            forward (1 where it is not given), and the batch grows where it is smaller than that.
+        gpu_bytes: memory of one GPU that the run may use.
+        strategies: those to look at; none: all that use several processes.
+    """
+    alone = {StrategyChoice.AUTO, StrategyChoice.SINGLE}
+    wanted = strategies or tuple(one for one in StrategyChoice if one not in alone)
+    return [_simulated(model, config, one, gpus, gpu_bytes) for one in wanted for gpus in WORLDS]
+
+
+def _simulated(
+    model: TransformerConfig, config: TrainConfig, strategy: StrategyChoice, gpus: int, gpu_bytes: int
+) -> Simulated:
+    micro = config.micro_batch_size or 1
+    micro_batches = max(1, config.batch_size // (micro * gpus))
+    load = Load(
+        micro_batch=micro,
+        seq_length=config.seq_length,
+        accumulates=micro_batches > 1,
+        precision=config.parallel.precision,
+        cuda=True,
+    )
+    shard_size = config.parallel.shard_size or GPUS_PER_MACHINE
+
+    def memory(layers: int) -> Memory:
+        scaled = replace(model, num_layers=layers)
+        return estimate(scaled, load, strategy=strategy, world_size=gpus, shard_size=shard_size)
+
+    held = memory(model.num_layers)
+    layers = _most(lambda count: memory(count).total <= gpu_bytes)
+    return Simulated(
+        strategy=strategy,
+        gpus=gpus,
+        memory=held,
+        sent_bytes=sent_bytes(
+            model.parameter_count(),
+            strategy,
+            gpus=gpus,
+            shard_size=shard_size,
+            micro_batches=micro_batches,
+            precision=config.parallel.precision,
+        ),
+        fits=held.total <= gpu_bytes,
+        largest_layers=layers,
+        largest_parameters=replace(model, num_layers=layers).parameter_count() if layers else 0,
+    )
+
+
+def sent_bytes(
+    parameters: int,
+    strategy: StrategyChoice,
+    *,
+    gpus: int,
+    shard_size: int,
+    micro_batches: int,
+    precision: Precision,
+) -> int:
+    """Bytes one GPU sends in one optimizer step.
+
+    Args:
+        parameters: of the model.
+        strategy: how it is spread.
+        gpus: processes.
+        shard_size: processes that share one copy under ``hsdp``.
+        micro_batches: forwards and backwards a step.
+        precision: compute type, in which FSDP2 gathers.
+    """
+    whole = F32 * parameters
+    gathered = whole if precision is Precision.F32 else whole // 2
+
+    def ring(volume: int, ranks: int) -> int:
+        return volume * (ranks - 1) // ranks
+
+    if strategy is StrategyChoice.DDP:
+        return 2 * ring(whole, gpus)
+    if strategy is StrategyChoice.ZERO1:  # gradients at the last micro-batch, then the new weights
+        return 2 * ring(whole, gpus)
+    if strategy is StrategyChoice.ZERO2:
+        return micro_batches * ring(whole, gpus) + ring(whole, gpus)
+    if strategy is StrategyChoice.ZERO3:
+        return micro_batches * 3 * ring(whole, gpus)
+    size = shard_size if strategy is StrategyChoice.HSDP else gpus
+    gathers = 1 if strategy is StrategyChoice.SHARD_GRAD_OP else 2
+    between_copies = 2 * ring(whole // size, gpus // size)
+    return micro_batches * (gathers * ring(gathered, size) + ring(whole, size) + between_copies)
+
+
+def _most(fits: Callable[[int], bool]) -> int:
+    """Largest number of layers that fits, by halving; 0 where one does not."""
+    if not fits(1):
+        return 0
+    low, high = 1, MOST_LAYERS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def simulation_rows(points: list[Simulated]) -> Iterator[tuple[str, ...]]:
+    """Cells of a table under `HEADINGS`; GiB of one GPU."""
+    for point in points:
+        parts = tuple(f"{getattr(point.memory, name) / _GIB:.1f}" for name in PARTS)
+        largest = f"{point.largest_parameters / 1e9:.1f} B" if point.largest_layers else "none"
+        yield (
+            point.strategy.value,
+            f"{point.gpus:,}",
+            *parts,
+            f"{point.memory.total / _GIB:.1f}",
+            f"{point.sent_bytes / _GIB:.1f}",
+            "yes" if point.fits else "NO",
+            largest,
+        )
+
+
+HEADINGS = ("strategy", "GPUs", *PARTS.values(), "GiB", "sent GiB", "fits", "largest")
+"""Headings of that table."""
