@@ -2,7 +2,8 @@
 # Two machines, torchrun. Start this on each with its number:
 #   MASTER=10.0.0.1 NODE=0 launch/two-nodes-torchrun.sh    # on 10.0.0.1
 #   MASTER=10.0.0.1 NODE=1 launch/two-nodes-torchrun.sh    # on the other
-# The model file and the shards lie at the same paths on both; only rank 0 reads the model.
+# The model file and the shards lie at the same paths on both, and the run folder is one that both see; only
+# rank 0 reads the model, every rank writes its part of the training state.
 set -euo pipefail
 
 : "${MASTER:?address of machine 0}" "${NODE:?number of this machine, 0 or 1}"

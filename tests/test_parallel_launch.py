@@ -7,22 +7,30 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from builders.runs import run_here
 
-from apr_dist.config import StrategyChoice, TrainConfig
+from apr_dist.config import OffloadChoice, StrategyChoice, TrainConfig
 from apr_dist.config_input import parse_command_line
-from apr_dist.errors import DistributedError, UsageError
-from apr_dist.parallel.strategy import Strategy, choose, group_size
+from apr_dist.errors import DistributedError, ExitCode, UsageError
+from apr_dist.parallel.strategy import Offload, Strategy, choose, group_size, refuse_offload
+
+if TYPE_CHECKING:
+    from builders.runs import Inputs
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 RECIPES = sorted(path for path in LAUNCH.iterdir() if path.is_file())
 SCRIPTS = [path for path in RECIPES if path.suffix in {".sh", ".sbatch"}]
 ACCELERATE = [path for path in RECIPES if path.suffix == ".yaml" and path.stem != "kubernetes"]
+
+
+DEFAULT_STRATEGY = {"zero3-offload-8gpu.sh": "zero3"}
+"""Of the scripts that do not start with hsdp."""
 
 
 def trainer_flags(text: str) -> list[str]:
@@ -48,7 +56,8 @@ def container(recipe: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_the_trainer_takes_every_flag_of_a_recipe(recipe: Path) -> None:
-    flags = [word.replace("$STRATEGY", "hsdp") for word in flags_of(recipe)]
+    default = DEFAULT_STRATEGY.get(recipe.name, "hsdp")
+    flags = [word.replace("$STRATEGY", default) for word in flags_of(recipe)]
     config = parse_command_line(flags).config
     assert isinstance(config, TrainConfig)
     assert config.init is not None
@@ -60,7 +69,7 @@ def test_a_script_is_valid_bash_and_its_default_strategy_exists(script: Path) ->
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (default,) = re.findall(r'^STRATEGY="\$\{STRATEGY:-([\w-]+)\}"$', script.read_text(), re.MULTILINE)
-    assert StrategyChoice(default).value == "hsdp"
+    assert StrategyChoice(default).value == DEFAULT_STRATEGY.get(script.name, "hsdp")
 
 
 def test_the_kubernetes_job_starts_one_process_per_gpu_on_every_machine() -> None:
@@ -87,6 +96,9 @@ def test_the_kubernetes_job_starts_one_process_per_gpu_on_every_machine() -> Non
         ("single-rtx4090", 1, Strategy.SINGLE),
         ("fsdp2-8gpu", 8, Strategy.FSDP2),
         ("zero3-8gpu", 8, Strategy.ZERO3),
+        ("ddp-multinode", 16, Strategy.DDP),
+        ("fsdp2-multinode", 16, Strategy.FSDP2),
+        ("zero3-multinode", 16, Strategy.ZERO3),
     ],
 )
 def test_accelerate_hands_the_strategy_of_a_recipe_to_the_trainer(
@@ -108,6 +120,30 @@ def test_accelerate_hands_the_strategy_of_a_recipe_to_the_trainer(
             monkeypatch.setenv(key, said)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert choose("auto") is strategy
+
+
+def test_an_offload_the_strategy_cannot_do_is_refused_with_what_it_can() -> None:
+    for strategy, offload in (
+        (Strategy.SINGLE, Offload.OPTIMIZER),
+        (Strategy.DDP, Offload.OPTIMIZER_AND_PARAMETERS),
+        (Strategy.ZERO2, Offload.OPTIMIZER_AND_PARAMETERS),
+        (Strategy.FSDP2, Offload.OPTIMIZER),
+    ):
+        with pytest.raises(UsageError, match=rf"offload is {re.escape(offload)} under strategy {strategy}"):
+            refuse_offload(strategy, offload)
+    for strategy in Strategy:
+        refuse_offload(strategy, Offload.NONE)
+    refuse_offload(Strategy.ZERO1, Offload.OPTIMIZER)
+    refuse_offload(Strategy.HSDP, Offload.OPTIMIZER_AND_PARAMETERS)
+    assert {choice.value for choice in OffloadChoice} == {offload.value for offload in Offload}
+
+
+def test_a_run_whose_offload_cannot_be_done_ends_with_the_usage_code(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "run")]
+    assert run_here(*flags, "--parallel.offload", "optimizer") == ExitCode.USAGE
+    assert "parallel.offload is optimizer under strategy single" in capfd.readouterr().err
 
 
 def test_a_launcher_and_a_configuration_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
