@@ -16,7 +16,9 @@ import pytest
 from builders.runs import REPOSITORY, TRAIN, metrics, run_here, run_script, verdict
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.errors import ExitCode
+from apr_dist.apr.writer import AprWriter
+from apr_dist.errors import ExitCode, OutputError
+from apr_dist.parallel import gather
 from apr_dist.training.step_folders import newest_whole, whole_folders
 
 if TYPE_CHECKING:
@@ -206,6 +208,45 @@ def test_retention_keeps_the_newest_and_the_named_ones(inputs: Inputs, tmp_path:
     keep = ("--checkpoint.keep-last", "1", "--checkpoint.keep-every", "4")
     assert run_here(*flags(inputs, run_dir, *keep)) == 0
     assert sorted(path.name for path in (run_dir / "steps").iterdir()) == ["000004", "000006"]
+
+
+def test_a_save_that_training_waits_for_writes_the_same_bytes(
+    straight: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run_here(*flags(inputs, run_dir, "--no-checkpoint.background")) == 0
+    for step in (2, 4, 6):
+        weights, state = state_bytes(run_dir, step)
+        assert (weights, state) == state_bytes(straight, step)
+
+
+class FullDisk(AprWriter):
+    """A disk that has no room for the model of step 4."""
+
+    def append(self, name: str, piece: object) -> None:
+        if "000004" in str(self.path):
+            raise OutputError("it cannot be written (No space left on device)", where=self.path)
+        super().append(name, piece)
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-009")
+@pytest.mark.parametrize("background", ["--checkpoint.background", "--no-checkpoint.background"])
+def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
+    background: str,
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gather, "AprWriter", FullDisk)
+    run_dir = tmp_path / "run"
+    keep_one = ("--checkpoint.keep-last", "1", background)
+    assert run_here(*flags(inputs, run_dir, *keep_one)) == ExitCode.OUTPUT
+    assert "No space left on device" in capfd.readouterr().err
+    assert newest_whole(run_dir) == run_dir / "steps" / "000002"
+    monkeypatch.undo()
+    assert run_here(*flags(inputs, run_dir, *keep_one, "--resume", "auto")) == 0
+    assert [folder.name for folder in whole_folders(run_dir)] == ["000006"]
 
 
 def test_auto_without_anything_to_resume_begins(inputs: Inputs, tmp_path: Path) -> None:
