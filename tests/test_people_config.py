@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from apr_dist.cli.config import check, diff, show
-from apr_dist.config import Mode, TrainConfig, leaves
+from apr_dist.config import Mode, StrategyChoice, TrainConfig, leaves
 from apr_dist.config_input import read_yaml, validate
 from apr_dist.errors import UsageError
-from apr_dist.model.config import preset
+from apr_dist.model.config import PRESETS
 from apr_dist.training.config_text import (
     commented_yaml,
     differences,
@@ -22,17 +23,60 @@ from apr_dist.training.config_text import (
     problems,
     type_text,
 )
+from apr_dist.training.plan import Rate, make_plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_valid_and_names_a_real_model(path: Path) -> None:
+def test_every_shipped_configuration_is_valid_and_can_be_given_with_its_model(path: Path) -> None:
     assert problems(path) == []
     config = load_config(path)
-    preset(config.model)
     assert config.num_steps > config.warmup
+    # A model's name beside --init would be a second architecture, which a run refuses.
+    assert (config.mode is Mode.FROM_SCRATCH) == ("model" in config.model_fields_set)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_comments_of_a_shipped_configuration_are_generated(path: Path) -> None:
+    head, _, body = path.read_text().partition("\n\n")
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert body == commented_yaml(load_config(path), given_only=True), (
+        f"apr-dist config show {path} --given, below the file's own first lines"
+    )
+
+
+@pytest.mark.parametrize(
+    "path", [one for one in CONFIGS if "GPU" in one.read_text()], ids=lambda path: path.stem
+)
+def test_a_shipped_configuration_fits_the_gpus_it_names(path: Path, tmp_path: Path) -> None:
+    text = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    gpus, gigabytes = (int(number) for number in re.search(r"on (\d+) GPUs? of (\d+) GB", text).groups())  # type: ignore[union-attr]
+    named = max((name for name in PRESETS if path.stem.startswith(name)), key=len)
+    config = load_config(path).model_copy(
+        update={"synthetic": True, "model": named, "run_dir": tmp_path / "run"}
+    )
+    plan = make_plan(config, world_size=gpus, rate=Rate())
+    chosen = next(iter(plan.memory.values()))
+    assert config.parallel.strategy in (StrategyChoice.AUTO, *plan.memory)
+    # A tenth of the device is its context's, the collectives' and the allocator's.
+    assert chosen.total < 0.9 * gigabytes * 10**9
+    if gpus > 1:
+        assert f"--num_processes {gpus} " in text or "two-nodes" in text
+
+
+def test_what_a_run_needs_is_shipped_for_every_model_that_is_promised() -> None:
+    assert {path.stem for path in CONFIGS} >= {
+        "demo",
+        "llama-370m",
+        "qwen2.5-coder-0.5b-rtx4090",
+        "qwen2.5-1.5b-8gpu-fsdp2",
+        "qwen2.5-1.5b-8gpu-zero3",
+        "qwen2.5-7b-8gpu-fsdp2",
+        "qwen2.5-7b-8gpu-zero3",
+        "qwen2.5-7b-two-nodes-hsdp",
+    }
 
 
 def test_the_commented_yaml_reads_back_to_the_same_configuration(tmp_path: Path) -> None:
@@ -115,6 +159,8 @@ def test_show_prints_a_files_values_and_fills_in_the_mode_when_asked(
     show(path, resolved=True)
     values = yaml.safe_load(capsys.readouterr().out)
     assert (values["seed"], values["lr"]) == (7, 3e-4)
+    show(path, given=True)
+    assert yaml.safe_load(capsys.readouterr().out) == {"mode": "from-scratch", "seed": 7}
     with pytest.raises(UsageError, match="one of them"):
         show(schema=True, markdown=True)
 

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders.people import LiveBytes, decoder_config, two_steps
-from builders.runs import Inputs, run_here
+from builders.files import write_apr
+from builders.models import random_weights, tiny_config
+from builders.people import LiveBytes, decoder_config, peak_bytes, two_steps
+from builders.runs import TINY, Inputs, run_here
 
+from apr_dist.cli import main
 from apr_dist.cli.plan import plan as plan_verb
 from apr_dist.config import Mode, Precision, StrategyChoice, TrainConfig
 from apr_dist.config_input import validate
 from apr_dist.errors import ModelFileError, UsageError
-from apr_dist.model import chunked_loss
 from apr_dist.model.config import PRESETS
-from apr_dist.model.flops import flops_per_token as the_model_says
 from apr_dist.training import memory, plan
 from apr_dist.training.memory import Load, estimate
 from apr_dist.training.plan import Rate, make_plan
@@ -50,13 +51,37 @@ def test_the_estimate_is_what_a_step_really_holds(sizes: dict[str, int], one: Lo
     model = decoder_config(**SMALL, **sizes)
     with LiveBytes() as live:
         two_steps(model, one)
-    assert single(model, one).total == pytest.approx(live.peak, rel=0.1)
+    assert single(model, one).tensors == pytest.approx(live.peak, rel=0.1)
 
 
-def test_constants_that_the_plan_repeats_are_those_of_the_run() -> None:
-    assert memory.LOGITS_CHUNK_BYTES == chunked_loss.CHUNK_BYTES
-    for model in PRESETS.values():
-        assert plan.flops_per_token(model, 2048) == the_model_says(model, 2048)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_the_estimate_is_what_a_real_run_takes_over_a_bare_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = {"vocab_size": 4096, "hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4}
+    architectures = {"bare": TINY, "full": {**TINY, **wide, "head_dim": 64, "intermediate_size": 1536}}
+    runs = []
+    for name, keys in architectures.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(keys))
+        flags = ["--synthetic", "--mode", "from-scratch", "--model", str(tmp_path / f"{name}.json")]
+        flags += [
+            "--run-dir",
+            str(tmp_path / name),
+            "--num-steps",
+            "3",
+            "--batch-size",
+            "2",
+            "--seq-length",
+            "128",
+        ]
+        runs.append(
+            [*flags, "--evaluation.max-sequences", "2", "--device", "cpu", "--parallel.cpu-threads", "1"]
+        )
+    assert plan_verb([*runs[1], "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["memory_bytes"]["single"]
+    bare, full = peak_bytes(*runs)
+    assert planned["weights"] > 100 * 10**6
+    assert planned["total"] == pytest.approx(full - bare, rel=0.1)
 
 
 def test_sharding_cuts_the_state_and_ddp_adds_its_buckets() -> None:
@@ -100,6 +125,44 @@ def test_an_init_that_is_not_there_cannot_be_planned(tmp_path: Path) -> None:
     config = TrainConfig(init=tmp_path / "none.apr", synthetic=True)
     with pytest.raises(ModelFileError):
         make_plan(config, world_size=1, rate=Rate())
+
+
+def test_a_missing_init_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--init", "/nope.apr", "--synthetic"]) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: [FALSIFY-APR-PRETRAIN-INIT-003] /nope.apr: there is no such file.")
+
+
+def test_the_plan_reads_no_weights_and_says_what_it_left_out(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray(inputs.pretrained.read_bytes())
+    content[-4096] ^= 0xFF  # in the last tensor
+    damaged = tmp_path / "damaged.apr"
+    damaged.write_bytes(content)
+    flags = ["--init", str(damaged), *inputs.data_flags(), "--run-dir", str(tmp_path / "run")]
+    assert plan_verb(flags) == 0
+    assert "later: checksums and every value of the init" in capsys.readouterr().out
+    assert run_here(*flags, "--num-steps", "1") == 3
+
+
+def test_a_head_beside_its_equal_embedding_is_a_tie_in_the_plan_too(tmp_path: Path) -> None:
+    for name, equal in (("tied", True), ("untied", False)):
+        weights = random_weights(tiny_config())
+        embedding = weights["model.embed_tokens.weight"]
+        weights["lm_head.weight"] = embedding.copy() if equal else embedding + 1
+        config = tiny_config(tie_word_embeddings=equal)
+        keys = {"hf_architecture": "LlamaForCausalLM", "architecture": "llama", **config.to_metadata()}
+        keys.pop("tie_word_embeddings", None)
+        path = write_apr(tmp_path / f"{name}.apr", weights, keys)
+        made = make_plan(
+            TrainConfig(init=path, synthetic=True, seq_length=16, run_dir=tmp_path / "r"),
+            world_size=1,
+            rate=Rate(),
+        )
+        assert made.refusal is None
+        assert made.model.tie_word_embeddings is equal
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-035")

@@ -26,6 +26,7 @@ def show(
     /,
     *,
     resolved: bool = False,
+    given: bool = False,
     schema: bool = False,
     markdown: bool = False,
 ) -> None:
@@ -36,6 +37,7 @@ def show(
     Args:
         source: YAML file or run folder whose values to show; by default the defaults.
         resolved: fill in what the mode sets (learning rate, warm-up, target).
+        given: only the keys that the file gives.
         schema: print the JSON Schema for editors instead.
         markdown: print the reference page instead.
     """
@@ -45,7 +47,7 @@ def show(
         print(json_schema() if schema else markdown_reference(), end="")
         return
     config = load_config(source) if source else TrainConfig()
-    print(commented_yaml(config.resolved() if resolved else config), end="")
+    print(commented_yaml(config.resolved() if resolved else config, given_only=given), end="")
 
 
 def check(sources: Annotated[tuple[Path, ...], tyro.conf.Positional], /) -> int:

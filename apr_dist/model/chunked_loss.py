@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from apr_dist.model.flops import LOGITS_CHUNK_BYTES
 from apr_dist.model.matmul import mm
 
 IGNORE_INDEX: Final = -100
 """Target of a position that does not count."""
-
-CHUNK_BYTES: Final = 128 << 20
-"""Largest chunk of logits held at once."""
 
 CACHE_BYTES: Final = 4 << 20
 """Logits in f32 that a processor's cache holds while several passes go over them."""
@@ -38,7 +36,7 @@ def chunked_cross_entropy(
     Returns:
         (summed loss, z-loss included; the z-loss part of it, without a graph), both f32.
     """
-    chunk = chunk_tokens or max(1, CHUNK_BYTES // (rows.element_size() * weight.shape[0]))
+    chunk = chunk_tokens or max(1, LOGITS_CHUNK_BYTES // (rows.element_size() * weight.shape[0]))
     plan = _Plan(z_loss=z_loss, chunk_tokens=chunk, gradients=torch.is_grad_enabled())
     return _ChunkedCrossEntropy.apply(rows, weight, targets, plan)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -1,15 +1,19 @@
-"""Arithmetic of a training step: operations per token, and what devices can do at most.
+"""Arithmetic of a training step: operations per token, and what devices can do at most. No PyTorch here.
 
 Model FLOPs utilisation (MFU) is ``flops_per_token * tokens_per_second / (devices * peak_flops)``.
 """
 
 from __future__ import annotations
 
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from apr_dist.model.config import TransformerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+LOGITS_CHUNK_BYTES: Final = 128 << 20
+"""Largest chunk of logits the loss holds at once."""
 
 FORMULA: Final = "6 * matrix parameters + 12 * layers * heads * head_dim * sequence length"
 """`flops_per_token` in words, to print beside an MFU."""
@@ -86,7 +90,7 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     words = device_name.replace("-", " ").split()
     if _is_excluded(words):
         return None
-    table = {torch.bfloat16: _16BIT, torch.float16: _16BIT, torch.float32: _F32}.get(dtype, ())
+    table = {"torch.bfloat16": _16BIT, "torch.float16": _16BIT, "torch.float32": _F32}.get(str(dtype), ())
     return next((peak for name, peak in table if _names(name, words)), None)
 
 

@@ -62,13 +62,17 @@ def default_text(field: FieldInfo) -> str:
     return _value_text(_plain(field.get_default(call_default_factory=True)))
 
 
-def commented_yaml(config: TrainConfig | None = None) -> str:
+def commented_yaml(config: TrainConfig | None = None, *, given_only: bool = False) -> str:
     """A configuration as YAML that ``--config`` reads back, every key under a comment of what it is.
 
     Args:
         config: whose values to write; by default every key's own default.
+        given_only: leave out the keys that the configuration was not given, and the line on top.
     """
-    values = (config or TrainConfig()).model_dump(mode="json")
+    config = config or TrainConfig()
+    values = config.model_dump(mode="json", exclude_unset=given_only)
+    if given_only:
+        return "\n".join(_commented(TrainConfig, values, ""))
     head = (
         "# Every key of a run. A flag on the command line wins over this file; null is written none there.\n"
     )
@@ -160,6 +164,8 @@ def _problem(details: Mapping[str, Any]) -> Problem:
 
 def _commented(section: type[BaseModel], values: Mapping[str, Any], indent: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
+        if name not in values:
+            continue
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield f"\n{indent}# {_first_line(inner)}\n{indent}{name}:"

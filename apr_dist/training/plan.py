@@ -17,6 +17,7 @@ from apr_dist.gates.data import check_sequences
 from apr_dist.gates.preflight import model_from_name, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.flops import flops_per_token
 from apr_dist.training.memory import Load, Memory, estimate
 from apr_dist.training.schedule import Schedule, schedule_of
 
@@ -138,15 +139,6 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate) -> Plan:
     return plan
 
 
-def flops_per_token(model: TransformerConfig, seq_length: int) -> int:
-    """Operations of forward and backward for one token: ``model.flops``, which imports PyTorch."""
-    matrices = sum(s[0] * s[1] for s in model.parameter_shapes().values() if len(s) == 2)
-    if not model.tie_word_embeddings:
-        matrices -= model.vocab_size * model.hidden_size
-    seen = min(seq_length, model.sliding_window or seq_length)
-    return 6 * matrices + 12 * model.num_layers * model.query_size * seen
-
-
 def under_trained(config: TrainConfig, parameters: int) -> str | None:
     """The warning that a model from scratch gets too few tokens for its size; None where it gets enough.
 
@@ -168,7 +160,7 @@ def _ask_gates(
     config: TrainConfig, world_size: int
 ) -> tuple[TransformerConfig, list[GateResult], AprDistError | None, list[str]]:
     try:
-        found = run_preflight(config, world_size=world_size, say=lambda _: None)
+        found = run_preflight(config, world_size=world_size, say=lambda _: None, read_weights=False)
     except AprDistError as refusal:
         return _model_despite(config, refusal), [], refusal, []
     found.close()
@@ -182,7 +174,8 @@ def _model_despite(config: TrainConfig, refusal: AprDistError) -> TransformerCon
     # Without data, and with a batch and a folder nobody can object to, only the model is asked about.
     harmless = {"synthetic": True, "batch_size": 1, "micro_batch_size": 1, "overwrite": True}
     try:
-        found = run_preflight(config.model_copy(update=harmless), world_size=1, say=lambda _: None)
+        asked = config.model_copy(update=harmless)
+        found = run_preflight(asked, world_size=1, say=lambda _: None, read_weights=False)
     except AprDistError:
         raise refusal from None
     found.close()

@@ -28,7 +28,10 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"  pass  {gate.gate}: {gate.measured}  [{gate.id}]"
     if plan.refusal is not None:
         yield f"  NO    {plan.refusal}"
-    yield "  later: weights arrived, step-0 loss, evaluation agrees, final loss"
+    later = "weights arrived, step-0 loss, evaluation agrees, final loss"
+    if plan.config.init is not None and plan.refusal is None:
+        later = f"checksums and every value of the init, {later}"
+    yield f"  later: {later}"
     yield ""
     yield f"warnings: {len(plan.warnings)}"
     for warning in plan.warnings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -68,3 +70,36 @@ def two_steps(config: TransformerConfig, load: Load) -> None:
             model(tokens[:, :-1], tokens[:, 1:].long())[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+_RUN_AND_MEASURE = """
+import re, sys
+from pathlib import Path
+from apr_dist.train import main
+code = main(sys.argv[1:])
+print("PEAK", int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
+sys.exit(code)
+"""
+
+
+def peak_bytes(*runs: list[str]) -> list[int]:
+    """Train as each list of flags says, side by side, each in a process of its own.
+
+    Returns:
+        The most resident memory each process ever had.
+    """
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RUN_AND_MEASURE, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for flags in runs
+    ]
+    peaks = []
+    for process in started:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        peaks.append(int(said.rpartition("PEAK ")[2]))
+    return peaks
