@@ -6,6 +6,7 @@
 #   make mutate  set up, then break the code behind each falsifier and see its test turn red
 #   make bench-quick   set up, then compare paired ratios with the last recorded ones
 #   make fuzz    set up, then 20,000 hostile model files
+#   make sanitize  the Rust tests under the address sanitizer, and what Miri can run (nightly Rust with miri)
 #   make docs    set up, then build the documentation; a warning is an error
 #   make wheel   set up, then build wheel and source distribution, judge them, and use the wheel
 
@@ -28,7 +29,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/Cargo.toml rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo evidence test mutate bench-quick fuzz docs wheel check format clean
+.PHONY: setup demo evidence test mutate bench-quick fuzz sanitize docs wheel check format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -107,6 +108,15 @@ wheel: $(BUILD)/installed
 	PATH="$(abspath $(BIN)):$$PATH" CARGO_TARGET_DIR=$(abspath rust_loader/target) \
 	    maturin build --release --sdist --quiet --out $(BUILD)/dist
 	$(BIN)/python tests/check_wheel.py $(BUILD)/dist
+
+# Miri maps no files and sees no other thread's /proc: it runs the tests of threads, buffers and arithmetic.
+MIRI_TESTS = latency ring::tests a_buffer_comes_back stream::tests::a_block stream::tests::orders --skip page_faults
+
+sanitize:
+	RUSTFLAGS=-Zsanitizer=address cargo +nightly test --manifest-path rust_loader/Cargo.toml --quiet \
+	    --target x86_64-unknown-linux-gnu
+	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --manifest-path rust_loader/Cargo.toml --quiet \
+	    -- $(MIRI_TESTS)
 
 check: $(BUILD)/installed
 	$(BIN)/ruff format --check .

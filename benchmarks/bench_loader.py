@@ -358,11 +358,10 @@ def main() -> None:
 def run_sections(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     manifest = make_data(folder, arguments.shards)
     load = os.getloadavg()[0]
-    print(
-        f"{os.cpu_count()} cores, load {load:.1f} at the start, torch {torch.__version__}, "
-        f"batch ({BATCH}, {WIDTH})"
-    )
-    found: dict[str, Any] = {}
+    conditions = f"{os.cpu_count()} cores, load {load:.1f} at the start, torch {torch.__version__}, "
+    conditions += f"batch ({BATCH}, {WIDTH})"
+    print(conditions)
+    found: dict[str, Any] = {"conditions": conditions}
     if "throughput" in arguments.sections:
         table, processor = throughput(manifest, arguments.rounds, arguments.seconds)
         found["throughput"] = {"rates": table, "processor us a batch": processor}
