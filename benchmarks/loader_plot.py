@@ -50,7 +50,7 @@ def draw_rates(axes: Axes, rates: dict[str, list[float]]) -> None:
             textcoords="offset points",
             va="center",
         )
-    axes.set_title("Hot, back to back: million tokens/s", loc="left")
+    axes.set_title("Hot, back to back: million tokens/s (logarithmic)", loc="left")
 
 
 def draw_handover(axes: Axes, quantiles: dict[str, list[float]]) -> None:
