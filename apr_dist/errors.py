@@ -74,6 +74,13 @@ class AprDistError(Exception):
             parts.append(f"To mend it: {self.remedy}.")
         return " ".join(parts)
 
+    @property
+    def page(self) -> str | None:
+        """Where the documentation tells the cause and the cure; None without a falsifier."""
+        if self.falsifier is None:
+            return None
+        return f"docs/how-to/when-a-gate-says-no.md#{self.falsifier.lower()}"
+
     def to_fields(self) -> dict[str, str | None]:
         """The error as plain fields, so that one rank can tell the others (no pickle)."""
         return {

@@ -154,6 +154,8 @@ def _conclude(error: BaseException, rank: int, watch: Watch) -> ExitCode:
     if not error.told_by_rank_0:
         place = f" on rank {rank}, at step {HERE.step} while {HERE.phase}" if rank else ""
         print(f"error{place}: {error}", file=sys.stderr, flush=True)
+        if error.page:
+            print(f"cause and cure: {error.page}", file=sys.stderr, flush=True)
         watch.fail(error.exit_code, str(error))
     return error.exit_code
 

@@ -18,10 +18,8 @@ import venv
 import zipfile
 from pathlib import Path
 
-import numpy as np
-from builders.models import random_weights, tiny_config
+from builders.pages import huggingface_model
 from builders.runs import TINY
-from safetensors.numpy import save_file
 
 IN_WHEEL = (
     "apr_dist/py.typed",
@@ -87,7 +85,7 @@ def _use(wheel: Path, folder: Path) -> None:
     version = _run([verb, "--version"], cwd=folder)
     assert version == _run([python, "-m", "apr_dist", "--version"], cwd=folder)
     assert version.split()[1] in wheel.name, version
-    _small_model(folder / "model")
+    huggingface_model(folder / "model")
     _run([verb, "import", "model", "--output", "model.apr"], cwd=folder)
     _run([verb, "validate", "model.apr"], cwd=folder)
     (folder / "tiny.json").write_text(json.dumps(TINY))
@@ -117,32 +115,6 @@ def _use(wheel: Path, folder: Path) -> None:
     _run([verb, "validate", "run/checkpoint.apr"], cwd=folder)
     absent = _run([verb, "contracts", "validate"], cwd=folder, wanted=(2,))
     assert "expected a checkout" in absent.lower(), absent
-
-
-def _small_model(folder: Path) -> None:
-    config = tiny_config()
-    folder.mkdir()
-    save_file(
-        {name: np.ascontiguousarray(value, np.float32) for name, value in random_weights(config).items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    described = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-    (folder / "config.json").write_text(json.dumps(described))
 
 
 def _run(command: list[str], *, cwd: Path | None = None, wanted: tuple[int, ...] = (0,)) -> str:

@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(given)
     except AprDistError as error:
         print(f"error: {error}", file=sys.stderr)
+        if error.page:
+            print(f"cause and cure: {error.page}", file=sys.stderr)
         code = error.exit_code
         if debug:
             traceback.print_exc()

@@ -1,0 +1,95 @@
+"""The documentation says what is so: its commands run, its generated parts exist, every id has an entry."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from builders.pages import PAGES, blocks, make_folder, run, unmarked_commands
+from builders.runs import REPOSITORY, Inputs
+
+from apr_dist.contracts.repository import read_repository
+from apr_dist.errors import ModelFileMissing
+
+sys.path.insert(0, str(REPOSITORY / "docs" / "_ext"))
+import page_parts
+from cures import CURES
+from refusals import judged, refusals
+
+RUN = [page for page in PAGES if any(not block.not_run for block in blocks(page))]
+
+
+def name(page: Path) -> str:
+    """A page as its test is called."""
+    return str(page.relative_to(REPOSITORY))
+
+
+@pytest.mark.parametrize("page", RUN, ids=name)
+def test_every_command_of_a_page_runs_in_order_or_says_why_not(
+    page: Path, inputs: Inputs, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder = make_folder(tmp_path, inputs, shared, from_nothing=page.stem == "tutorial")
+    for block in blocks(page):
+        if not block.not_run:
+            done = run(block, folder)
+            assert done.returncode == block.exit_code, (
+                f"{name(page)}:{block.line} ended with {done.returncode}:\n"
+                f"{block.script}{done.stdout}{done.stderr}"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_command_stands_where_no_test_looks(page: Path) -> None:
+    assert unmarked_commands(page) == []
+
+
+@pytest.fixture(scope="module")
+def gates_page() -> str:
+    """The generated entries of the page about gates."""
+    return page_parts.gates()
+
+
+def test_every_falsifier_has_one_entry_with_a_cause_and_a_cure(gates_page: str) -> None:
+    ids = [falsifier.id for _, _, falsifier in read_repository(REPOSITORY).falsifiers()]
+    for identifier in ids:
+        (entry,) = [part for part in gates_page.split("\n### ") if part.startswith(f"{identifier}\n")]
+        assert "\nCause\n: " in entry
+        assert "\nCure\n: " in entry
+
+
+def test_an_entry_tells_what_the_code_says_and_its_exit_code(gates_page: str) -> None:
+    entry = gates_page.split("### FALSIFY-APR-DIST-TRAINER-004\n")[1].split("\n### ", maxsplit=1)[0]
+    assert "parameters are missing" in entry
+    assert "import the model again from its source" in entry
+    assert "4 (GATE)" in entry
+
+
+def test_an_id_behind_a_constant_of_another_room_is_found() -> None:
+    found = refusals(REPOSITORY)
+    assert any(one.kind == ModelFileMissing.__name__ for one in found["FALSIFY-APR-PRETRAIN-INIT-003"])
+    known = {falsifier.id for _, _, falsifier in read_repository(REPOSITORY).falsifiers()}
+    assert set(found) <= known
+
+
+def test_every_gate_of_the_verdict_has_a_cure_and_no_cure_is_of_nothing() -> None:
+    assert set(CURES) == set(judged(REPOSITORY)) - set(refusals(REPOSITORY))
+
+
+def test_an_error_points_to_its_entry() -> None:
+    error = ModelFileMissing("there is no such file", falsifier="FALSIFY-APR-PRETRAIN-INIT-003")
+    assert error.page == "docs/how-to/when-a-gate-says-no.md#falsify-apr-pretrain-init-003"
+    assert ModelFileMissing("there is no such file").page is None
+    page, _, anchor = error.page.partition("#")
+    assert (REPOSITORY / page).is_file()
+    assert anchor.upper() in page_parts.gates()
+
+
+def test_every_verb_has_its_help_in_the_reference() -> None:
+    page = page_parts.command_line()
+    for verb in page_parts.VERBS:
+        assert f"\n## apr-dist {verb}\n" in page
+        assert f"usage: apr-dist {verb}" in page
