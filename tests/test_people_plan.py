@@ -15,7 +15,7 @@ from builders.runs import TINY, Inputs, run_here
 
 from apr_dist.cli import main
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config import Mode, Precision, StrategyChoice, TrainConfig
+from apr_dist.config import ActivationCheckpointing, Mode, Precision, StrategyChoice, TrainConfig
 from apr_dist.config_input import validate
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.model.config import PRESETS
@@ -44,8 +44,16 @@ def single(model: object, one: Load) -> memory.Memory:
         ({"vocab_size": 512, "num_layers": 4}, load(micro_batch=8, seq_length=128)),
         ({"vocab_size": 512, "num_layers": 4}, load(micro_batch=8, seq_length=128, accumulates=True)),
         ({"vocab_size": 8192, "num_layers": 2}, load(micro_batch=1, seq_length=32)),
+        (
+            {"vocab_size": 512, "num_layers": 8},
+            load(micro_batch=8, seq_length=128, checkpointing=ActivationCheckpointing.FULL),
+        ),
+        (
+            {"vocab_size": 512, "num_layers": 8},
+            load(micro_batch=8, seq_length=128, checkpointing=ActivationCheckpointing.SELECTIVE),
+        ),
     ],
-    ids=["activations", "accumulation", "weights"],
+    ids=["activations", "accumulation", "weights", "checkpointed", "selectively"],
 )
 def test_the_estimate_is_what_a_step_really_holds(sizes: dict[str, int], one: Load) -> None:
     model = decoder_config(**SMALL, **sizes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from apr_dist.config import Precision, StrategyChoice
+from apr_dist.config import ActivationCheckpointing, Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import LOGITS_CHUNK_BYTES
 
@@ -71,6 +71,7 @@ class Load:
         accumulates: whether gradients of an earlier micro-batch are there during a later forward.
         precision: compute type.
         cuda: whether it computes on a GPU, where backward is autograd's and keeps more.
+        checkpointing: what a block keeps of itself.
     """
 
     micro_batch: int
@@ -78,6 +79,7 @@ class Load:
     accumulates: bool
     precision: Precision
     cuda: bool
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.OFF
 
     @property
     def tokens(self) -> int:
@@ -115,11 +117,13 @@ def estimate(
         "read_back": 0 if load.cuda else F32 * count,
     }
     kept = gradients if load.accumulates else 0
-    activations = model.num_layers * layer_bytes(model, load) + _end_bytes(model, load)
+    activations = model.num_layers * kept_bytes(model, load) + _end_bytes(model, load)
     state["unfit"] = 0 if load.cuda else _unfit_bytes(gradients=gradients, activations=activations)
     head = model.vocab_size * model.hidden_size * F32
     at_loss = {"gradients": kept, "loss": _logits_bytes(model, load) + head, "working": 0}
-    at_start = {"gradients": kept, "loss": head, "working": _backward_bytes(model, load)}
+    # What a block did not keep it has again when its backward begins.
+    again = layer_bytes(model, load) - kept_bytes(model, load)
+    at_start = {"gradients": kept, "loss": head, "working": _backward_bytes(model, load) + again}
     # A tied embedding gets two gradients, the head's and the lookup's, and their sum beside both.
     at_end = {"gradients": gradients, "loss": 0, "working": 2 * head if model.tie_word_embeddings else 0}
     moments = [
@@ -165,8 +169,20 @@ def _gathered(model: TransformerConfig, load: Load, strategy: StrategyChoice) ->
     return width * count if load.cuda and load.precision is Precision.BF16 else 0
 
 
+def kept_bytes(model: TransformerConfig, load: Load) -> int:
+    """Bytes one block keeps from its forward to its backward, checkpointed as the load says."""
+    if load.checkpointing is ActivationCheckpointing.OFF:
+        return layer_bytes(model, load)
+    per_token = F32 * model.hidden_size
+    if load.checkpointing is ActivationCheckpointing.SELECTIVE:
+        # Of the products q, k, v, o, gate, up, down every second from the first; and attention's result.
+        products = model.query_size + model.kv_size + model.intermediate_size + model.hidden_size
+        per_token += load.compute_bytes * (products + model.query_size) + F32 * model.num_heads
+    return load.tokens * per_token
+
+
 def layer_bytes(model: TransformerConfig, load: Load) -> int:
-    """Bytes one block keeps for backward."""
+    """Bytes one block needs for backward."""
     hidden, inner = model.hidden_size, model.intermediate_size
     attention = 2 * model.query_size + 2 * model.kv_size
     normed = model.query_size + model.kv_size if model.qk_norm else 0

@@ -209,6 +209,7 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
         accumulates=config.batch_size > micro * world,
         precision=config.parallel.precision,
         cuda=config.device is Device.CUDA,
+        checkpointing=config.compute.activation_checkpointing,
     )
     # Without a given size, hsdp shards over one machine; 8 GPUs are what one has.
     shard = config.parallel.shard_size or min(world, 8)

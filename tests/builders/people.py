@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.training.memory import Load
@@ -59,6 +60,7 @@ def two_steps(config: TransformerConfig, load: Load) -> None:
         model = Decoder(config)
     model.to_empty(device="cpu")
     model.reset_buffers()
+    model.set_checkpointing(Checkpointing(load.checkpointing.value))
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0.0, 0.02)
