@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from apr_dist.cli import main
 from builders.models import random_weights, tiny_config
-from builders.runs import REPOSITORY, TINY, Inputs, once
+from builders.runs import REPOSITORY, TINY, Inputs, once, run_here
 from builders.tokens import small_sources, write_jsonl
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
@@ -30,6 +30,9 @@ _BLOCK = re.compile(
     r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<language>console|bash|sh|shell)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+_SHORTER = {"num_steps": 4, "steps_per_epoch": 2, "seq_length": 64}
+"""What ``configs/demo.yaml`` says here: the model of the tests is small, and never saw longer sequences."""
+
 _COMMAND = re.compile(
     r"^\s*\$? ?((?:[A-Z_]+=\S+ )*"
     r"(?:apr-dist|python3?|accelerate|torchrun|make|pip|pytest|cargo|sbatch) [^\n]*)$",
@@ -115,14 +118,36 @@ def make_folder(folder: Path, inputs: Inputs, shared: Path, *, from_nothing: boo
             shutil.copytree(path, folder / path.name)
         elif not path.name.startswith("."):
             shutil.copy(path, folder / path.name)
-    for name in ("apr_dist", "benchmarks", "configs", "contracts", "launch", "tests"):
+    for name in ("apr_dist", "benchmarks", "contracts", "launch", "tests"):
         (folder / name).symlink_to(REPOSITORY / name)
+    shutil.copytree(REPOSITORY / "configs", folder / "configs")
+    demo = folder / "configs" / "demo.yaml"
+    text = demo.read_text()
+    for key, value in _SHORTER.items():
+        text, found = re.subn(rf"^{key}: \d+$", f"{key}: {value}", text, flags=re.MULTILINE)
+        assert found == 1, key
+    demo.write_text(text)
     return folder
 
 
 def _fill(folder: Path, inputs: Inputs) -> None:
     model = str(folder / "model.apr")
-    assert main(["stamp", str(inputs.pretrained), "--tokenizer", str(inputs.tokenizer), "-o", model]) == 0
+    trained = folder / "runs" / "first"
+    flags = [
+        "--init",
+        str(inputs.pretrained),
+        "--run-dir",
+        str(trained),
+        "--seq-length",
+        "64",
+        "--lr",
+        "5e-3",
+    ]
+    flags += ["--num-steps", "80", "--steps-per-epoch", "80", "--batch-size", "16", "--warmup-steps", "5"]
+    assert run_here(*inputs.data_flags(), *flags) == 0
+    shutil.copytree(trained, folder / "runs" / "second")
+    best = str(trained / "checkpoint.apr")
+    assert main(["stamp", best, "--tokenizer", str(inputs.tokenizer), "-o", model]) == 0
     shutil.copytree(inputs.tokenizer, folder / "model.tokenizer")
     (folder / "tiny.json").write_text(json.dumps(TINY))
     assert main(["export", model, "--to", "gguf", "-o", str(folder / "model.gguf")]) == 0
@@ -135,8 +160,6 @@ def _fill(folder: Path, inputs: Inputs) -> None:
         texts.append(source.read_text(encoding="utf-8", errors="replace"))
     write_jsonl(folder / "notes.jsonl", texts, key="text")
     shutil.copytree(inputs.train.parent, folder / "shards")
-    for name in ("first", "second"):
-        shutil.copytree(inputs.pretrained_run, folder / "runs" / name)
 
 
 def huggingface_model(folder: Path) -> None:
