@@ -25,6 +25,7 @@ html_static_path = ["_static"]
 html_css_files = ["page.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 # Both are read in black on white and in white on black; neither names a font that has to be fetched.
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"

@@ -45,26 +45,34 @@ def gates() -> str:
 
 def _refused(raised: list[Refusal]) -> Iterator[str]:
     """What refusals say: each with what it found, then what they advise."""
-    yield "Cause"
     told = [one for one in raised if not re.fullmatch("<[^<>]*>", one.what)] or raised
-    for one in told:
-        expected = f"; expected {one.expected}" if one.expected else ""
-        yield f": {_escaped(one.what)}{_escaped(expected)}"
-    yield ""
-    yield "Cure"
-    cures = dict.fromkeys(one.remedy for one in raised if one.remedy)
-    for cure in cures or ["mend what the message names: what was found, where, and what was expected"]:
-        yield f": {_escaped(cure)}"
+    causes = dict.fromkeys(one.what + (f"; expected {one.expected}" if one.expected else "") for one in told)
+    yield from _term("Cause", [_escaped(cause) for cause in causes])
+    cures = list(dict.fromkeys(one.remedy for one in raised if one.remedy))
+    named = "mend what the message names: what was found, where, and what was expected"
+    yield from _term("Cure", [_escaped(cure) for cure in cures or [named]])
     codes = sorted({ExitCode[one.exit_code] for one in raised})
-    yield from ("", "Exit code", f": {', '.join(f'{int(code)} ({code.name})' for code in codes)}")
+    yield from ("Exit code", f": {', '.join(f'{int(code)} ({code.name})' for code in codes)}")
+
+
+def _term(term: str, texts: list[str]) -> Iterator[str]:
+    """A term with its one description, or with a list of several."""
+    yield term
+    if len(texts) == 1:
+        yield f": {texts[0]}"
+    else:
+        yield from (f"{': ' if text is texts[0] else '  '}- {text}" for text in texts)
+    yield ""
 
 
 def _judged(gates_of_it: list[tuple[str, str]], cure: str) -> Iterator[str]:
     """What the verdict of a run requires, and what to do when it was not measured."""
-    yield "Cause"
-    for gate, required in gates_of_it:
-        yield f": {_escaped(gate)}: required {_escaped(required)}, and something else was measured"
-    yield from ("", "Cure", f": {cure}")
+    causes = [
+        f"{_escaped(gate)}: required {_escaped(required)}, and something else was measured"
+        for gate, required in gates_of_it
+    ]
+    yield from _term("Cause", causes)
+    yield from _term("Cure", [cure])
 
 
 def _property(found: Repository, contract: Contract, falsifier: Falsifier) -> Iterator[str]:
