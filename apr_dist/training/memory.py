@@ -34,6 +34,7 @@ class Memory:
         loss: the logits chunk and the head's gradient.
         working: what a backward step computes on the way.
         unfit: freed blocks that the C library keeps and that no later block fits into; CPU only.
+        copies: of weights and moments, which a save writes from while training goes on; CPU only, like the next.
         read_back: a saved checkpoint's file, mapped while it is compared with the weights; CPU only, since
             on a GPU's machine this is the host's memory.
         moment: which moment that is.
@@ -47,13 +48,14 @@ class Memory:
     loss: int
     working: int
     unfit: int
+    copies: int
     read_back: int
     moment: str
 
     @property
     def tensors(self) -> int:
         """What tensors take, without what else the process holds."""
-        return self.total - self.unfit - self.read_back
+        return self.total - self.unfit - self.copies - self.read_back
 
     @property
     def total(self) -> int:
@@ -72,6 +74,8 @@ class Load:
         precision: compute type.
         cuda: whether it computes on a GPU, where backward is autograd's and keeps more.
         checkpointing: what a block keeps of itself.
+        copies: whether a save is written from copies of the state.
+        trains_meanwhile: whether training goes on after a save; if not, the only save is at the end.
     """
 
     micro_batch: int
@@ -80,6 +84,8 @@ class Load:
     precision: Precision
     cuda: bool
     checkpointing: ActivationCheckpointing = ActivationCheckpointing.OFF
+    copies: bool = False
+    trains_meanwhile: bool = False
 
     @property
     def tokens(self) -> int:
@@ -97,8 +103,8 @@ def estimate(
 ) -> Memory:
     """Memory of one process at its fullest moment.
 
-    Three moments can be the fullest: the loss (all activations, the logits), the first layer of
-    backward (all activations, that layer's gradients), and the end of backward (all gradients).
+    Four moments can be the fullest: the loss (all activations, the logits), the first layer of backward
+    (all activations, that layer's gradients), the end of backward (all gradients), and a save (copies).
 
     Args:
         model: the decoder.
@@ -126,10 +132,16 @@ def estimate(
     at_start = {"gradients": kept, "loss": head, "working": _backward_bytes(model, load) + again}
     # A tied embedding gets two gradients, the head's and the lookup's, and their sum beside both.
     at_end = {"gradients": gradients, "loss": 0, "working": 2 * head if model.tie_word_embeddings else 0}
+    copies = (
+        F32 * (count // parts.weights + 2 * count // parts.optimizer) if load.copies and not load.cuda else 0
+    )
+    beside = copies if load.trains_meanwhile else 0
+    nothing = {"gradients": 0, "loss": 0, "working": 0}
     moments = [
-        Memory(**state, **at_loss, activations=activations, moment="loss"),
-        Memory(**state, **at_start, activations=activations, moment="start of backward"),
-        Memory(**state, **at_end, activations=0, moment="end of backward"),
+        Memory(**state, **at_loss, activations=activations, copies=beside, moment="loss"),
+        Memory(**state, **at_start, activations=activations, copies=beside, moment="start of backward"),
+        Memory(**state, **at_end, activations=0, copies=beside, moment="end of backward"),
+        Memory(**state, **nothing, activations=0, copies=copies, moment="save"),
     ]
     return max(moments, key=lambda moment: moment.total)
 
@@ -240,6 +252,7 @@ PARTS: Mapping[str, str] = {
     "loss": "logits, head",
     "working": "in passing",
     "unfit": "unfit",
+    "copies": "save copies",
     "read_back": "read back",
 }
 """Attribute of ``Memory`` to what a table calls it, in order."""

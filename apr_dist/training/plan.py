@@ -210,6 +210,8 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
         precision=config.parallel.precision,
         cuda=config.device is Device.CUDA,
         checkpointing=config.compute.activation_checkpointing,
+        copies=config.checkpoint.background,
+        trains_meanwhile=config.steps_per_epoch < config.num_steps,
     )
     # Without a given size, hsdp shards over one machine; 8 GPUs are what one has.
     shard = config.parallel.shard_size or min(world, 8)
