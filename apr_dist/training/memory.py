@@ -34,7 +34,7 @@ class Memory:
         loss: the logits chunk and the head's gradient.
         working: what a backward step computes on the way.
         unfit: freed blocks that the C library keeps and that no later block fits into; CPU only.
-        copies: of weights and moments, which a save writes from while training goes on; CPU only, like the next.
+        copies: of weights and moments, from which a save is written while training goes on; CPU only.
         read_back: a saved checkpoint's file, mapped while it is compared with the weights; CPU only, since
             on a GPU's machine this is the host's memory.
         moment: which moment that is.
