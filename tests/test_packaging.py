@@ -21,7 +21,7 @@ CRATE = tomllib.loads((REPOSITORY / "rust_loader" / "Cargo.toml").read_text())
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 YAML_FILES = sorted(
     path
-    for place in (".github/workflows", "configs", "contracts", "launch")
+    for place in (".github/workflows", "configs", "launch")
     for path in (REPOSITORY / place).glob("*.y*ml")
 )
 
