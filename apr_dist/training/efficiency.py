@@ -65,8 +65,16 @@ def efficiency_of(model: TransformerConfig, config: TrainConfig, runtime: Runtim
 
 
 def gpu_utilisation(device: torch.device) -> float:
-    """Utilisation in percent of a CUDA device over the driver's last sample period; 0 on CPU."""
-    return float(torch.cuda.utilization(device)) if device.type == "cuda" else 0.0
+    """Utilisation in percent of a CUDA device over the driver's last sample period.
+
+    0 on CPU, and where the driver does not tell, as of a part of a device (MIG).
+    """
+    if device.type != "cuda":
+        return 0.0
+    try:
+        return float(torch.cuda.utilization(device))
+    except Exception:  # whatever the driver's library raises: a figure must not end a run
+        return 0.0
 
 
 def host_peak_bytes() -> int:
