@@ -47,6 +47,18 @@ def test_an_import_keeps_every_token_and_merge_in_order(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.falsifies("FALSIFY-TOK-IMPORT-HF-003")
+@pytest.mark.parametrize("added", [[], ["<|extra|>"], ["<|extra|>", "<|more|>"]])
+def test_counts_are_those_of_the_source_with_its_added_tokens(added: list[str], tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(tiny_tokenizer_json())
+    tokenizer.add_special_tokens(added)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    identity = import_tokenizer(tmp_path / "tokenizer.json", tmp_path / "out")
+    assert identity.bpe_vocab_count == 512
+    assert identity.added_tokens_count == len(added)
+    assert identity.effective_vocab_count == tokenizer.get_vocab_size(with_added_tokens=True)
+
+
 def test_merges_spelled_as_text_are_read_like_pairs(tmp_path: Path) -> None:
     recorded = json.loads(tiny_tokenizer_json())
     pairs = recorded["model"]["merges"]

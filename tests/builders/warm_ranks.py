@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 NOBODY = 65534
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 """A launch that has not ended by then is killed, and its exit code is -9."""
 
 
