@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -33,6 +34,7 @@ _STYLES = ("-", "--", "-.", ":")
 _HATCHES = ("", "//", "..", "xx", "--")
 _SMOOTHING = 0.9
 _LONGEST_NAME = 18
+_HEADROOM = 1.08
 _FEW_STEPS = 20
 
 Draw = Callable[[Axes, Run, str, str], bool]
@@ -75,6 +77,9 @@ def plot_runs(axes: Axes, runs: Sequence[Run], plot: Draw, theme: Theme) -> bool
         plot(axes, run, theme.series[index % len(theme.series)], _STYLES[index % len(_STYLES)])
         for index, run in enumerate(runs)
     ]
+    highest = max((float(np.max(line.get_ydata())) for line in axes.lines), default=0.0)
+    if axes.get_ylim()[0] == 0.0 and highest > 0.0:
+        axes.set_ylim(0.0, _HEADROOM * highest)  # a curve that is level does not lie on the edge
     return any(drawn)
 
 
