@@ -13,13 +13,17 @@ RUN_DIR="${RUN_DIR:-runs/two-nodes}"
 STRATEGY="${STRATEGY:-hsdp}"
 NODES="${NODES:-2}"
 PROCESSES="${PROCESSES:-8}"
+RESTARTS="${RESTARTS:-3}"
+# Where a host's name does not resolve to the address the other machine reaches it at, name that address.
+LOCAL_ADDRESS="${LOCAL_ADDRESS:-}"
 
 # Without it a machine that joins a later round of a restarted job waits for an address nobody sends.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 exec torchrun \
-    --nnodes "$NODES" --nproc_per_node "$PROCESSES" --max_restarts 3 \
+    --nnodes "$NODES" --nproc_per_node "$PROCESSES" --max_restarts "$RESTARTS" \
+    ${LOCAL_ADDRESS:+--local_addr "$LOCAL_ADDRESS"} \
     --rdzv_id apr-dist --rdzv_backend c10d --rdzv_endpoint "$MASTER:29400" \
     --rdzv_conf "is_host=$([ "$NODE" = 0 ] && echo 1 || echo 0),join_timeout=600" \
     apr_dist/train.py \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -131,6 +132,11 @@ def free_port() -> int:
 
 
 def trainers_under(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The trainer's processes that a launcher has started."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if str(TRAIN) in child.cmdline()]
+    """The ranks that a launcher has started."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            command = child.cmdline()
+            if any(word.endswith("apr_dist/train.py") for word in command[:4]) and "RANK" in child.environ():
+                found.append(child)
+    return found

@@ -1,0 +1,110 @@
+"""Two hosts whose link is cut: real launchers, real processes, a real network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from builders.faults import trainers_under
+from builders.network import Hosts, why_no_hosts
+from builders.runs import REPOSITORY, verdict
+
+from apr_dist.errors import ExitCode
+from apr_dist.training.step_folders import newest_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from builders.runs import Inputs
+
+
+def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
+    given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
+    given += ["--lr", "1e-4", "--parallel.strategy", "ddp", "--resume", "auto", "--target-val-loss", "0.1"]
+    given += ["--steps-per-epoch", "5", "--early-stop.patience", "99"]
+    return [*given, "--evaluation.max-sequences", "2", "--evaluation.random-sequences", "0", *more]
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_until_saved(run_dir: Path, process: subprocess.Popen[str], *, within_s: float = 150) -> None:
+    deadline = time.monotonic() + within_s
+    while newest_whole(run_dir) is None:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "nothing was saved"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    """Two network namespaces with a cable between them."""
+    reason = why_no_hosts()
+    if reason:
+        pytest.skip(reason)
+    with Hosts() as both:
+        yield both
+
+
+def test_two_hosts_train_over_tcp_and_both_end_when_their_link_is_cut(
+    hosts: Hosts, inputs: Inputs, tmp_path: Path
+) -> None:
+    """The recipe of launch/ for two machines; the cable is pulled in the middle of training."""
+    run_dir = tmp_path / "run"
+    recipe = str(REPOSITORY / "launch" / "two-nodes-torchrun.sh")
+    endless = ("--num-steps", "100000", "--steps-per-epoch", "20", "--parallel.precision", "f32")
+    given = {"INIT": str(inputs.pretrained), "DATA": str(inputs.train.parent), "RUN_DIR": str(run_dir)}
+    given |= {"STRATEGY": "fsdp2", "PROCESSES": "1", "MASTER": hosts.address(0)}
+    given["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    launchers = []
+    try:
+        for host in (0, 1):
+            more = [*inputs.data_flags(), *endless, "--lr", "1e-4", "--early-stop.patience", "100000"]
+            own = {"NODE": str(host), "LOCAL_ADDRESS": hosts.address(host), "RESTARTS": "0"}
+            own["GLOO_SOCKET_IFNAME"] = hosts.interface(host)
+            launchers.append(start([*hosts.inside(host), "bash", recipe, *more], **given, **own))
+        wait_until_saved(run_dir, launchers[0])
+        ranks = [one for launcher in launchers for one in trainers_under(launcher)]
+        assert len(ranks) == 2
+        hosts.cut()
+        cut_at = time.monotonic()
+        while any(one.is_running() and one.status() != "zombie" for one in ranks):
+            assert time.monotonic() - cut_at < 15, "a rank was still there 15 s after the link was cut"
+            time.sleep(0.1)
+    finally:
+        for launcher in launchers:
+            end(launcher)
+    assert newest_whole(run_dir) is not None
+    facts = verdict(run_dir)["facts"]
+    assert (facts["exit_code"], facts["failed_rank"]) == (ExitCode.DISTRIBUTED, 1)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Leave neither the launcher nor what it started behind."""
+    for rank in trainers_under(process) if process.poll() is None else []:
+        rank.kill()
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def test_without_namespaces_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert why_no_hosts() == "the command ip is not there (Debian: iproute2)"
