@@ -102,10 +102,11 @@ docs: $(BUILD)/installed
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs $(BUILD)/docs
 	@echo "$(BUILD)/docs/index.html"
 
-# The wheel is built from the unpacked source distribution, so both are known to build.
+# The wheel is built from the unpacked source distribution, so both are known to build. Its files have a fixed
+# date, by which cargo would take an earlier build for current: so nothing built earlier is kept.
 wheel: $(BUILD)/installed
-	rm -rf $(BUILD)/dist
-	PATH="$(abspath $(BIN)):$$PATH" CARGO_TARGET_DIR=$(abspath rust_loader/target) \
+	rm -rf $(BUILD)/dist $(BUILD)/wheel-target
+	PATH="$(abspath $(BIN)):$$PATH" CARGO_TARGET_DIR=$(abspath $(BUILD)/wheel-target) \
 	    maturin build --release --sdist --quiet --out $(BUILD)/dist
 	$(BIN)/python tests/check_wheel.py $(BUILD)/dist
 
