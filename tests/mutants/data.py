@@ -21,6 +21,7 @@ MUTANTS: tuple[Change, ...] = (
         LOADER_FILE,
         "        return k * self._batch_size + self._rank * self._share",
         "        return k * self._batch_size + self._rank * self._micro",
+        also=(LOADER + "003",),
     ),
     Change(
         LOADER + "003",
@@ -92,7 +93,7 @@ MUTANTS: tuple[Change, ...] = (
         LOADER_FILE,
         "        return k * self._batch_size + self._rank * self._share",
         "        return k // 2 * 2 * self._batch_size + self._rank * self._share",
-        also=(LOADER + "003", LOADER + "008"),
+        also=(LOADER + "003", LOADER + "008", LOADER + "012"),
     ),
     Change(
         LOADER + "005",
