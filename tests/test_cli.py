@@ -142,6 +142,35 @@ def test_export_and_import_bring_every_tensor_back(stamped: Path, tmp_path: Path
     assert (tmp_path / "again.tokenizer" / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("command", "title"),
+    [
+        ("inspect SRC --quality", "inspecting"),
+        ("validate SRC", "validating"),
+        ("diff SRC SRC", "comparing"),
+        ("stamp SRC --license Apache-2.0 -o OUT", "stamping"),
+        ("export SRC --to huggingface -o OUT", "exporting"),
+        ("export SRC --to gguf -o OUT", "exporting"),
+    ],
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_verb_that_may_take_long_shows_a_bar_to_a_person_only(
+    stamped: Path,
+    command: str,
+    title: str,
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    capfd.readouterr()
+    words = [str(stamped) if word == "SRC" else word for word in command.split()]
+    assert main([str(stamped.with_name("out")) if word == "OUT" else word for word in words]) == 0
+    shown = capfd.readouterr()
+    assert (title in shown.err) is terminal
+    assert title not in shown.out
+
+
 def test_nothing_is_overwritten_without_force(
     stamped: Path, inputs: Inputs, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,7 +123,8 @@ def inspect(path: Source, /, *, json: bool = False, tensors: bool = False, quali
         tensors: also list every tensor.
         quality: also scan the weights and score the file from 0 to 100.
     """
-    report = inspect_file(path, quality=quality)
+    with bytes_bar(f"inspecting {path.name}") as progress:
+        report = inspect_file(path, quality=quality, progress=progress)
     if json:
         facts = report.to_json()
         if tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from apr_dist.apr.quality import Quality, QualityFacts, score_quality
 from apr_dist.apr.reader import AprReader
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import ArchitectureRefused, TokenizerError, WeightsRefused
+from apr_dist.interop.convert import Progress
 from apr_dist.interop.tie import EMBEDDING, tied_head
 from apr_dist.model.families import UNKNOWN, family_from_tensor_names, normalize_metadata_family
 
@@ -105,12 +106,13 @@ class ValidationReport:
     checks: tuple[tuple[str, str], ...]
 
 
-def inspect_file(path: Path, *, quality: bool = False) -> FileReport:
+def inspect_file(path: Path, *, quality: bool = False, progress: Progress | None = None) -> FileReport:
     """Facts about an APR file; a wrong checksum is reported, not raised.
 
     Args:
         path: the file.
         quality: also scan every tensor and score the file.
+        progress: called with (bytes scanned, bytes in all) during that scan.
 
     Raises:
         ModelFileError: no APR v2 file whose structure can be read.
@@ -137,11 +139,11 @@ def inspect_file(path: Path, *, quality: bool = False) -> FileReport:
             tied=tied,
             tokenizer=tokenizer,
             tensors=tuple(reader.tensors.values()),
-            quality=_quality(reader, checksum == "valid", tokenizer) if quality else None,
+            quality=_quality(reader, checksum == "valid", tokenizer, progress) if quality else None,
         )
 
 
-def validate_file(path: Path, *, progress: Callable[[int, int], None] | None = None) -> ValidationReport:
+def validate_file(path: Path, *, progress: Progress | None = None) -> ValidationReport:
     """Check everything that can be wrong with a file by itself.
 
     Structure and checksums, every value finite, the claimed family against the names, the tie.
@@ -160,12 +162,8 @@ def validate_file(path: Path, *, progress: Callable[[int, int], None] | None = N
             ("structure", f"{len(reader.tensors)} tensors, sorted, aligned, apart, inside the file"),
             ("checksums", "header and footer match"),
         ]
-        done, total = 0, sum(entry.size_bytes for entry in reader.tensors.values())
-        for name, entry in reader.tensors.items():
+        for name in _scanned(reader, progress):
             _check_finite(reader, name)
-            done += entry.size_bytes
-            if progress:
-                progress(done, total)
         checks.append(("values", "all finite"))
         checks.append(("family", _check_family(reader)))
         checks.append(("head", "tied to the embedding" if tied_head(reader) else "its own"))
@@ -230,9 +228,21 @@ def _tokenizer(reader: AprReader) -> TokenizerFacts | None:
     return TokenizerFacts(where=str(beside.parent), tokens=len(facts.effective_vocabulary))
 
 
-def _quality(reader: AprReader, checksums_valid: bool, tokenizer: TokenizerFacts | None) -> Quality:
+def _scanned(reader: AprReader, progress: Progress | None) -> Iterator[str]:
+    """The tensors' names in order; each is reported as scanned when the next one is asked for."""
+    done, total = 0, sum(entry.size_bytes for entry in reader.tensors.values())
+    for name, entry in reader.tensors.items():
+        yield name
+        done += entry.size_bytes
+        if progress:
+            progress(done, total)
+
+
+def _quality(
+    reader: AprReader, checksums_valid: bool, tokenizer: TokenizerFacts | None, progress: Progress | None
+) -> Quality:
     shown = family_from_tensor_names(reader.tensors)
-    bad = next((name for name in reader.tensors if count_non_finite(reader, name)), None)
+    bad = next((name for name in _scanned(reader, progress) if count_non_finite(reader, name)), None)
     return score_quality(
         QualityFacts(
             metadata=reader.metadata,
