@@ -7,6 +7,7 @@ zlib's tables; the values are the same everywhere.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -18,17 +19,30 @@ __all__ = ["RESIDUE", "combine", "crc32", "crc32_of"]
 RESIDUE: Final = 0x2144DF1C
 """CRC32 of any message followed by its own little-endian CRC32: the check of a whole APR file."""
 
-_PIECE_BYTES = 16 * 1024 * 1024
+_PIECE_BYTES = 4 * 1024 * 1024
 
 
-def crc32(data: memoryview, *, threads: int | None = None) -> int:
-    """CRC32 of ``data`` (any contiguous bytes), on ``threads`` cores (default: those we may use)."""
+def crc32(
+    data: memoryview, *, threads: int | None = None, done: Callable[[memoryview], None] | None = None
+) -> int:
+    """CRC32 of ``data`` (any contiguous bytes), on ``threads`` cores (default: those we may use).
+
+    ``done`` is called with each piece that was read, from any thread: a map can let go of its pages.
+    """
     cores = threads or _usable_cores()
-    if cores == 1 or len(data) <= 2 * _PIECE_BYTES:
-        return crc32_of(data)
     pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
-    with ThreadPoolExecutor(cores) as pool:  # the GIL is released for each piece
-        sums = list(pool.map(crc32_of, pieces))
+
+    def one(piece: memoryview) -> int:
+        found: int = crc32_of(piece)
+        if done is not None:
+            done(piece)
+        return found
+
+    if cores == 1 or len(pieces) <= 8:  # not worth the threads
+        sums = [one(piece) for piece in pieces]
+    else:
+        with ThreadPoolExecutor(cores) as pool:  # the GIL is released for each piece
+            sums = list(pool.map(one, pieces))
     total = 0
     for piece, value in zip(pieces, sums, strict=True):
         total = combine(total, value, len(piece))

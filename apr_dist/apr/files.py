@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from apr_dist.errors import ModelFileMissing
 
 MISSING = "FALSIFY-APR-PRETRAIN-INIT-003"
 """Falsifier of every refusal of a file that is not there or cannot be opened."""
+
+_PIECE_BYTES = 4 << 20
 
 
 def open_regular(path: Path) -> int:
@@ -64,6 +67,14 @@ def forget(view: memoryview) -> None:
     first = (np.frombuffer(view, np.uint8).ctypes.data - base) // mmap.PAGESIZE * mmap.PAGESIZE
     end = np.frombuffer(view, np.uint8).ctypes.data - base + len(view)
     source.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def passing(view: memoryview) -> Iterator[memoryview]:
+    """All of a map in order, in pieces of 4 MiB, letting go of each when the next is asked for."""
+    for start in range(0, len(view), _PIECE_BYTES):
+        piece = view[start : start + _PIECE_BYTES]
+        yield piece
+        forget(piece)
 
 
 def _cannot_open(path: Path, error: OSError) -> ModelFileMissing:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from apr_dist.apr.checksum import crc32
-from apr_dist.apr.files import forget, map_readonly
+from apr_dist.apr.files import forget, map_readonly, passing
 from apr_dist.apr.layout import (
     DAMAGED,
     ELEMENT_BYTES,
@@ -105,7 +105,8 @@ class AprReader:
         return stored == computed
 
     def _footer_sums(self) -> tuple[int, int]:
-        return int.from_bytes(self._data[-FOOTER_BYTES:], "little"), crc32(self._data[:-FOOTER_BYTES])
+        computed = crc32(self._data[:-FOOTER_BYTES], done=forget)  # never more than a few pieces in memory
+        return int.from_bytes(self._data[-FOOTER_BYTES:], "little"), computed
 
     def _check_footer(self) -> None:
         stored, computed = self._footer_sums()
@@ -174,7 +175,10 @@ class AprReader:
 
     @cached_property
     def _digest(self) -> str:
-        return f"sha256:{hashlib.sha256(self._data).hexdigest()}"
+        hashed = hashlib.sha256()
+        for piece in passing(self._data):
+            hashed.update(piece)
+        return f"sha256:{hashed.hexdigest()}"
 
     def tensor_digest(self, name: str) -> str:
         """xxh3_128 hex digest of a tensor's payload bytes."""
