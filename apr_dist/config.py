@@ -264,6 +264,41 @@ class CheckpointSection(Section):
     )
 
 
+class OnNonFinite(StrEnum):
+    """What a loss or gradient norm that is not finite does."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class OnSpike(StrEnum):
+    """What a step far above the ones before it does."""
+
+    OFF = "off"
+    SKIP = "skip"
+    STOP = "stop"
+
+
+class SpikeOf(StrEnum):
+    """By what a spike is recognised."""
+
+    GRAD_NORM = "grad-norm"
+    LOSS = "loss"
+
+
+class GuardsSection(Section):
+    """What happens to a step whose figures are wrong, before its update (GATE-TRAIN-007)."""
+
+    on_nonfinite: OnNonFinite = Field(
+        OnNonFinite.STOP, description="a loss or gradient norm that is not finite: stop, or skip the step"
+    )
+    on_spike: OnSpike = Field(OnSpike.OFF, description="a step far above the median: off, skip or stop")
+    spike_of: SpikeOf = Field(SpikeOf.GRAD_NORM, description="the figure compared: grad-norm or loss")
+    spike_factor: float = Field(10.0, gt=1, description="how many times the median is far above it")
+    spike_window: int = Field(64, gt=1, description="updates the median is of; none is judged before")
+    max_skipped: int = Field(10, gt=0, description="skipped steps after which the run stops")
+
+
 class ParallelSection(Section):
     """Processes and arithmetic."""
 
@@ -352,6 +387,7 @@ class TrainConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     early_stop: EarlyStopSection = EarlyStopSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guards: GuardsSection = GuardsSection()
     parallel: ParallelSection = ParallelSection()
     compute: ComputeSection = ComputeSection()
 

@@ -192,6 +192,20 @@ def test_a_gradient_that_is_not_finite_touches_no_weight_under_any_strategy(
             assert (found["refused"], found["untouched"]) == ("INV-TRAIN-007", True), name
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-020")
+def test_a_skipped_step_leaves_weights_and_gradients_as_if_it_had_not_been(
+    ranks: list[dict[str, Any]], inputs: Inputs, single: Runtime, tmp_path: Path
+) -> None:
+    found = [take_steps(inputs.pretrained, single, tmp_path)["skipped"]]
+    found += [case["skipped"] for report in ranks for _, _, case in cases_of(report) if "skipped" in case]
+    assert len(found) >= 3
+    for one in found:
+        assert (one["untouched"], one["skipped"], one["moved"]) == (True, 2, True)
+        first, second = one["norms"]
+        assert first in {"nan", "inf"}
+        assert one["norm_when_taken"] == pytest.approx(second, rel=1e-6)
+
+
 def test_a_save_that_rank_0_refuses_is_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for report in ranks:
         for name, _, found in cases_of(report):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from apr_dist.config import ScheduleKind
+from apr_dist.config import GuardsSection, ScheduleKind
 from apr_dist.errors import (
     Divergence,
     ExitCode,
@@ -20,7 +20,7 @@ from apr_dist.errors import (
     OutputError,
     WeightsRefused,
 )
-from apr_dist.training.guards import EarlyStop, check_finite, check_validation
+from apr_dist.training.guards import EarlyStop, check_validation
 from apr_dist.training.metrics import MetricsFile, StepMetrics
 from apr_dist.training.optimizer import (
     apply_lr,
@@ -28,6 +28,7 @@ from apr_dist.training.optimizer import (
     build_optimizer,
 )
 from apr_dist.training.schedule import Schedule
+from apr_dist.training.step_guard import GuardState, StepGuard
 from apr_dist.training.verdict import (
     Agreement,
     Status,
@@ -134,9 +135,10 @@ def test_a_tied_weight_is_in_exactly_one_group_and_a_doubled_or_missing_one_is_r
     ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
 )
 def test_a_loss_or_gradient_norm_that_is_no_number_stops_the_run(loss: float, norm: float) -> None:
-    check_finite(step=1, train_loss=1.0, grad_norm=1.0)
-    with pytest.raises(NumericalInstability, match="step 3") as stopped:
-        check_finite(step=3, train_loss=loss, grad_norm=norm)
+    guard = StepGuard(GuardsSection(), batch_size=4, state=GuardState())
+    guard.check(batch=0, train_loss=1.0, grad_norm=1.0)
+    with pytest.raises(NumericalInstability, match="step 3, global batch 2, sequences 8 to 11") as stopped:
+        guard.check(batch=2, train_loss=loss, grad_norm=norm)
     assert stopped.value.exit_code is ExitCode.NUMERICAL_INSTABILITY
 
 

@@ -30,6 +30,7 @@ VERBS: Mapping[str, str] = {
     "plan": "plan:plan",
     "profile": "profile:profile",
     "report": "report:report",
+    "replay": "replay:replay",
     "verdict": "verdict:verdict",
     "doctor": "doctor:doctor",
     "config show": "config:show",

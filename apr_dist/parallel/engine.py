@@ -8,6 +8,7 @@ alone when that norm is not a number, or when it is told to. Nothing here waits 
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from apr_dist.parallel.runtime import Runtime, assert_wrapped
 from apr_dist.parallel.sharding import assert_spread
 from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
 from apr_dist.parallel.zero import vector_elements, zero_config
+from apr_dist.parallel.zero_veto import Veto
 
 
 class Engine(ABC):
@@ -63,18 +65,18 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, hold: Tensor) -> Tensor:
+    def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
         """Clip, update and forget the gradients.
 
-        Where ``hold`` is true or the norm is not a number, nothing is updated: weights, moments and
-        counters stay as they were.
+        Where ``hold`` is true or the norm is not a number or above its limit, nothing is updated: weights,
+        moments and counters stay as they were.
 
         Args:
             hold: bool scalar on the device, the same on every rank.
+            norm_limit: largest norm before clipping that is a step at all.
 
         Returns:
-            the global gradient norm before clipping, a scalar on the device; NaN where DeepSpeed was
-            held and worked none out.
+            the global gradient norm before clipping, a scalar on the device.
         """
 
 
@@ -87,7 +89,7 @@ class _TorchEngine(Engine):
         self._network, self._runtime, self.optimizer = network, runtime, optimizer
         self._grad_clip = grad_clip
 
-    def step(self, hold: Tensor) -> Tensor:
+    def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
         """See `Engine.step`."""
         parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         gradients = [_local(weight.grad) for weight in parameters if weight.grad is not None]
@@ -96,7 +98,7 @@ class _TorchEngine(Engine):
         if share.device.type != "cpu" or share < 1:  # to ask a GPU would be to wait for it
             torch._foreach_mul_(gradients, share.to(gradients[0].dtype))
         # Fused AdamW reads this where its parameters are, as it does for loss scaling, and changes nothing.
-        bad = hold.to(norm.device) | ~torch.isfinite(norm)
+        bad = hold.to(norm.device) | ~torch.isfinite(norm) | (norm > norm_limit)
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -198,7 +200,7 @@ def _as_fsdp(decoder: nn.Module) -> FSDPModule:
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed, which clips and updates in one call, and skips the update of a norm that is not finite."""
+    """DeepSpeed, which clips and updates in one call; ``zero_veto`` says how a check comes in between."""
 
     def __init__(
         self,
@@ -229,6 +231,7 @@ class ZeroEngine(Engine):
             model=decoder, optimizer=optimizer, config=settings
         )
         self._assert_active(stage, grad_clip)
+        self._veto = Veto(self.optimizer)
         # Under ZeRO-3 only the engine's forward knows that a head may be the embedding's weight.
         self.evaluated = self._engine if runtime.strategy is Strategy.ZERO3 else decoder
         self.evidence = {**assert_spread(decoder, runtime), "zero_stage": stage}
@@ -251,14 +254,10 @@ class ZeroEngine(Engine):
         self._engine.backward(loss_sum * scale)
         return loss_sum.detach()  # type: ignore[no-any-return]
 
-    def step(self, hold: Tensor) -> Tensor:
+    def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
         """See `Engine.step`."""
-        if bool(hold):
-            self._engine.optimizer.zero_grad(set_to_none=True)
-            return torch.full((), float("nan"), device=self._runtime.device)
-        self._engine.step()  # a norm that is not finite makes DeepSpeed itself skip the update
-        norm: Tensor = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._runtime.device)
-        return norm
+        norm = self._veto.step(self._engine.step, hold=bool(hold), limit=norm_limit)
+        return torch.tensor(norm, dtype=torch.float64, device=self._runtime.device)
 
     def _optimizer_elements(self, runtime: Runtime) -> list[int]:
         """Elements of the f32 masters that each rank updates."""

@@ -1,7 +1,7 @@
 """The guards of a running training: pure checks that stop it before it does harm.
 
-INV-TRAIN-005 (divergence), INV-TRAIN-007 (non-finite), INV-TRAIN-008 (throughput) and the early stop
-of INV-TRAIN-004. None has a warning mode.
+INV-TRAIN-005 (divergence) and the early stop of INV-TRAIN-004; what is judged at every step is in
+``step_guard``. None has a warning mode.
 """
 
 from __future__ import annotations
@@ -9,30 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from apr_dist.errors import DataError, Divergence, NumericalInstability
+from apr_dist.errors import DataError, Divergence
 
 FINETUNE_FIRST_LOSS_CAP = 10.0
 """Largest first validation loss of a fine-tuning run, in nats per token."""
 
 MAX_GROWTH = 2.0
 """Largest ratio of a validation loss to the one before it."""
-
-
-def check_finite(*, step: int, train_loss: float, grad_norm: float) -> None:
-    """Stop before the weights are touched when a loss or gradient norm is not a number.
-
-    Raises:
-        NumericalInstability: naming the step and both values.
-    """
-    if math.isfinite(train_loss) and math.isfinite(grad_norm):
-        return
-    raise NumericalInstability(
-        f"train_loss is {train_loss} and grad_norm is {grad_norm}",
-        where=f"step {step}",
-        expected="finite numbers; the weights of the step before are untouched",
-        remedy="lower --lr, check the data of that step, or use --parallel.precision f32",
-        falsifier="INV-TRAIN-007",
-    )
 
 
 def check_targets(*, step: int, targets: int) -> None:

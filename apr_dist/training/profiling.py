@@ -7,6 +7,7 @@ of, is the configuration it was given; the page it leaves is made here too.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -207,10 +208,10 @@ class _TimedEngine(Engine):
         seconds["backward"] -= seconds["forward"] + seconds["loss"] - before
         return loss
 
-    def step(self, hold: Tensor) -> Tensor:
+    def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
         """See `Engine.step`."""
         with self._clock.phase("optimizer"):
-            return self._inner.step(hold)
+            return self._inner.step(hold, norm_limit)
 
 
 class _Work:

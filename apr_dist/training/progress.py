@@ -11,6 +11,7 @@ from apr_dist.model.config import TransformerConfig
 from apr_dist.training.evaluation import Evaluation
 from apr_dist.training.random_start import RandomStart
 from apr_dist.training.step_folders import SavedState
+from apr_dist.training.step_guard import GuardState
 from apr_dist.training.verdict import Agreement
 
 
@@ -48,6 +49,7 @@ class Progress:
     evaluations: list[Evaluation] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
     first_gates: list[GateResult] = field(default_factory=list)
+    guard: GuardState = field(default_factory=GuardState)
     data_epochs: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -69,6 +71,7 @@ class Progress:
                 for step, train, evaluated in state.agreements
             ],
             first_gates=[GateResult(**gate) for gate in state.first_gates],
+            guard=GuardState(**state.guard),
         )
 
     @property

@@ -252,6 +252,7 @@ class Saver:
             init_digest=self._start.provenance.get("init_digest"),
             first_gates=[gate.to_json() for gate in progress.first_gates],
             evaluated_at=progress.evaluated_at,
+            guard=asdict(progress.guard),
         )
 
     def _facts(self, progress: Progress) -> CheckpointFacts:

@@ -46,6 +46,7 @@ class SavedState:
         optimizer_digest: of optimizer.json's bytes, which hold the digests of the other files.
         first_gates: the gates of step 0, as they were judged then.
         evaluated_at: step of the newest evaluation; None, in older folders: this one.
+        guard: what the guard of the steps remembers.
     """
 
     step: int
@@ -63,6 +64,7 @@ class SavedState:
     optimizer_digest: str = ""
     first_gates: list[dict[str, Any]] = field(default_factory=list)
     evaluated_at: int | None = None
+    guard: dict[str, Any] = field(default_factory=dict)
     version: int = STATE_VERSION
 
 

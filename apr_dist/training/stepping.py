@@ -7,6 +7,7 @@ the host has read so and decided. The loop around steps is in ``trainer``.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ class Stepper:
         lr_at: the learning rate of a step.
         global_tokens: target tokens of a global batch; None: count those that are not ignored, each time.
         notes: what this rank has to tell the others, f64 [n], to be summed over all ranks.
+        limits: the largest loss and gradient norm the next update may have.
     """
 
     def __init__(
@@ -147,9 +149,11 @@ class Stepper:
         lr_at: Callable[[int], float],
         global_tokens: int | None,
         notes: Callable[[], Tensor],
+        limits: Callable[[], tuple[float, float]] = lambda: (math.inf, math.inf),
     ) -> None:
         self._engine, self._runtime, self._feed = engine, runtime, feed
         self._lr_at, self._global_tokens, self._notes = lr_at, global_tokens, notes
+        self._limits = limits
         self._hold = torch.zeros((), dtype=torch.bool, device=runtime.device)
         self._pending: list[_Pending] = []
         self._began = 0.0
@@ -184,11 +188,24 @@ class Stepper:
             self._feed.send_ahead(step + 1)
             data_wait_s += time.perf_counter() - sending
         self._hold = self._hold | ~torch.isfinite(sums[0])
-        norm = self._engine.step(self._hold)
+        loss_limit, norm_limit = self._limits()
+        spike = sums[0] > loss_limit * sums[1]
+        norm = self._engine.step(self._hold | spike, norm_limit)
         self._hold = self._hold | ~torch.isfinite(norm)
         self._pending.append(
             _Pending(step=step, sums=sums, norm=norm, lr=lr, data_wait_s=data_wait_s, eval_loss=eval_loss)
         )
+
+    def go_on(self) -> None:
+        """Let steps change weights again after one that was not a number."""
+        self._hold = torch.zeros_like(self._hold)
+
+    def measure(self, step: int) -> Taken:
+        """What a step would measure; nothing is updated."""
+        self._hold = torch.ones_like(self._hold)
+        self.take(step, compare=False, more=False)
+        self.go_on()
+        return self.read()[0]
 
     def read(self) -> list[Taken]:
         """What the steps since the last reading measured, in order; waits for the device, once."""

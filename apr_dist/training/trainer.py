@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from apr_dist.config import Documents, TrainConfig
-from apr_dist.errors import AprDistError
+from apr_dist.errors import AprDistError, NumericalInstability
 from apr_dist.gates.result import GateResult
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import prepare
@@ -36,7 +36,7 @@ from apr_dist.training.efficiency import (
 )
 from apr_dist.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from apr_dist.training.garbage import collect, collected_on_request
-from apr_dist.training.guards import EarlyStop, check_finite, check_targets, check_validation
+from apr_dist.training.guards import EarlyStop, check_targets, check_validation
 from apr_dist.training.metrics import MetricsFile, StepMetrics
 from apr_dist.training.optimizer import build_optimizer
 from apr_dist.training.progress import Progress, Start
@@ -44,6 +44,7 @@ from apr_dist.training.saving import Saver
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, StopRequest, first_signal
 from apr_dist.training.step_folders import SavedState
+from apr_dist.training.step_guard import SkipStep, StepGuard
 from apr_dist.training.stepping import BatchFeed, Stepper, Taken, TrainingData
 from apr_dist.training.verdict import (
     Agreement,
@@ -104,6 +105,7 @@ class Trainer:
         if resumed is not None:
             done = train_data.progress(resumed.step)
             self.progress.data_epochs = {name: one.newest_pass for name, one in done.items()}
+        self.guard = StepGuard(config.guards, batch_size=config.batch_size, state=self.progress.guard)
         self.began = time.perf_counter()
         set_up_compute(model, config, runtime.device)
         options = config.optimizer
@@ -121,6 +123,8 @@ class Trainer:
         self.efficiency = efficiency_of(start.model_config, config, runtime)
         self._launching = True
         self.log_every = config.log_every or (10 if runtime.device.type == "cuda" else 1)
+        if self.guard.each_step:
+            self.log_every = 1
         ignored, isolate = config.loader.ignored_ids, config.loader.documents is Documents.ISOLATE
         self.stepper = Stepper(
             engine=self.engine,
@@ -129,7 +133,13 @@ class Trainer:
             lr_at=self.schedule.lr_at,
             global_tokens=None if ignored else config.batch_size * config.seq_length,
             notes=self._notes,
+            limits=self.guard.limits,
         )
+
+    def advance_to(self, batch: int) -> None:
+        """Take the steps before global batch ``batch``, without evaluating or saving."""
+        while self.progress.step < batch:
+            self._step(last=batch)
 
     def fit(self) -> Outcome:
         """Train to the end of the steps, the target, or the patience, saving at every evaluation.
@@ -257,8 +267,7 @@ class Trainer:
         gpu_util = gpu_utilisation(self.runtime.device)
         for taken in self.stepper.read():
             check_targets(step=taken.step + 1, targets=taken.targets)
-            check_finite(step=taken.step + 1, train_loss=taken.train_loss, grad_norm=taken.grad_norm)
-            self._record(taken, gpu_util)
+            self._judge(taken, gpu_util)
             failed, *signals = taken.notes
             failures += failed
             signal_number = signal_number or first_signal(signals)
@@ -268,6 +277,23 @@ class Trainer:
             self._launching = False
             self.display(launch_text())
         return signal_number
+
+    def _judge(self, taken: Taken, gpu_util: float) -> None:
+        """Record a step that happened; or that it was skipped, or why it ends the run."""
+        try:
+            self.guard.check(batch=taken.step, train_loss=taken.train_loss, grad_norm=taken.grad_norm)
+        except SkipStep as skipped:
+            self.stepper.go_on()
+            self._count_passes(taken.step + 1)
+            self.metrics.event("skipped", {**skipped.facts, "why": skipped.why, "lr": taken.lr})
+            of = f"{self.guard.state.skipped} of at most {self.config.guards.max_skipped}"
+            self.display(f"step {taken.step + 1:>6}  skipped ({of}): {skipped.why}")
+        except NumericalInstability as error:
+            self.metrics.event("refused", error.facts)
+            error.told_by_rank_0 = not self.runtime.is_main  # every rank has the same figures
+            raise
+        else:
+            self._record(taken, gpu_util)
 
     def _record(self, taken: Taken, gpu_util_pct: float) -> None:
         state = self.progress
@@ -387,6 +413,7 @@ class Trainer:
         facts = {
             "steps": state.step,
             "tokens_seen": state.tokens_seen,
+            "skipped_steps": state.guard.skipped,
             "data": {name: asdict(one) for name, one in self.train_data.progress(state.step).items()},
             "train_loss": state.train_loss,
             "val_losses": [result.loss for result in state.evaluations],

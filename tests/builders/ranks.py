@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch._dynamo.utils import counters
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from apr_dist.apr.reader import AprReader
+from apr_dist.config import GuardsSection
 from apr_dist.errors import NumericalInstability, OutputError, WeightsRefused
 from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import Family, TransformerConfig
@@ -30,8 +32,8 @@ from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import assert_spread, build_decoder
 from apr_dist.parallel.strategy import Strategy
 from apr_dist.parallel.weights import draw_weights, load_weights, model_digest, prove_weights
-from apr_dist.training.guards import check_finite
 from apr_dist.training.optimizer import build_optimizer
+from apr_dist.training.step_guard import GuardState, SkipStep, StepGuard
 
 CASES = (
     (Strategy.FSDP2, 2),
@@ -71,6 +73,8 @@ def take_steps(model: Path, view: Runtime, folder: Path) -> dict[str, Any]:
     except NumericalInstability as error:
         found["refused"] = error.falsifier
     found["untouched"] = model_digest(decoder, view) == before
+    if name_of(view) in SKIPPING:
+        found["skipped"] = skip_steps(engine, view, config.vocab_size, lambda: model_digest(decoder, view))
     target = folder / f"{view.strategy}-{view.shard_size}.apr"
     metadata, exchange = reader.metadata if view.is_main else None, Exchange(view)
     parts = weight_parts(decoder, view)
@@ -83,8 +87,37 @@ def take_steps(model: Path, view: Runtime, folder: Path) -> dict[str, Any]:
     return found
 
 
+SKIPPING = ("single-1", "fsdp2-2", "zero1-1", "zero3-2")
+"""Cases that also skip steps: one of each engine and each way DeepSpeed takes a step."""
+
+
+def name_of(view: Runtime) -> str:
+    return f"{view.strategy}-{view.shard_size}"
+
+
+def skip_steps(engine: Engine, view: Runtime, vocabulary: int, digest: Callable[[], str]) -> dict[str, Any]:
+    """Skip a step that is not finite and one that is a spike, then take that one after all."""
+    options = GuardsSection.model_validate({"on_nonfinite": "skip", "on_spike": "skip", "spike_window": 2})
+    guard = StepGuard(options, batch_size=BATCH, state=GuardState(recent=[1e-6, 1e-6]))
+    before, norms = digest(), []
+    for scale in (math.nan, 1.0):
+        try:
+            one_step(engine, view, vocabulary, STEPS, scale=scale, guard=guard)
+        except SkipStep as skipped:
+            norms.append(skipped.facts["grad_norm"])
+    untouched = digest() == before
+    _, norm = one_step(engine, view, vocabulary, STEPS, scale=1.0)
+    return {
+        "untouched": untouched,
+        "skipped": guard.state.skipped,
+        "norms": norms,
+        "norm_when_taken": norm,
+        "moved": digest() != before,
+    }
+
+
 def one_step(
-    engine: Engine, view: Runtime, vocabulary: int, step: int, *, scale: float
+    engine: Engine, view: Runtime, vocabulary: int, step: int, *, scale: float, guard: StepGuard | None = None
 ) -> tuple[float, float]:
     """One step over global batch ``step``; a scale of NaN makes its gradients so."""
     generator = torch.Generator().manual_seed(step)
@@ -99,8 +132,9 @@ def one_step(
             last=index == len(mine) - 1,
         ).double()
     loss = float(view.sum(total)) / (BATCH * LENGTH)
-    norm = float(engine.step(torch.tensor(not math.isfinite(loss))))
-    check_finite(step=step, train_loss=loss, grad_norm=norm)
+    guard = guard or StepGuard(GuardsSection(), batch_size=BATCH, state=GuardState())
+    norm = float(engine.step(torch.tensor(not math.isfinite(loss)), guard.limits()[1]))
+    guard.check(batch=step, train_loss=loss, grad_norm=norm)
     return loss, norm
 
 
