@@ -1,4 +1,4 @@
-"""Two hosts whose link is cut: real launchers, real processes, a real network."""
+"""Launchers that start ranks again, and two hosts whose link is cut: real processes, real networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from builders.faults import trainers_under
 from builders.network import Hosts, why_no_hosts
-from builders.runs import REPOSITORY, verdict
+from builders.runs import REPOSITORY, TRAIN, metrics, verdict
 
 from apr_dist.errors import ExitCode
 from apr_dist.training.step_folders import newest_whole
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
     from builders.runs import Inputs
 
+STEPS = 30
+
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
     given += ["--lr", "1e-4", "--parallel.strategy", "ddp", "--resume", "auto", "--target-val-loss", "0.1"]
-    given += ["--steps-per-epoch", "5", "--early-stop.patience", "99"]
+    given += ["--num-steps", str(STEPS), "--steps-per-epoch", "5", "--early-stop.patience", "99"]
     return [*given, "--evaluation.max-sequences", "2", "--evaluation.random-sequences", "0", *more]
 
 
@@ -49,6 +51,37 @@ def wait_until_saved(run_dir: Path, process: subprocess.Popen[str], *, within_s:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "nothing was saved"
         time.sleep(0.05)
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-022")
+def test_a_rank_that_is_killed_is_started_again_and_the_run_is_the_uninterrupted_one(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """kill -9 of rank 1 under torchrun --max_restarts, against a run that nobody touched."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "2"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(TRAIN)]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start([*launch, *flags(inputs, killed)])
+    try:
+        wait_until_saved(killed, process)
+        victims = [one for one in trainers_under(process) if one.environ().get("RANK") == "1"]
+        victims[0].kill()
+        said, _ = process.communicate(timeout=200)
+    finally:
+        end(process)
+    assert process.returncode == 0, said
+    assert "rank 1 is gone, last seen at step " in said
+    assert "going on after step " in said
+    untouched = start([*launch, *flags(inputs, whole)])
+    try:
+        assert untouched.wait(200) == 0
+    finally:
+        end(untouched)
+    digests = [verdict(run)["facts"]["weights_digest"] for run in (killed, whole)]
+    assert digests[0] == digests[1]
+    losses = [[line["train_loss"] for line in metrics(run)] for run in (killed, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
 
 
 @pytest.fixture

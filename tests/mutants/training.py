@@ -292,6 +292,14 @@ MUTANTS: tuple[Change, ...] = (
         "        wrong = [one for one in self.sequences if one.is_finite]",
     ),
     Change(
+        DISTRIBUTED + "022",
+        "a killed rank is nobody's concern",
+        WATCH,
+        "            if messages is None:\n                self._learn(self._death(rank))",
+        "            if messages is None:\n                self._death(rank)",
+        also=(DISTRIBUTED + "006",),
+    ),
+    Change(
         DISTRIBUTED + "006",
         "a failure is known on its own rank only",
         WATCH,
