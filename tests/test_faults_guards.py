@@ -14,7 +14,7 @@ from builders.runs import metrics, run_here, verdict
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.cli import main
-from apr_dist.config import GuardsSection
+from apr_dist.config_sections import GuardsSection
 from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode, NumericalInstability

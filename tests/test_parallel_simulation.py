@@ -10,8 +10,8 @@ from builders.runs import TINY, verdict
 from builders.several import HAS_COMPILER, STEPS, STRATEGIES
 
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config import Precision, StrategyChoice
 from apr_dist.config_input import validate
+from apr_dist.config_sections import Precision, StrategyChoice
 from apr_dist.errors import UsageError
 from apr_dist.model.config import Family, TransformerConfig, preset
 from apr_dist.training.memory import Load, estimate

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from apr_dist.cli.config import check, diff, show
-from apr_dist.config import Mode, StrategyChoice, TrainConfig, leaves
+from apr_dist.config import TrainConfig, leaves
 from apr_dist.config_input import read_yaml, validate
+from apr_dist.config_sections import Mode, StrategyChoice
 from apr_dist.errors import UsageError
 from apr_dist.model.config import PRESETS
 from apr_dist.training.config_text import (

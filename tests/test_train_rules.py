@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from apr_dist.config import GuardsSection, ScheduleKind
+from apr_dist.config_sections import GuardsSection, ScheduleKind
 from apr_dist.errors import (
     Divergence,
     ExitCode,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from apr_dist.config import Precision, TrainConfig
+from apr_dist.config import TrainConfig
+from apr_dist.config_sections import Precision
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
 from apr_dist.parallel.runtime import Runtime

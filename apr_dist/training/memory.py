@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from apr_dist.config import ActivationCheckpointing, Precision, StrategyChoice
+from apr_dist.config_sections import ActivationCheckpointing, Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import LOGITS_CHUNK_BYTES
 

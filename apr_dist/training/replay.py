@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from apr_dist.config import Documents, StrategyChoice, TrainConfig
+from apr_dist.config import TrainConfig
+from apr_dist.config_sections import Documents, StrategyChoice
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.preflight import run_preflight

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from apr_dist.config import Precision, StrategyChoice, TrainConfig
+from apr_dist.config import TrainConfig
+from apr_dist.config_sections import Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 from apr_dist.training.memory import F32, PARTS, Load, Memory, estimate
 

@@ -12,7 +12,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from apr_dist.config import GuardsSection, OnNonFinite, OnSpike, SpikeOf
+from apr_dist.config_sections import GuardsSection, OnNonFinite, OnSpike, SpikeOf
 from apr_dist.errors import NumericalInstability
 
 NON_FINITE = "INV-TRAIN-007"

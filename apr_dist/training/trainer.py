@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from apr_dist.config import Documents, TrainConfig
+from apr_dist.config import TrainConfig
+from apr_dist.config_sections import Documents
 from apr_dist.errors import AprDistError, NumericalInstability
 from apr_dist.gates.result import GateResult
 from apr_dist.model.transformer import Decoder

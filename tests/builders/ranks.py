@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.config import GuardsSection
+from apr_dist.config_sections import GuardsSection
 from apr_dist.errors import NumericalInstability, OutputError, WeightsRefused
 from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import Family, TransformerConfig

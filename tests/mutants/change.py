@@ -51,6 +51,7 @@ MATCH, IMPORT, REPAIR, LOOP = (
 )
 
 CONFIG = "apr_dist/config.py"
+CONFIG_SECTIONS = "apr_dist/config_sections.py"
 FILES = "apr_dist/apr/files.py"
 ATOMIC = "apr_dist/atomic_files.py"
 STRUCTURE = "apr_dist/apr/structure.py"

@@ -6,6 +6,7 @@ from mutants.change import (
     ARCH,
     CHECKPOINT,
     CONFIG,
+    CONFIG_SECTIONS,
     DISTRIBUTED,
     FINETUNE,
     GUARDS,
@@ -194,7 +195,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOOP + "009",
         "a mode's warm-up is the other's",
-        CONFIG,
+        CONFIG_SECTIONS,
         "Mode.FROM_SCRATCH: ModeDefaults(lr=3e-4, warmup_steps=1000,",
         "Mode.FROM_SCRATCH: ModeDefaults(lr=3e-4, warmup_steps=100,",
     ),

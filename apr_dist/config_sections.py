@@ -1,0 +1,332 @@
+"""The values a configuration may hold: the words of each choice, and the groups of keys.
+
+What a run is made of, and what a mode defaults to, is in ``config``; how text becomes values is in
+``config_input``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Mode(StrEnum):
+    """Which set of defaults a run starts from."""
+
+    FINETUNE = "finetune"
+    FROM_SCRATCH = "from-scratch"
+
+
+class Device(StrEnum):
+    """Where tensors live; ``auto`` is CUDA where there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class StrategyChoice(StrEnum):
+    """How the model is spread over processes.
+
+    ``auto`` is single for one process, else what the launcher's configuration names, else DDP.
+    """
+
+    AUTO = "auto"
+    SINGLE = "single"
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+    SHARD_GRAD_OP = "shard-grad-op"
+    HSDP = "hsdp"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+
+class OffloadChoice(StrEnum):
+    """What lies in host memory between its uses, where the strategy can."""
+
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
+
+
+class Precision(StrEnum):
+    """Compute type of forward and backward; weights and optimizer state stay f32."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+
+
+class ShuffleOrder(StrEnum):
+    """Unit of the keyed permutation: single sequences, or blocks of neighbouring ones (views)."""
+
+    SEQUENCE = "sequence"
+    BLOCK = "block"
+
+
+class VerifyShards(StrEnum):
+    """When a shard's recorded hash is compared with its bytes."""
+
+    FIRST_TOUCH = "first-touch"
+    OPEN = "open"
+    OFF = "off"
+
+
+class ShardAccess(StrEnum):
+    """How rows are read: out of a map of the shard, or with a system call each (network storage)."""
+
+    MMAP = "mmap"
+    PREAD = "pread"
+
+
+class Documents(StrEnum):
+    """What attention does at a document's end inside a sequence."""
+
+    CONTINUE = "continue"
+    ISOLATE = "isolate"
+
+
+class ScheduleKind(StrEnum):
+    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
+
+    COSINE = "cosine"
+    WSD = "wsd"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class Compile(StrEnum):
+    """What is handed to PyTorch's compiler."""
+
+    OFF = "off"
+    BLOCK = "block"
+
+
+class ActivationCheckpointing(StrEnum):
+    """What a block computes again in its backward pass instead of keeping it."""
+
+    OFF = "off"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class ProgressStyle(StrEnum):
+    """What is shown during a run; ``auto`` is a live picture on a terminal and plain lines elsewhere."""
+
+    AUTO = "auto"
+    RICH = "rich"
+    PLAIN = "plain"
+    QUIET = "quiet"
+
+
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""What ``track`` may name: the trackers that Accelerate knows, by its own names."""
+
+
+@dataclass(frozen=True)
+class ModeDefaults:
+    """What GATE-TRAIN-009 calls atomic: the three values a mode sets together."""
+
+    lr: float
+    warmup_steps: int
+    target_val_loss: float
+
+
+MODE_DEFAULTS: Mapping[Mode, ModeDefaults] = {
+    Mode.FINETUNE: ModeDefaults(lr=5e-5, warmup_steps=100, target_val_loss=2.2),
+    Mode.FROM_SCRATCH: ModeDefaults(lr=3e-4, warmup_steps=1000, target_val_loss=3.0),
+}
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
+
+
+class OptimizerSection(Section):
+    """AdamW and the learning-rate schedule."""
+
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay, on matrices only")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm that is applied")
+    schedule: ScheduleKind = Field(
+        ScheduleKind.COSINE,
+        description="rate after warm-up: cosine, wsd (stable, then decay), linear, constant",
+    )
+    decay_steps: int | None = Field(
+        None, gt=0, description="with wsd: last steps, in which the rate falls; none: a fifth of all"
+    )
+    lr_min_ratio: float = Field(0.01, ge=0, le=1, description="end of the schedule, as a share of lr")
+
+
+def _weights_from_text(value: object) -> object:
+    """``path=weight,path=weight``, as a flag gives a mixture, as the mapping a file gives."""
+    if value is None:
+        return {}
+    if not isinstance(value, str):
+        return value
+    pairs = [part.strip().rpartition("=") for part in value.split(",")]
+    found = {path: weight for path, _, weight in pairs}
+    if "" in found or len(found) < len(pairs):
+        raise ValueError("path=weight, separated by commas, each path once")
+    return found
+
+
+def _ids_from_text(value: object) -> object:
+    """``0,2``, as a flag gives ids, as the list a file gives."""
+    if value is None:
+        return ()
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class LoaderSection(Section):
+    """How training sequences are drawn from the shards."""
+
+    mixture: Annotated[
+        Mapping[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_weights_from_text)
+    ] = Field(
+        {}, description="in place of dataset: folders of training shards and their weights in the stream"
+    )
+
+    shuffle: ShuffleOrder = Field(
+        ShuffleOrder.SEQUENCE,
+        description="sequence: any row after any other, one copy a batch; block: rows in blocks, no copy",
+    )
+    block_sequences: int = Field(8, gt=0, description="rows of a block; part of the order, like the seed")
+    verify: VerifyShards = Field(
+        VerifyShards.FIRST_TOUCH, description="when shard hashes are checked: first-touch, open or off"
+    )
+    max_epochs: int | None = Field(
+        None, gt=0, description="passes over the data before StreamExhausted; none: cycle, and say so"
+    )
+    documents: Documents = Field(
+        Documents.CONTINUE,
+        description="attention in training: continue over document ends, or isolate each document",
+    )
+    access: ShardAccess = Field(
+        ShardAccess.MMAP,
+        description="mmap, or pread: for network storage, where a map turns errors to signals",
+    )
+    prefetch_batches: int | None = Field(
+        None, ge=0, description="global batches made ahead by a thread; 0: none; none: by their size"
+    )
+    pin_memory: bool | None = Field(
+        None, description="gather into page-locked memory; none: where a CUDA device is"
+    )
+    ignored_ids: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_ids_from_text)
+    ] = Field((), description="targets that do not count in the loss, in training and evaluation (padding)")
+
+
+class EvaluationSection(Section):
+    """The held-out measurement."""
+
+    max_sequences: int | None = Field(
+        None, gt=0, description="size of the fixed sample of the held-out part; none: all of it"
+    )
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="sequences per forward while evaluating; none: as in training"
+    )
+    random_sequences: int = Field(
+        4, ge=0, description="sequences an init is compared on with random weights first; 0: not compared"
+    )
+
+
+class EarlyStopSection(Section):
+    """When a run ends before its steps do (GATE-TRAIN-004)."""
+
+    patience: int = Field(2, gt=0, description="evaluations without improvement that are allowed")
+    min_epochs: int = Field(3, gt=0, description="never stop before this many evaluations")
+
+
+class CheckpointSection(Section):
+    """Which step folders a run keeps."""
+
+    keep_last: int = Field(1, gt=0, description="newest step folders to keep")
+    keep_every: int | None = Field(None, gt=0, description="also keep every step divisible by this")
+    background: bool = Field(
+        True, description="write while training goes on, from copies in host memory, where they fit"
+    )
+
+
+class OnNonFinite(StrEnum):
+    """What a loss or gradient norm that is not finite does."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class OnSpike(StrEnum):
+    """What a step far above the ones before it does."""
+
+    OFF = "off"
+    SKIP = "skip"
+    STOP = "stop"
+
+
+class SpikeOf(StrEnum):
+    """By what a spike is recognised."""
+
+    GRAD_NORM = "grad-norm"
+    LOSS = "loss"
+
+
+class GuardsSection(Section):
+    """What happens to a step whose figures are wrong, before its update (GATE-TRAIN-007)."""
+
+    on_nonfinite: OnNonFinite = Field(
+        OnNonFinite.STOP, description="a loss or gradient norm that is not finite: stop, or skip the step"
+    )
+    on_spike: OnSpike = Field(OnSpike.OFF, description="a step far above the median: off, skip or stop")
+    spike_of: SpikeOf = Field(SpikeOf.GRAD_NORM, description="the figure compared: grad-norm or loss")
+    spike_factor: float = Field(10.0, gt=1, description="how many times the median is far above it")
+    spike_window: int = Field(64, gt=1, description="updates the median is of; none is judged before")
+    max_skipped: int = Field(10, gt=0, description="skipped steps after which the run stops")
+
+
+class ParallelSection(Section):
+    """Processes and arithmetic."""
+
+    strategy: StrategyChoice = Field(
+        StrategyChoice.AUTO, description="how the model is spread; asserted against what really runs"
+    )
+    shard_size: int | None = Field(
+        None, gt=0, description="with hsdp: processes that share one copy; none: those of one machine"
+    )
+    offload: OffloadChoice = Field(
+        OffloadChoice.NONE,
+        description="what lies in host memory: none, optimizer (ZeRO) or optimizer+parameters (zero3, FSDP2)",
+    )
+    precision: Precision = Field(Precision.F32, description="compute type: f32 or bf16 autocast")
+    cpu_threads: int | None = Field(
+        None, gt=0, description="threads per process on CPU; none: cores divided by local processes"
+    )
+    timeout_s: float = Field(1800.0, gt=0, description="longest a collective may wait, in seconds")
+    hang_s: float = Field(
+        600.0, gt=0, description="a run in which no process has moved for this many seconds is ended"
+    )
+
+
+class ComputeSection(Section):
+    """How the network is computed; none of it changes what is trained but z_loss."""
+
+    compile: Compile = Field(
+        Compile.OFF, description="block: every block by PyTorch's compiler; off: as it is"
+    )
+    activation_checkpointing: ActivationCheckpointing = Field(
+        ActivationCheckpointing.OFF,
+        description="what a block computes twice to keep less: off, selective (all but attention and every"
+        " second product), full",
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the squared log-partition added to the loss; not in any reported loss",
+    )
