@@ -12,9 +12,39 @@ from typing import Any, Literal, TypeAlias
 Capsule: TypeAlias = Any
 """A DLPack capsule of int32 in CPU memory, for ``torch.utils.dlpack.from_dlpack``."""
 
-SourceFacts: TypeAlias = tuple[Path, list[str], list[int], list[int | None], int, int]
-"""A source: folder; per shard its file, tokens, and xxh3-64 or None; a number that tells its order from that
-of other sources; units per cycle."""
+SourceFacts: TypeAlias = (
+    tuple[Path, ShardTable, int, int] | tuple[Path, list[str], list[int], list[int | None], int, int]
+)
+"""A source: folder; its shards, as a table or per shard its file, tokens, and xxh3-64 or None; a number that
+tells its order from that of other sources; units per cycle."""
+
+class ShardTable:
+    """A manifest's shard list, kept without a Python object a shard."""
+
+    @property
+    def total_tokens(self) -> int: ...
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest shard."""
+
+    @staticmethod
+    def parse(content: bytes) -> tuple[int, ShardTable] | None:
+        """The list that ends ``content``, and the length of what stands before it, its bracket included.
+
+        None when the list is not exactly as ``Manifest.write`` lays it out, or a field is out of bounds.
+        """
+
+    def __len__(self) -> int: ...
+    def fields(
+        self, index: int
+    ) -> tuple[str, int, int, str | None, str | None, int | None, int | None, int | None, str | None]:
+        """The fields of a ``Shard``, in its order."""
+
+    def identity(self) -> bytes | None:
+        """SHA-256 and tokens, a line a shard; None when a hash is not recorded."""
+
+    def all_fit(self, folder: Path) -> bool:
+        """Whether every shard is a regular file (no link) of its size, which is whole tokens."""
 
 class TokenStream:
     """Shards as one stream of sequences of ``seq_length + 1`` tokens; any thread may use it.

@@ -273,12 +273,10 @@ def resident_mb() -> float:
 
 def start_once(folder: Path) -> dict[str, float]:
     """In a process of its own: open a trillion tokens, first batch, seeks, memory."""
-    shards = tuple(
-        Shard(file=f"shard-{index:05d}.bin", tokens=10_000_000, bytes=40_000_000) for index in range(100_000)
-    )
-    manifest = Manifest(folder=folder, shards=shards, vocab_size=None, tokenizer=None)
     torch.zeros(1).sum()
-    _ = manifest.fingerprint
+    opening = time.perf_counter()
+    manifest = Manifest.load(folder)
+    opening = time.perf_counter() - opening
     before, begun = resident_mb(), time.perf_counter()
     one = loader(manifest)
     one.next_batch()
@@ -294,12 +292,29 @@ def start_once(folder: Path) -> dict[str, float]:
         one.next_batch()
     memory = resident_mb() - before
     return {
-        "first batch, ms": first * 1e3,
+        "open the manifest, ms": opening * 1e3,
+        "first batch beyond it, ms": first * 1e3,
         "seek and read, median ms": statistics.median(seeks),
         "seek and read, p99 ms": sorted(seeks)[495],
         "memory beyond the manifest, MB": memory,
         "open shards": one.stats()["shards_open"],
     }
+
+
+def write_manifest_of_zeros(folder: Path) -> None:
+    """100,000 shards of zeros; the provenance hashes are made up, the quick ones left out."""
+    shards = tuple(
+        Shard(
+            file=f"shard-{index:05d}.bin",
+            tokens=10_000_000,
+            bytes=40_000_000,
+            sha256=f"{index:064x}",
+            min_id=0,
+            max_id=0,
+        )
+        for index in range(100_000)
+    )
+    Manifest(folder=folder, shards=shards, vocab_size=None, tokenizer=None).write()
 
 
 def start(rounds: int, where: Path) -> Table:
@@ -308,6 +323,7 @@ def start(rounds: int, where: Path) -> Table:
         for index in range(100_000):
             with (Path(name) / f"shard-{index:05d}.bin").open("wb") as file:
                 file.truncate(40_000_000)
+        write_manifest_of_zeros(Path(name))
         for _ in range(rounds):
             command = [sys.executable, __file__, "--start-once", name]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

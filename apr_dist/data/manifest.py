@@ -23,6 +23,7 @@ from apr_dist.data.manifest_file import (
     Shard,
     TokenizerIdentity,
     parse_manifest,
+    parse_table,
 )
 from apr_dist.data.shard_files import INDEX_SUFFIX, check_shard_files, shard_names, shards_of_older_folder
 from apr_dist.errors import ManifestError, ShardError
@@ -31,9 +32,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from apr_dist._rust_loader import ShardTable
+
 __all__ = ["MANIFEST_NAME", "Manifest", "Shard", "TokenizerIdentity"]
 
 MANIFEST_NAME = "manifest.json"
+_NO_TOKENIZER = "unknown tokenizer"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Manifest:
         note: what a repair could not know.
         schema: the schema found in the file.
         warnings: what cannot be checked about this folder, one sentence each.
+        table: the shards once more, as a manifest of many was read; ``shards`` is then made of it when it
+            is first asked for. None otherwise.
     """
 
     folder: Path
@@ -77,10 +83,41 @@ class Manifest:
     note: str | None = None
     schema: str = SCHEMA
     warnings: tuple[str, ...] = ()
+    table: ShardTable | None = field(default=None, init=False, repr=False, compare=False)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> tuple[Shard, ...]:
+            if name != "shards" or self.__dict__.get("table") is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            table = self.__dict__["table"]
+            shards = tuple(Shard(*table.fields(index)) for index in range(len(table)))
+            object.__setattr__(self, "shards", shards)
+            return shards
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields without the table, which stays in its process."""
+        return {**vars(self), "shards": self.shards, "table": None}
+
+    @property
+    def shard_count(self) -> int:
+        """Number of shards."""
+        return len(self.shards) if self.table is None else len(self.table)
+
+    @property
+    def longest_shard(self) -> int:
+        """Tokens of the longest shard; 0 without shards."""
+        return (
+            max([shard.tokens for shard in self.shards], default=0)
+            if self.table is None
+            else self.table.longest
+        )
 
     @property
     def total_tokens(self) -> int:
         """Tokens in all shards."""
+        if self.table is not None:
+            return self.table.total_tokens
         return sum(shard.tokens for shard in self.shards)
 
     @property
@@ -95,8 +132,12 @@ class Manifest:
 
         A folder without shard hashes is fingerprinted over names and sizes only; ``warnings`` says so.
         """
+        identity = None if self.table is None else self.table.identity()
+        if identity is not None:
+            tokenizer = self.tokenizer.sha256 if self.tokenizer else _NO_TOKENIZER
+            return hashlib.sha256(f"{SCHEMA}\n{tokenizer}\n".encode() + identity).hexdigest()
         if all(shard.sha256 for shard in self.shards):
-            lines = [SCHEMA, self.tokenizer.sha256 if self.tokenizer else "unknown tokenizer"]
+            lines = [SCHEMA, self.tokenizer.sha256 if self.tokenizer else _NO_TOKENIZER]
             lines += [f"{shard.sha256} {shard.tokens}" for shard in self.shards]
         else:
             lines = ["names and sizes", *(f"{shard.file} {shard.bytes}" for shard in self.shards)]
@@ -150,12 +191,14 @@ class Manifest:
             ShardError: a shard is missing or its size is not the recorded one.
         """
         path = folder / MANIFEST_NAME
-        recorded = parse_manifest(_read(folder, path), where=path)
-        if recorded.schema == OLDER_SCHEMA or not recorded.shards:
+        content = _read(folder, path)
+        found = parse_table(content, where=path)
+        recorded, table = found or (parse_manifest(content, where=path), None)
+        if recorded.schema == OLDER_SCHEMA or not (recorded.shards or table):
             return _open_without_shard_facts(folder, recorded)
-        manifest = _from_recorded(folder, recorded)
+        manifest = _from_recorded(folder, recorded, table)
         _check_sums(manifest, recorded, path)
-        if check_files:
+        if check_files and not (table and table.all_fit(folder)):
             check_shard_files(folder, manifest.shards)
         return manifest
 
@@ -222,11 +265,11 @@ def _remedy(folder: Path) -> str:
     return f"apr-dist tokenize encode-corpus --corpus PATH --tokenizer DIR --output {folder}"
 
 
-def _from_recorded(folder: Path, recorded: RecordedManifest) -> Manifest:
+def _from_recorded(folder: Path, recorded: RecordedManifest, table: ShardTable | None) -> Manifest:
     warnings = []
     if recorded.repair:
         warnings.append(f"this manifest was rebuilt from the shards; {recorded.note or 'no note was left'}")
-    return Manifest(
+    manifest = Manifest(
         folder=folder,
         shards=recorded.shards or (),
         vocab_size=recorded.vocab_size,
@@ -245,12 +288,16 @@ def _from_recorded(folder: Path, recorded: RecordedManifest) -> Manifest:
         schema=recorded.schema,
         warnings=tuple(warnings),
     )
+    if table is not None:
+        object.__setattr__(manifest, "table", table)
+        object.__delattr__(manifest, "shards")
+    return manifest
 
 
 def _check_sums(manifest: Manifest, recorded: RecordedManifest, path: Path) -> None:
     """The totals and the fingerprint must follow from the shard list: an edited manifest does not."""
     derived: dict[str, tuple[object, object]] = {
-        "shard_count": (recorded.shard_count, len(manifest.shards)),
+        "shard_count": (recorded.shard_count, manifest.shard_count),
         "total_tokens": (recorded.total_tokens, manifest.total_tokens),
         "fingerprint": (recorded.fingerprint, manifest.fingerprint),
     }

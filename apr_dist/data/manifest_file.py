@@ -17,6 +17,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from apr_dist._rust_loader import ShardTable
 from apr_dist.errors import ManifestError
 
 SCHEMA = "apr-dist-shards-v1"
@@ -26,6 +27,8 @@ _Count = Annotated[int, Field(ge=0)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 _Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Below it a tuple of shards costs nothing worth saving (256 KiB: about 900 shards).
+_TABLE_BYTES = 1 << 18
 _NOT_PLAIN = re.compile(r"[/\\\0]|^\.\.?$", re.MULTILINE)
 _PlainName = Annotated[str, Field(min_length=1, max_length=255)]
 
@@ -131,6 +134,23 @@ def _collector_at_rest() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def parse_table(content: bytes, *, where: Path) -> tuple[RecordedManifest, ShardTable] | None:
+    """Read manifest.json's bytes where the shards are many and laid out as ``Manifest.write`` does.
+
+    The record then holds no shards: they are in the table, checked as strictly. None when anything is
+    otherwise, also when it is wrong: ``parse_manifest`` says what.
+    """
+    found = ShardTable.parse(content) if len(content) >= _TABLE_BYTES else None
+    if found is None:
+        return None
+    head, table = found
+    try:
+        recorded = parse_manifest(content[:head] + b"]}", where=where)
+    except ManifestError:
+        return None
+    return (recorded, table) if recorded.schema == SCHEMA and recorded.shards == () else None
 
 
 def parse_manifest(content: bytes, *, where: Path) -> RecordedManifest:

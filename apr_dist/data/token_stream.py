@@ -93,9 +93,9 @@ class ShardStream:
     def shard(self, index: int) -> tuple[Manifest, Shard]:
         """The data set and the shard that ``TokenStream.locate`` gives the number of."""
         for source, _, _ in self.sources:
-            if index < len(source.shards):
+            if index < source.shard_count:
                 return source, source.shards[index]
-            index -= len(source.shards)
+            index -= source.shard_count
         raise IndexError(index)
 
     def close(self) -> None:
@@ -142,6 +142,8 @@ def choice(kind: type[_Choice], value: str, name: str) -> _Choice:
 
 
 def _source(dataset: Manifest, key: int, units: int) -> SourceFacts:
+    if dataset.table is not None:
+        return dataset.folder, dataset.table, key, units
     shards = dataset.shards
     return (
         dataset.folder,
@@ -154,9 +156,9 @@ def _source(dataset: Manifest, key: int, units: int) -> SourceFacts:
 
 
 def _check_size(dataset: Manifest, needed: int) -> None:
-    if not dataset.shards:
+    if not dataset.shard_count:
         raise ManifestError("it holds no shards", where=dataset.folder, expected="at least one shard")
-    longest = max([shard.tokens for shard in dataset.shards])
+    longest = dataset.longest_shard
     if longest < needed:
         raise DataError(
             f"the longest shard holds {longest} tokens",

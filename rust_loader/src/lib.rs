@@ -4,7 +4,7 @@
 //! which sequence stands at which position of the endless training stream ([`order`], [`stream`]),
 //! copies or views the rows of a batch ([`batch`]) and runs ahead of the consumer ([`ring`]).
 //! `python` is the face that `apr_dist.data.loader` imports; nothing here knows about ranks,
-//! configuration or manifests.
+//! configuration or manifests, but for the layout of a manifest's shard list ([`table`]).
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may panic"))]
 
@@ -22,5 +22,6 @@ pub mod ring;
 pub mod set;
 pub mod shard;
 pub mod stream;
+pub mod table;
 
 pub use error::{Error, Result};

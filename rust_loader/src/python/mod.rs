@@ -4,6 +4,7 @@ mod dlpack;
 mod errors;
 mod prefetch;
 mod sources;
+mod table;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -45,7 +46,7 @@ impl TokenStream {
     #[allow(clippy::too_many_arguments, reason = "keywords, named at every call")]
     fn new(
         py: Python<'_>,
-        sources: Vec<SourceTuple>,
+        sources: Vec<SourceTuple<'_>>,
         seq_length: u64,
         shuffle: &str,
         seed: u64,
@@ -217,5 +218,6 @@ fn signed(values: [u64; 2]) -> [i64; 2] {
 fn _rust_loader(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<TokenStream>()?;
     module.add_class::<prefetch::Prefetcher>()?;
+    module.add_class::<table::ShardTable>()?;
     module.add_function(wrap_pyfunction!(sources::first_misfit, module)?)
 }

@@ -8,10 +8,17 @@ use pyo3::prelude::*;
 use crate::shard::{Access, ShardFacts, Verify};
 use crate::stream::SourceFacts;
 
-/// Folder; file names, tokens and hashes of the shards; identity; units per cycle of one source.
+use super::table::ShardTable;
+
+/// Folder, shards (a manifest's table, or file names, tokens and hashes), identity, and units per cycle of
+/// one source.
 ///
 /// Lists of numbers, not a list of tuples: Python's collector would walk a hundred thousand of those.
-pub type SourceTuple = (PathBuf, Vec<String>, Vec<u64>, Vec<Option<u64>>, u64, u64);
+#[derive(FromPyObject)]
+pub enum SourceTuple<'py> {
+    Table((PathBuf, Bound<'py, ShardTable>, u64, u64)),
+    Lists((PathBuf, Vec<String>, Vec<u64>, Vec<Option<u64>>, u64, u64)),
+}
 
 /// The sources taken apart: their shards lie one after the other.
 #[derive(Default)]
@@ -26,22 +33,32 @@ pub struct Parts {
 
 impl Parts {
     /// Takes `sources` apart.
-    pub fn of(sources: Vec<SourceTuple>) -> PyResult<Self> {
+    pub fn of(sources: Vec<SourceTuple<'_>>) -> PyResult<Self> {
         let mut parts = Self::default();
-        for (path, files, tokens, hashes, id, units_per_cycle) in sources {
-            if files.len() != tokens.len() || files.len() != hashes.len() {
-                return Err(PyValueError::new_err("one name, size and hash a shard"));
-            }
+        for source in sources {
             let folder = u32::try_from(parts.folders.len())?;
+            let before = parts.facts.len();
+            let facts = |file, words, xxh3| ShardFacts { folder, file, words, xxh3 };
+            let (path, id, units_per_cycle) = match source {
+                SourceTuple::Table((path, table, id, units)) => {
+                    let lines = table.get().lines.iter();
+                    parts.facts.extend(lines.map(|line| facts(line.file.clone(), line.tokens, line.xxh3)));
+                    (path, id, units)
+                }
+                SourceTuple::Lists((path, files, tokens, hashes, id, units)) => {
+                    if files.len() != tokens.len() || files.len() != hashes.len() {
+                        return Err(PyValueError::new_err("one name, size and hash a shard"));
+                    }
+                    let shards = files.into_iter().zip(tokens).zip(hashes);
+                    let shards =
+                        shards.map(|((file, words), xxh3)| facts(file.into_boxed_str(), words, xxh3));
+                    parts.facts.extend(shards);
+                    (path, id, units)
+                }
+            };
+            let shard_count = u32::try_from(parts.facts.len() - before)?;
             parts.folders.push(path);
-            parts.sources.push(SourceFacts { id, shard_count: u32::try_from(files.len())?, units_per_cycle });
-            let shards = files.into_iter().zip(tokens).zip(hashes);
-            parts.facts.extend(shards.map(|((file, words), xxh3)| ShardFacts {
-                folder,
-                file: file.into_boxed_str(),
-                words,
-                xxh3,
-            }));
+            parts.sources.push(SourceFacts { id, shard_count, units_per_cycle });
         }
         Ok(parts)
     }
