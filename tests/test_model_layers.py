@@ -12,7 +12,7 @@ from builders.models import tiny_config
 from apr_dist.errors import UsageError
 from apr_dist.model import matmul
 from apr_dist.model.attention import causal_attention
-from apr_dist.model.layers import GatedMLP, Linear, RMSNorm
+from apr_dist.model.layers import GatedMLP, Linear, RMSNorm, project_normed
 from apr_dist.model.matmul import MatmulBackend, cpu_matmul_backend
 from apr_dist.model.rotary import RotaryEmbedding, Rotation, rotate
 
@@ -63,21 +63,89 @@ def test_a_linear_map_takes_no_rows() -> None:
     assert Linear(12, 7)(torch.empty(0, 12)).shape == (0, 7)
 
 
+class Normed(torch.nn.Module):
+    """A norm, and the layer that reads it."""
+
+    def __init__(self, size: int, *layers: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm = RMSNorm(size, eps=1e-5)
+        self.norm.weight.data = normal(size, seed=1)
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.layers[0], GatedMLP):
+            return self.layers[0](x, self.norm)  # type: ignore[no-any-return]
+        maps = [layer for layer in self.layers if isinstance(layer, Linear)]
+        return torch.cat(project_normed(x, self.norm, maps), -1)
+
+
+def norm_formula(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+
 @pytest.mark.usefixtures("_backend")
-def test_the_gated_mlp_equals_its_formula() -> None:
-    def formula(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def test_the_gated_mlp_of_a_norm_equals_its_formula() -> None:
+    def formula(
+        x: torch.Tensor, norm: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
+        x = norm_formula(x, norm)
         return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
-    agree(GatedMLP(12, 20), formula, normal(2, 3, 12), 1e-6)
+    agree(Normed(12, GatedMLP(12, 20)), formula, normal(2, 3, 12), 1e-6)
+
+
+@pytest.mark.usefixtures("_backend")
+def test_linear_maps_of_a_norm_equal_their_formula() -> None:
+    def formula(
+        x: torch.Tensor, norm: torch.Tensor, first: torch.Tensor, bias: torch.Tensor, second: torch.Tensor
+    ) -> torch.Tensor:
+        x = norm_formula(x, norm)
+        return torch.cat((x @ first.T + bias, x @ second.T), -1)
+
+    maps = Normed(12, Linear(12, 7), Linear(12, 5, bias=False))
+    agree(maps, formula, normal(2, 3, 12), 1e-6)
+
+
+@pytest.mark.parametrize("trained", ["norm.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight"])
+def test_a_frozen_neighbour_changes_no_gradient(trained: str) -> None:
+    maps = Normed(12, Linear(12, 7), Linear(12, 5, bias=False))
+    maps(normal(2, 3, 12)).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in maps.named_parameters()}
+    maps.zero_grad()
+    for name, parameter in maps.named_parameters():
+        parameter.requires_grad_(name == trained)
+    maps(normal(2, 3, 12)).square().sum().backward()
+    for name, parameter in maps.named_parameters():
+        before = expected[name]
+        assert before is not None
+        if name == trained:
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, before)
+        else:
+            assert parameter.grad is None
+
+
+def test_of_a_norm_and_its_maps_only_the_input_is_kept() -> None:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    maps = Normed(12, Linear(12, 7), Linear(12, 5, bias=False))
+    x = normal(64, 12).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = project_normed(x, maps.norm, (maps.layers[0], maps.layers[1]))  # type: ignore[arg-type]
+    assert out[0].requires_grad
+    weights = sum(p.numel() for p in maps.parameters() if p.ndim == 2 or p.numel() == 12)
+    assert sum(kept.values()) == x.numel() + 64 + weights
 
 
 @pytest.mark.parametrize("shape", [(4, 16), (2, 3, 2, 16)])
 def test_the_norm_equals_its_formula(shape: tuple[int, ...]) -> None:
     layer = RMSNorm(16, eps=1e-5)
     layer.weight.data = normal(16, seed=1)
-    agree(
-        layer, lambda x, w: x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * w, normal(*shape) * 3, 1e-6
-    )
+    agree(layer, norm_formula, normal(*shape) * 3, 1e-6)
 
 
 def test_the_norm_of_bf16_is_computed_in_f32() -> None:

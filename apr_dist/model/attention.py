@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.layers import Linear, RMSNorm
+from apr_dist.model.layers import Linear, RMSNorm, project_normed
 from apr_dist.model.packing import Documents, attend_documents
 from apr_dist.model.rotary import Rotation, rotate
 
@@ -65,17 +65,21 @@ class Attention(nn.Module):
         rotation: Rotation,
         documents: Documents | None = None,
         cache: LayerCache | None = None,
+        *,
+        norm: RMSNorm,
     ) -> Tensor:
         """``[batch, seq, hidden]`` to the same shape; position ``i`` sees positions up to ``i``.
 
         Args:
-            x: hidden states.
+            x: hidden states, before their norm.
             rotation: of the positions of ``x``.
             documents: keep positions within their document.
             cache: positions before those of ``x``, which are appended to it.
+            norm: what the projections read ``x`` through.
         """
         heads = (*x.shape[:-1], -1, self.head_dim)
-        query, key, value = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections = project_normed(x, norm, (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (projection.view(heads) for projection in projections)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)

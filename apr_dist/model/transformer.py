@@ -63,8 +63,8 @@ class DecoderBlock(nn.Module):
     def _compute(
         self, x: Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, documents, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        x = x + self.self_attn(x, rotation, documents, cache, norm=self.input_layernorm)
+        return x + self.mlp(x, self.post_attention_layernorm)  # type: ignore[no-any-return]
 
 
 class Backbone(nn.Module):

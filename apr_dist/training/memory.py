@@ -200,13 +200,9 @@ def layer_bytes(model: TransformerConfig, load: Load) -> int:
     normed = model.query_size + model.kv_size if model.qk_norm else 0
     # Two residual inputs in f32; then what linear maps, attention and the MLP keep.
     width = load.compute_bytes
-    if load.precision is Precision.F32:
-        linear_inputs = 2 * hidden
-        gates = 4 * inner if load.cuda else 2 * inner
-    else:
-        # On a GPU autocast casts the normed input once for each linear map that reads it.
-        linear_inputs = 5 * hidden if load.cuda else 2 * hidden
-        gates = 4 * inner if load.cuda else 2 * inner
+    # On the CPU a norm's output is computed again; on a GPU autocast casts it for each map that reads it.
+    linear_inputs = (2 if load.precision is Precision.F32 else 5) * hidden if load.cuda else 0
+    gates = 4 * inner if load.cuda else 2 * inner
     per_token = (
         F32 * 2 * hidden + width * (linear_inputs + attention + normed + gates) + F32 * model.num_heads
     )

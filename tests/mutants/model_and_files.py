@@ -101,9 +101,8 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "033",
         "a bias is cut off from the loss",
         "apr_dist/model/layers.py",
-        "            return _Linear.apply(x.to(compute_dtype(x)), self.weight, self.bias)",
-        "            bias = None if self.bias is None else self.bias.detach()\n"
-        "            return _Linear.apply(x.to(compute_dtype(x)), self.weight, bias)",
+        "    biases = [linear_map.bias for linear_map in maps]",
+        "    biases = [None if each.bias is None else each.bias.detach() for each in maps]",
         also=(TRAINER + "034",),
     ),
     Change(
