@@ -5,10 +5,12 @@ weights, prepares the optimizer, takes steps and saves a step folder twice: wait
 the background while steps go on. Memory is the largest resident set beyond what stood before the part that
 is measured: before the network is built, for loading; before the save that waits, for saving. While loading
 a rank may need its share, and rank 0 two, the others one of the largest tensors besides; while saving two
-of them. Times are of the slowest rank.
+of them. Times are of the slowest rank. With ``--overhead`` our steps alternate with those of a hand-written
+loop of the same strategy (``strategy_overhead``), and nothing else is measured.
 
     python benchmarks/bench_distributed.py
     python benchmarks/bench_distributed.py --shape qwen2.5-0.5b --strategies fsdp2 zero3 --processes 4
+    python benchmarks/bench_distributed.py --overhead
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import strategy_overhead
 import torch
 
 from apr_dist.apr.metadata import AprMetadata
@@ -48,6 +51,7 @@ from apr_dist.training.progress import Progress, Start
 from apr_dist.training.saving import Saver
 
 PHASES = ("launch", "import", "join", "build", "load", "prepare", "first step")
+STRATEGIES = ["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 MB = 1e6
 
 
@@ -165,7 +169,8 @@ def launch(options: argparse.Namespace, strategy: str, model: Path, folder: Path
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     command += [__file__, "--worker", strategy, "--shape", options.shape, "--model", str(model)]
-    command += ["--output", str(folder), "--launched", repr(time.time())]
+    command += ["--output", str(folder), "--launched", repr(time.time()), "--steps", str(options.steps)]
+    command += ["--overhead"] * options.overhead
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -226,14 +231,28 @@ def report_saves(results: dict[str, list[list[dict[str, Any]]]], largest: int, w
         )
 
 
+def report_overhead(options: argparse.Namespace, folder: Path) -> None:
+    print("seconds of a step of the slowest rank, medians; ours over the other: median and quartiles")
+    print(f"{'':10}{'ours':>8}{'plain':>8}{'ratio':>8}{'quartiles':>16}{'wanted':>8}")
+    for strategy in options.strategies:
+        ranks = launch(options, strategy, Path("-"), folder / strategy)
+        ours, plain, ratios = strategy_overhead.ratios(ranks)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"{strategy:10}{statistics.median(ours):8.3f}{statistics.median(plain):8.3f}{middle:8.3f}"
+            f"{f'{low:.3f} to {high:.3f}':>16}{'1.03':>8}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="smollm2-135m", help="name of a model preset")
-    parser.add_argument(
-        "--strategies", nargs="+", default=["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-    )
+    parser.add_argument("--strategies", nargs="+", help="all that are measured, without it")
+    parser.add_argument("--overhead", action="store_true", help="compare steps with a hand-written loop")
+    parser.add_argument("--steps", type=int, default=16, help="pairs of steps with --overhead")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -241,9 +260,16 @@ def main() -> None:
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options)
+        (strategy_overhead.worker if options.overhead else worker)(options)
         return
+    compared = ["ddp", "fsdp2"]
+    options.strategies = options.strategies or (compared if options.overhead else STRATEGIES)
+    if options.overhead and not set(options.strategies) <= set(compared):
+        parser.error(f"--overhead compares {' and '.join(compared)}")
     with tempfile.TemporaryDirectory() as folder:
+        if options.overhead:
+            report_overhead(options, Path(folder))
+            return
         model = Path(folder) / "model.apr"
         total, largest = write_model(model, options.shape)
         print(f"{options.shape}: {total / MB:.0f} MB in f32, largest tensor {largest / MB:.0f} MB,", end=" ")

@@ -71,6 +71,7 @@ def test_the_strategy_that_ran_is_the_one_that_was_asked_for(strategies: Path, w
     if asked[0].startswith("zero"):
         assert facts["zero_stage"] == int(asked[0][-1])
         assert sum(facts["optimizer_elements"]) == ELEMENTS
+        assert max(facts["optimizer_elements"]) < 1.1 * ELEMENTS / world
         offloaded = "--parallel.offload" in asked
         assert facts["optimizer"] == ("DeepSpeedCPUAdam" if offloaded else "AdamW")
 

@@ -95,17 +95,6 @@ def test_fsdp2_halves_the_model_and_changes_no_number(alone: Path, fsdp2: Path) 
 
 
 @needs_compiler
-@pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-002")
-def test_zero3_halves_the_model_and_changes_no_number(alone: Path, inputs: Inputs, tmp_path: Path) -> None:
-    run_dir = train(inputs, tmp_path / "run", 2, "--parallel.strategy", "zero3")
-    facts = verdict(run_dir)["facts"]
-    assert (facts["strategy"], facts["zero_stage"], facts["world_size"]) == ("zero3", 3, 2)
-    assert facts["shard_elements"] == facts["optimizer_elements"] == HALVES
-    assert_same_numbers(alone, run_dir)
-    assert_same_model(alone / "checkpoint.apr", run_dir / "checkpoint.apr", within=2e-5)
-
-
-@needs_compiler
 def test_zero2_goes_on_from_what_fsdp2_saved(
     alone: Path, fsdp2: Path, inputs: Inputs, tmp_path: Path
 ) -> None:
