@@ -87,6 +87,7 @@ impl<'a> Text<'a> {
         Some(self)
     }
 
+    #[allow(clippy::option_option, reason = "malformed, or null, or a value")]
     fn or_null<T>(&mut self, read: impl Fn(&mut Self) -> Option<T>) -> Option<Option<T>> {
         if self.literal(b"null").is_some() { Some(None) } else { read(self).map(Some) }
     }

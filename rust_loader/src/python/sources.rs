@@ -15,6 +15,7 @@ use super::table::ShardTable;
 ///
 /// Lists of numbers, not a list of tuples: Python's collector would walk a hundred thousand of those.
 #[derive(FromPyObject)]
+#[allow(clippy::type_complexity, reason = "what Python passes, described above")]
 pub enum SourceTuple<'py> {
     Table((PathBuf, Bound<'py, ShardTable>, u64, u64)),
     Lists((PathBuf, Vec<String>, Vec<u64>, Vec<Option<u64>>, u64, u64)),
