@@ -147,11 +147,12 @@ def test_a_signal_between_the_last_step_and_its_evaluation_loses_no_evaluation(
     seen = []
     measured = evaluation.split_sequences
 
-    def signalled(tokens: object, device: object) -> object:
-        if len(metrics(tmp_path / "run")) == 2 and not seen:
+    def signalled(*given: object, **named: object) -> object:
+        begun = (tmp_path / "run" / "metrics.jsonl").exists()
+        if begun and len(metrics(tmp_path / "run")) == 2 and not seen:
             seen.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
-        return measured(tokens, device)  # type: ignore[arg-type]
+        return measured(*given, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluation, "split_sequences", signalled)
     assert run_here(*given) == ExitCode.TERMINATED

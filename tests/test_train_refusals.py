@@ -43,7 +43,11 @@ def refused(
     error = capfd.readouterr().err
     assert found == code, error
     assert error.startswith("error: ")
-    assert error.count("\n") == 1, "one paragraph"
+    paragraph, *pointer = error.splitlines()
+    assert len(pointer) == paragraph.startswith("error: ["), (
+        "one paragraph; one line more where a gate has an entry"
+    )
+    assert all(line.startswith("cause and cure: docs/how-to/when-a-gate-says-no.md#") for line in pointer)
     assert "Traceback" not in error
     assert not run_dir.exists(), "nothing may look like a run"
     return error

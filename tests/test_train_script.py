@@ -120,7 +120,7 @@ def test_running_as_a_script_shadows_no_library() -> None:
         "except SystemExit as stop:\n"
         "    assert stop.code == 0\n"
         f"assert {str(TRAIN.parent)!r} not in sys.path\n"
-        f"assert not set(sys.modules) & {rooms - {'__init__', '__pycache__'}!r}\n"
+        f"assert not set(sys.modules) & {rooms - {'__init__', '__main__', '__pycache__'}!r}\n"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

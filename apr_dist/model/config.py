@@ -169,9 +169,10 @@ class TransformerConfig:
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, self.hidden_size)
         }
+        block = self._block_shapes()
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
-            shapes.update({prefix + name: shape for name, shape in self._block_shapes().items()})
+            shapes.update({prefix + name: shape for name, shape in block.items()})
         shapes["model.norm.weight"] = (self.hidden_size,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
@@ -179,7 +180,9 @@ class TransformerConfig:
 
     def parameter_count(self) -> int:
         """Number of trainable values; a tied head counts once."""
-        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+        block = sum(math.prod(shape) for shape in self._block_shapes().values())
+        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
+        return self.num_layers * block + ends
 
     def _block_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size

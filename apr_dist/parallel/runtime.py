@@ -23,6 +23,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from apr_dist.errors import AprDistError, DistributedError, UsageError
 from apr_dist.parallel.strategy import (
@@ -162,6 +164,7 @@ def start(
     if wanted.zero_stage:
         prepare_for_deepspeed(use_cpu=use_cpu, offload=Offload(offload))
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
+    _join_after_restart(backend, timeout_s)
     limits = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s))
     accelerator = Accelerator(
         cpu=use_cpu,
@@ -180,6 +183,26 @@ def start(
         device=accelerator.device,
         cpu_threads=threads,
         offload=Offload(offload),
+    )
+
+
+def _join_after_restart(backend: str, timeout_s: float) -> None:
+    """Join the processes apart from what earlier attempts of this launch left in the launcher's store.
+
+    torchrun keeps one store over its restarts, with the addresses of ranks that are gone under the keys that
+    the new ones use. Whoever reads such an address waits for, or is refused by, a process that is dead.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or launched_world_size() == 1 or dist.is_initialized():
+        return
+    limit = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(rendezvous("env://", timeout=limit))
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=limit,
     )
 
 

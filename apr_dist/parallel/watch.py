@@ -237,7 +237,7 @@ class Watch:
                 break
         else:
             if messages is None:
-                self._learn(self._death(rank))
+                self._learn(self._death(rank), witnessed=True)
         if messages is None:
             self._selector.unregister(line.socket)
             self._lines.pop(rank, None)
@@ -253,8 +253,11 @@ class Watch:
         )
         return Failure(rank=rank, step=step, phase=phase, code=int(ExitCode.DISTRIBUTED), text=text)
 
-    def _learn(self, failure: Failure) -> None:
-        """Take the first failure of the run for this rank's own, and hand it on."""
+    def _learn(self, failure: Failure, *, witnessed: bool = False) -> None:
+        """Take the first failure of the run for this rank's own, and hand it on.
+
+        A rank prints its own error, and rank 0 every other rank's; who sees rank 0 die speaks for it.
+        """
         with self._lock:
             if self._failure is not None:
                 return
@@ -264,7 +267,7 @@ class Watch:
         where = f"rank {failure.rank}, at step {failure.step} while {failure.phase}"
         if failure.hang:
             self._show_stack()
-        elif 0 in (self._rank, failure.rank):  # rank 0 speaks for all, if it still can
+        elif witnessed or self._rank == 0:
             _print(f"error of {where}: {failure.text}")
         if self.on_failure is not None:
             self.on_failure(failure)

@@ -35,8 +35,6 @@ class Memory:
         working: what a backward step computes on the way.
         unfit: freed blocks that the C library keeps and that no later block fits into; CPU only.
         copies: of weights and moments, from which a save is written while training goes on; CPU only.
-        read_back: a saved checkpoint's file, mapped while it is compared with the weights; CPU only, since
-            on a GPU's machine this is the host's memory.
         moment: which moment that is.
     """
 
@@ -49,13 +47,12 @@ class Memory:
     working: int
     unfit: int
     copies: int
-    read_back: int
     moment: str
 
     @property
     def tensors(self) -> int:
         """What tensors take, without what else the process holds."""
-        return self.total - self.unfit - self.copies - self.read_back
+        return self.total - self.unfit - self.copies
 
     @property
     def total(self) -> int:
@@ -120,7 +117,6 @@ def estimate(
         "weights": F32 * count // parts.weights + _gathered(model, load, strategy),
         "optimizer": 2 * F32 * count // parts.optimizer,
         "buckets": F32 * count if _is_ddp(strategy, world_size) else 0,
-        "read_back": 0 if load.cuda else F32 * count,
     }
     kept = gradients if load.accumulates else 0
     activations = model.num_layers * kept_bytes(model, load) + _end_bytes(model, load)
@@ -249,6 +245,5 @@ PARTS: Mapping[str, str] = {
     "working": "in passing",
     "unfit": "unfit",
     "copies": "save copies",
-    "read_back": "read back",
 }
 """Attribute of ``Memory`` to what a table calls it, in order."""

@@ -1,27 +1,48 @@
 """Many launches of the trainer for the price of one: its front door, in ranks forked after the imports.
 
-As a script this is a server: a JSON request a line (flags, world_size, unprivileged, folder), a JSON answer a
-line (exit code and stderr of each rank, seconds). Every launch has processes and a process group of its own;
-only the seconds that importing PyTorch takes are shared. ``WarmRanks`` is its client.
+As a script this is a server: a JSON request a line (flags, world_size, unprivileged, hurt, folder), a JSON
+answer a line (codes and stderr of each rank, seconds). Every launch has processes and a process group of its
+own; only the seconds that importing PyTorch takes are shared. ``WarmRanks`` is its client.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 NOBODY = 65534
 LIMIT_S = 120.0
 """A launch that has not ended by then is killed, and its exit code is -9."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hurt:
+    """A signal in mid-run.
+
+    Attributes:
+        number: the signal; SIGSTOP is taken back by SIGCONT after ``held_s``.
+        ranks: who gets it.
+        after: the file whose existence starts the clock.
+        delay_s: from there to the signal.
+        held_s: how long a stopped rank stays so.
+    """
+
+    number: int
+    ranks: tuple[int, ...]
+    after: str
+    delay_s: float = 0.0
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,11 +53,13 @@ class Ended:
         codes: exit code of each rank.
         errors: stderr of each rank.
         seconds: from the fork to the end of the last rank.
+        after_s: from the signal, where there was one, to the end of the last rank.
     """
 
     codes: tuple[int, ...]
     errors: tuple[str, ...]
     seconds: float
+    after_s: float | None = None
 
 
 class WarmRanks:
@@ -54,18 +77,35 @@ class WarmRanks:
             text=True,
         )
 
-    def launch(self, flags: Sequence[str], *, world_size: int, unprivileged: bool = False) -> Ended:
-        """Train with these flags on ``world_size`` ranks."""
+    def launch(
+        self,
+        flags: Sequence[str],
+        *,
+        world_size: int,
+        unprivileged: bool = False,
+        hurt: Hurt | None = None,
+        own: dict[int, dict[str, str]] | None = None,
+    ) -> Ended:
+        """Train with these flags on ``world_size`` ranks; ``own`` holds flags of single ranks."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir(parents=True)
-        request = {"flags": list(flags), "world_size": world_size, "unprivileged": unprivileged}
-        self._server.stdin.write(json.dumps({**request, "folder": str(folder)}) + "\n")
+        request = {
+            "flags": [
+                [*flags, *chain.from_iterable((own or {}).get(rank, {}).items())]
+                for rank in range(world_size)
+            ],
+            "world_size": world_size,
+            "unprivileged": unprivileged,
+            "hurt": asdict(hurt) if hurt else None,
+            "folder": str(folder),
+        }
+        self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         answer = json.loads(self._server.stdout.readline())
-        return Ended(tuple(answer["codes"]), tuple(answer["errors"]), answer["seconds"])
+        return Ended(**{**answer, "codes": tuple(answer["codes"]), "errors": tuple(answer["errors"])})
 
     def close(self) -> None:
         """End the server."""
@@ -80,7 +120,10 @@ def open_ranks(folder: Path) -> WarmRanks:
 
 def serve() -> None:
     """Answer requests until there are none."""
-    # Imported once, here, before any fork; nothing of it starts a thread.
+    # Imported once, here, before any fork; nothing of it starts a thread. A rank that gave up its privileges
+    # may not read the interpreter's folder any more, so the codec of host names has to be there by then too.
+    import encodings.idna  # noqa: F401, PLC0415
+
     import torch  # noqa: F401, PLC0415
 
     import apr_dist.report  # noqa: PLC0415
@@ -103,10 +146,29 @@ def _launch(request: dict[str, Any]) -> dict[str, Any]:
         if pid == 0:
             _become(request, rank, port, folder / f"{rank}.err")
         ranks.append(pid)
+    struck = _hurt(Hurt(**request["hurt"]), ranks, began + LIMIT_S) if request["hurt"] else None
     codes = [_wait(pid, began + LIMIT_S) for pid in ranks]
-    seconds = time.perf_counter() - began
+    ended = time.perf_counter()
     errors = [(folder / f"{rank}.err").read_text() for rank in range(len(ranks))]
-    return {"codes": codes, "errors": errors, "seconds": seconds}
+    after_s = None if struck is None else ended - struck
+    return {"codes": codes, "errors": errors, "seconds": ended - began, "after_s": after_s}
+
+
+def _hurt(hurt: Hurt, ranks: Sequence[int], until: float) -> float | None:
+    """Send the signal when its time has come; when that was, or None if the run had ended before."""
+    while not Path(hurt.after).exists():
+        if time.perf_counter() > until or os.waitid(os.P_PID, ranks[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return None
+        time.sleep(0.002)
+    time.sleep(hurt.delay_s)
+    struck = time.perf_counter()
+    for rank in hurt.ranks:
+        os.kill(ranks[rank], hurt.number)
+    if hurt.number == signal.SIGSTOP:
+        time.sleep(hurt.held_s)
+        for rank in hurt.ranks:
+            os.kill(ranks[rank], signal.SIGCONT)
+    return struck
 
 
 def _become(request: dict[str, Any], rank: int, port: int, errors: Path) -> NoReturn:
@@ -124,7 +186,7 @@ def _become(request: dict[str, Any], rank: int, port: int, errors: Path) -> NoRe
             os.seteuid(NOBODY)
         from apr_dist.train import main  # noqa: PLC0415  (already imported by the parent)
 
-        code = main(request["flags"])
+        code = main(request["flags"][rank])
     finally:
         sys.stderr.flush()
         os._exit(code)

@@ -296,7 +296,7 @@ MUTANTS: tuple[Change, ...] = (
         DISTRIBUTED + "022",
         "a killed rank is nobody's concern",
         WATCH,
-        "            if messages is None:\n                self._learn(self._death(rank))",
+        "            if messages is None:\n                self._learn(self._death(rank), witnessed=True)",
         "            if messages is None:\n                self._death(rank)",
         also=(DISTRIBUTED + "006",),
     ),
