@@ -6,6 +6,7 @@
 #   make mutate  set up, then break the code behind each falsifier and see its test turn red
 #   make bench-quick   set up, then compare paired ratios with the last recorded ones
 #   make fuzz    set up, then 20,000 hostile model files
+#   make faults  set up, then kill, stop and starve runs hundreds of times and see each go on exactly
 #   make sanitize  the Rust tests under the address sanitizer, and what Miri can run (nightly Rust with miri)
 #   make docs    set up, then build the documentation; a warning is an error
 #   make wheel   set up, then build wheel and source distribution, judge them, and use the wheel
@@ -29,7 +30,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/Cargo.toml rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo evidence test mutate bench-quick fuzz sanitize docs wheel check format clean
+.PHONY: setup demo evidence test mutate bench-quick faults fuzz sanitize docs wheel check format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -94,6 +95,9 @@ bench-quick: $(BUILD)/installed
 
 mutate: $(BUILD)/model-wheels
 	$(BIN)/python tests/mutate.py $(MUTATE_ARGS)
+
+faults: $(BUILD)/model-wheels
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(FAULTS_ARGS)
 
 fuzz: $(BUILD)/installed
 	$(BIN)/python tests/fuzz_apr.py --files 20000
