@@ -98,12 +98,12 @@ def main() -> int:
 
 
 def compare(found: Ratios, recorded: dict[str, dict[str, float]]) -> int:
-    """Say what moved; 1 when something is slower or larger than it ever was while recording."""
+    """Say what moved; 1 when something is slower or larger than it ever was while recording, and a little."""
     worse = []
     print(f"{'ratio to the plain way':28}{'now':>8}{'recorded (range)':>26}  ")
     for name, values in found.items():
         before, now = recorded[name], statistics.median(values)
-        slack = 1.01 if name.startswith("bytes") else 1.0
+        slack = 1.01 if name.startswith("bytes") else 1.05  # a few pairs do not show the whole range
         verdict = "as before"
         if now > before["max"] * slack:
             verdict = "WORSE"
