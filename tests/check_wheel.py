@@ -75,7 +75,8 @@ def _use(wheel: Path, folder: Path) -> None:
     venv.create(folder / "venv", with_pip=True)
     bin_folder = folder / "venv" / "bin"
     python = str(bin_folder / "python")
-    _run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel.resolve())], cwd=folder)
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel.resolve())]
+    _run(install, cwd=folder)
     site = Path(_run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
     # A path in a .pth is only searched; the .pth files in it, such as an editable install's, are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
