@@ -135,6 +135,10 @@ class TrainConfig(Section):
         defaults = MODE_DEFAULTS[self.mode]
         return defaults.target_val_loss if self.target_val_loss is None else self.target_val_loss
 
+    def micro_batch(self, world_size: int) -> int:
+        """Sequences per process and forward: those given, else a batch divided over the processes."""
+        return self.micro_batch_size or max(1, self.batch_size // world_size)
+
     def to_yaml(self) -> str:
         """The configuration as YAML text that ``--config`` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

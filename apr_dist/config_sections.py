@@ -13,6 +13,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from apr_dist.parallel.strategy import Offload
+
 
 class Mode(StrEnum):
     """Which set of defaults a run starts from."""
@@ -44,14 +46,6 @@ class StrategyChoice(StrEnum):
     ZERO1 = "zero1"
     ZERO2 = "zero2"
     ZERO3 = "zero3"
-
-
-class OffloadChoice(StrEnum):
-    """What lies in host memory between its uses, where the strategy can."""
-
-    NONE = "none"
-    OPTIMIZER = "optimizer"
-    OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
 
 
 class Precision(StrEnum):
@@ -300,8 +294,8 @@ class ParallelSection(Section):
     shard_size: int | None = Field(
         None, gt=0, description="with hsdp: processes that share one copy; none: those of one machine"
     )
-    offload: OffloadChoice = Field(
-        OffloadChoice.NONE,
+    offload: Offload = Field(
+        Offload.NONE,
         description="what lies in host memory: none, optimizer (ZeRO) or optimizer+parameters (zero3, FSDP2)",
     )
     precision: Precision = Field(Precision.F32, description="compute type: f32 or bf16 autocast")

@@ -239,12 +239,11 @@ def test_a_sequence_longer_than_the_data_is_refused_with_both_numbers(tmp_path: 
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_its_three_numbers() -> None:
-    assert check_batch(batch_size=8, micro_batch_size=None, world_size=2) == 4
-    assert check_batch(batch_size=8, micro_batch_size=2, world_size=2) == 2
+    check_batch(batch_size=8, micro_batch=2, world_size=2)
     with pytest.raises(UsageError, match=r"batch_size 9 .* micro-batches of 2 on 2 rank"):
-        check_batch(batch_size=9, micro_batch_size=2, world_size=2)
+        check_batch(batch_size=9, micro_batch=2, world_size=2)
     with pytest.raises(UsageError, match="batch_size 1 "):
-        check_batch(batch_size=1, micro_batch_size=None, world_size=2)
+        check_batch(batch_size=1, micro_batch=1, world_size=2)
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-003")

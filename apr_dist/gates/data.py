@@ -9,24 +9,20 @@ TOO_SHORT = "FALSIFY-APR-DIST-LOADER-001"
 SHARED = "FALSIFY-APR-DIST-TRAINER-011"
 
 
-def check_batch(*, batch_size: int, micro_batch_size: int | None, world_size: int) -> int:
+def check_batch(*, batch_size: int, micro_batch: int, world_size: int) -> None:
     """The global batch divides over processes and micro-batches.
-
-    Returns:
-        Sequences per process and forward.
 
     Raises:
         UsageError: naming the three numbers.
     """
-    micro = micro_batch_size or max(1, batch_size // world_size)
-    if batch_size % (world_size * micro):
+    if batch_size % (world_size * micro_batch):
         raise UsageError(
-            f"batch_size {batch_size} does not divide into micro-batches of {micro} on {world_size} rank(s)",
+            f"batch_size {batch_size} does not divide into micro-batches of {micro_batch} on {world_size}"
+            " rank(s)",
             where="--batch-size",
-            expected=f"a multiple of {world_size * micro}",
+            expected=f"a multiple of {world_size * micro_batch}",
             remedy="change --batch-size or --micro-batch-size",
         )
-    return micro
 
 
 def check_sequences(manifest: Manifest, *, seq_length: int) -> int:

@@ -87,7 +87,8 @@ def run_preflight(
     Raises:
         AprDistError: the first gate's refusal; the file is closed again.
     """
-    check_batch(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, world_size=world_size)
+    micro_batch = config.micro_batch(world_size)
+    check_batch(batch_size=config.batch_size, micro_batch=micro_batch, world_size=world_size)
     if config.init is not None and config.model != TrainConfig.model_fields["model"].default:
         raise UsageError(
             f"--model {config.model} and --init {config.init} both name an architecture",

@@ -52,7 +52,7 @@ class Strategy(StrEnum):
 
 
 class Offload(StrEnum):
-    """What lies in host memory between its uses."""
+    """What lies in host memory between its uses, where the strategy can."""
 
     NONE = "none"
     OPTIMIZER = "optimizer"

@@ -203,7 +203,7 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
     if chosen is StrategyChoice.AUTO:
         chosen = StrategyChoice.SINGLE if world == 1 else StrategyChoice.DDP
     several = [one for one in StrategyChoice if one not in {StrategyChoice.AUTO, StrategyChoice.SINGLE}]
-    micro = config.micro_batch_size or max(1, config.batch_size // world)
+    micro = config.micro_batch(world)
     load = Load(
         micro_batch=micro,
         seq_length=config.seq_length,

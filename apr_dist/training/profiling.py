@@ -33,7 +33,7 @@ from apr_dist.training.display import Display
 from apr_dist.training.efficiency import Efficiency, efficiency_of, peak_bytes
 from apr_dist.training.evaluation import Batch
 from apr_dist.training.optimizer import build_optimizer
-from apr_dist.training.run import open_data
+from apr_dist.training.run_data import open_data
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.stepping import BatchFeed, Stepper
 

@@ -33,7 +33,8 @@ from apr_dist.training.display import Display
 from apr_dist.training.evaluation import Batch
 from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.progress import Start
-from apr_dist.training.run import METRICS_NAME, VERDICT_NAME, open_data
+from apr_dist.training.run import METRICS_NAME, VERDICT_NAME
+from apr_dist.training.run_data import open_data
 from apr_dist.training.saving import Saver
 from apr_dist.training.step_folders import (
     CHECKPOINT_NAME,

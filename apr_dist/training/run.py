@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,9 @@ from typing import Any
 import torch
 
 from apr_dist import __version__
-from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import write_atomically
 from apr_dist.config import TrainConfig
 from apr_dist.contracts.evidence import package_digest
-from apr_dist.data.loader import EvaluationLoader, TokenLoader
-from apr_dist.data.manifest import Manifest
-from apr_dist.data.synthetic import SyntheticEvaluation, SyntheticTokens
-from apr_dist.data.training_set import open_training_set
 from apr_dist.errors import AprDistError, DistributedError, OutputError
 from apr_dist.gates.output import create_run_dir
 from apr_dist.gates.preflight import Preflight
@@ -32,23 +26,21 @@ from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharding import build_decoder, reshard
 from apr_dist.parallel.state import restore
 from apr_dist.parallel.watch import Watch
-from apr_dist.parallel.weights import draw_weights, load_weights
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.aborts import AbortRecord
+from apr_dist.training.arrival import Weights, build_model
 from apr_dist.training.checkpoint import json_bytes
 from apr_dist.training.compute import describe_compute
 from apr_dist.training.display import Display
 from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.progress import Start
-from apr_dist.training.random_start import RandomStart, can_measure, compare_with_random
 from apr_dist.training.resume import ResumePoint, flat
+from apr_dist.training.run_data import open_data
 from apr_dist.training.run_log import LOG_NAME, RunLog
 from apr_dist.training.saving import Saver
 from apr_dist.training.step_folders import CHECKPOINT_NAME, SavedState
-from apr_dist.training.stepping import TrainingData
 from apr_dist.training.trackers import Trackers
 from apr_dist.training.trainer import Trainer
 from apr_dist.training.verdict import Verdict
@@ -105,10 +97,10 @@ def execute(
     runtime.on_main(lambda: _open_run_dir(config, display, fresh=resumed is None))
     began = time.perf_counter()
     reader = preflight.reader if preflight else None
-    weights = _Weights(
+    weights = Weights(
         reader=reader, named=facts["weights_from"], compared=config.init is not None and resumed is None
     )
-    model, arrived, random_start = _build_model(config, model_config, weights, runtime, display)
+    model, arrived, random_start = build_model(config, model_config, weights, runtime, display)
     start = Start(
         model_config=model_config,
         from_init=config.init is not None,
@@ -213,73 +205,6 @@ def _open_run_dir(config: TrainConfig, display: Display, *, fresh: bool) -> None
     write_atomically(config.run_dir / CONFIG_NAME, config.to_yaml().encode())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Weights:
-    """Where the weights come from.
-
-    Attributes:
-        reader: the open file, on rank 0 only.
-        named: its path, on every rank; None draws random weights.
-        compared: whether random weights are measured first.
-    """
-
-    reader: AprReader | None
-    named: str | None
-    compared: bool
-
-
-def _build_model(
-    config: TrainConfig, model_config: TransformerConfig, weights: _Weights, runtime: Runtime, say: Display
-) -> tuple[Decoder, GateResult, RandomStart | None]:
-    began, random_start = time.perf_counter(), None
-    model = build_decoder(model_config, runtime)
-    digests: dict[str, str] = {}
-
-    def load() -> None:
-        digests.update(load_weights(model, weights.reader, runtime))
-
-    if weights.named is None:
-        digests.update(draw_weights(model, model_config, runtime, seed=config.seed))
-    elif weights.compared and config.evaluation.random_sequences and not config.synthetic:
-        random_start = _compare_with_random(config, model, model_config, runtime, load, say)
-    else:
-        load()
-    arrived = GateResult(
-        id="FALSIFY-APR-DIST-TRAINER-001",
-        gate="weights arrived in the network",
-        measured=f"{len(digests)} tensors from {weights.named or f'seed {config.seed}'}, digests equal on"
-        f" {runtime.world_size} rank(s)",
-        required="every digest equal to its source's, on every rank",
-    )
-    took = time.perf_counter() - began
-    say(f"gate passed: {arrived.gate}: {arrived.measured} ({took:.1f} s)  [{arrived.id}]")
-    return model, arrived, random_start
-
-
-def _compare_with_random(
-    config: TrainConfig,
-    model: Decoder,
-    model_config: TransformerConfig,
-    runtime: Runtime,
-    load: Callable[[], None],
-    say: Display,
-) -> RandomStart | None:
-    if not can_measure(runtime):
-        say(f"random weights are not compared under {runtime.strategy}")
-        load()
-        return None
-    asked = config.evaluation
-    held_out = _held_out(config, runtime, min(asked.random_sequences, asked.max_sequences or 2**31))
-    with contextlib.closing(held_out):
-        found = compare_with_random(model, model_config, runtime, held_out, seed=config.seed, load=load)
-    reshard(model)  # FSDP2 may keep parameters gathered after a forward that no backward follows
-    say(
-        f"random weights: loss {found.random_loss:.4f}; the init: {found.init_loss:.4f} on the same"
-        f" {found.tokens:,} held-out tokens"
-    )
-    return found
-
-
 def _train(session: _Session, watch: Watch) -> Verdict:
     config, runtime, start = session.config, session.runtime, session.start
     aborts = AbortRecord(
@@ -349,61 +274,3 @@ def _trainer(session: _Session, stack: contextlib.ExitStack) -> Trainer:
         restore(session.model, trainer.engine.optimizer, session.step_folder, runtime, exchange)
         session.display(f"going on after step {resumed.step}, with the optimizer state of that step")
     return trainer
-
-
-def open_data(
-    config: TrainConfig,
-    model_config: TransformerConfig,
-    runtime: Runtime,
-    stack: contextlib.ExitStack,
-    say: Display,
-) -> tuple[TrainingData, Iterable[torch.Tensor]]:
-    """This rank's training batches and held-out sequences, closed with the stack."""
-    micro = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
-    if config.synthetic:
-        made_up = SyntheticTokens(
-            vocab_size=model_config.vocab_size,
-            seq_length=config.seq_length,
-            batch_size=config.batch_size,
-            micro_batch=micro,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            seed=config.seed,
-        )
-        return made_up, SyntheticEvaluation(made_up)
-    loader = TokenLoader(
-        open_training_set(config.dataset, config.loader.mixture),
-        seq_length=config.seq_length,
-        global_batch=config.batch_size,
-        micro_batch=micro,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        seed=config.seed,
-        shuffle=config.loader.shuffle.value,
-        block_sequences=config.loader.block_sequences,
-        max_epochs=config.loader.max_epochs,
-        verify=config.loader.verify.value,
-        access=config.loader.access.value,
-        prefetch_batches=config.loader.prefetch_batches,
-        pin_memory=config.loader.pin_memory,
-    )
-    stack.callback(loader.close)
-    evaluation = _held_out(config, runtime, config.evaluation.max_sequences)
-    stack.callback(evaluation.close)
-    say(f"training on {loader.sequences_per_epoch:,} sequences; held out: {evaluation.describe()}")
-    return loader, evaluation
-
-
-def _held_out(config: TrainConfig, runtime: Runtime, max_sequences: int | None) -> EvaluationLoader:
-    assert config.val_dataset is not None
-    micro = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
-    return EvaluationLoader(
-        Manifest.load(config.val_dataset),
-        seq_length=config.seq_length,
-        micro_batch=config.evaluation.micro_batch_size or micro,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        max_sequences=max_sequences,
-        verify=config.loader.verify.value,
-        access=config.loader.access.value,
-    )

@@ -54,17 +54,17 @@ class StepGuard:
     """
 
     def __init__(self, options: GuardsSection, *, batch_size: int, state: GuardState) -> None:
-        self._options, self._batch_size, self.state = options, batch_size, state
+        self.options, self._batch_size, self.state = options, batch_size, state
 
     @property
     def each_step(self) -> bool:
         """Whether a step depends on the figures of the one before, which then have to be read first."""
-        options = self._options
+        options = self.options
         return options.on_spike is not OnSpike.OFF or options.on_nonfinite is OnNonFinite.SKIP
 
     def limits(self) -> tuple[float, float]:
         """The largest loss and the largest gradient norm the next update may have; infinite where any may."""
-        options, recent = self._options, self.state.recent
+        options, recent = self.options, self.state.recent
         if options.on_spike is OnSpike.OFF or len(recent) < options.spike_window:
             return math.inf, math.inf
         limit = options.spike_factor * statistics.median(recent)
@@ -78,7 +78,7 @@ class StepGuard:
             NumericalInstability: the run must end; its facts hold the numbers of batch and sequences.
         """
         facts = self._facts(batch, train_loss, grad_norm)
-        options = self._options
+        options = self.options
         if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
             if options.on_nonfinite is OnNonFinite.SKIP:
                 self._skip("it is not finite", facts)
@@ -108,11 +108,11 @@ class StepGuard:
         self.state.recent = [*self.state.recent, value][-options.spike_window :]
 
     def _skip(self, why: str, facts: dict[str, Any]) -> None:
-        if self.state.skipped >= self._options.max_skipped:
+        if self.state.skipped >= self.options.max_skipped:
             raise _stop(
                 f"{self.state.skipped} steps were skipped and this one would be the next: {why}",
                 facts,
-                expected=f"at most guards.max_skipped = {self._options.max_skipped} of them",
+                expected=f"at most guards.max_skipped = {self.options.max_skipped} of them",
                 remedy="look at those batches with apr-dist replay RUN_DIR --step K, and lower --lr",
             )
         self.state.skipped += 1

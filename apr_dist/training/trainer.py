@@ -16,7 +16,7 @@ import torch
 
 from apr_dist.config import TrainConfig
 from apr_dist.config_sections import Documents
-from apr_dist.errors import AprDistError, NumericalInstability
+from apr_dist.errors import AprDistError
 from apr_dist.gates.result import GateResult
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import prepare
@@ -31,24 +31,22 @@ from apr_dist.training.efficiency import (
     device_name,
     efficiency_of,
     gpu_utilisation,
-    host_peak_bytes,
     launch_text,
-    peak_bytes,
 )
 from apr_dist.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from apr_dist.training.garbage import collect, collected_on_request
 from apr_dist.training.guards import EarlyStop, check_targets, check_validation
-from apr_dist.training.metrics import MetricsFile, StepMetrics
+from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.optimizer import build_optimizer
 from apr_dist.training.progress import Progress, Start
+from apr_dist.training.recording import StepRecorder
 from apr_dist.training.saving import Saver
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, StopRequest, first_signal
 from apr_dist.training.step_folders import SavedState
-from apr_dist.training.step_guard import SkipStep, StepGuard
-from apr_dist.training.stepping import BatchFeed, Stepper, Taken, TrainingData
+from apr_dist.training.step_guard import StepGuard
+from apr_dist.training.stepping import BatchFeed, Stepper, TrainingData
 from apr_dist.training.verdict import (
-    Agreement,
     Status,
     evaluation_gates,
     final_gates,
@@ -106,7 +104,7 @@ class Trainer:
         if resumed is not None:
             done = train_data.progress(resumed.step)
             self.progress.data_epochs = {name: one.newest_pass for name, one in done.items()}
-        self.guard = StepGuard(config.guards, batch_size=config.batch_size, state=self.progress.guard)
+        guard = StepGuard(config.guards, batch_size=config.batch_size, state=self.progress.guard)
         self.began = time.perf_counter()
         set_up_compute(model, config, runtime.device)
         options = config.optimizer
@@ -119,12 +117,12 @@ class Trainer:
             offloaded=runtime.strategy.zero_stage > 0 and runtime.offload is not Offload.NONE,
         )
         self.schedule = schedule_of(config)
-        micro_batch = config.micro_batch_size or max(1, config.batch_size // runtime.world_size)
+        micro_batch = config.micro_batch(runtime.world_size)
         self.engine = prepare(model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
         self.efficiency = efficiency_of(start.model_config, config, runtime)
         self._launching = True
         self.log_every = config.log_every or (10 if runtime.device.type == "cuda" else 1)
-        if self.guard.each_step:
+        if guard.each_step:
             self.log_every = 1
         ignored, isolate = config.loader.ignored_ids, config.loader.documents is Documents.ISOLATE
         self.stepper = Stepper(
@@ -134,7 +132,17 @@ class Trainer:
             lr_at=self.schedule.lr_at,
             global_tokens=None if ignored else config.batch_size * config.seq_length,
             notes=self._notes,
-            limits=self.guard.limits,
+            limits=guard.limits,
+        )
+        self.recorder = StepRecorder(
+            runtime=runtime,
+            progress=self.progress,
+            train_data=train_data,
+            guard=guard,
+            go_on=self.stepper.go_on,
+            efficiency=self.efficiency,
+            metrics=metrics,
+            display=display,
         )
 
     def advance_to(self, batch: int) -> None:
@@ -268,7 +276,7 @@ class Trainer:
         gpu_util = gpu_utilisation(self.runtime.device)
         for taken in self.stepper.read():
             check_targets(step=taken.step + 1, targets=taken.targets)
-            self._judge(taken, gpu_util)
+            self.recorder.judge(taken, gpu_util)
             failed, *signals = taken.notes
             failures += failed
             signal_number = signal_number or first_signal(signals)
@@ -278,62 +286,6 @@ class Trainer:
             self._launching = False
             self.display(launch_text())
         return signal_number
-
-    def _judge(self, taken: Taken, gpu_util: float) -> None:
-        """Record a step that happened; or that it was skipped, or why it ends the run."""
-        try:
-            self.guard.check(batch=taken.step, train_loss=taken.train_loss, grad_norm=taken.grad_norm)
-        except SkipStep as skipped:
-            self.stepper.go_on()
-            self._count_passes(taken.step + 1)
-            self.metrics.event("skipped", {**skipped.facts, "why": skipped.why, "lr": taken.lr})
-            of = f"{self.guard.state.skipped} of at most {self.config.guards.max_skipped}"
-            self.display(f"step {taken.step + 1:>6}  skipped ({of}): {skipped.why}")
-        except NumericalInstability as error:
-            self.metrics.event("refused", error.facts)
-            error.told_by_rank_0 = not self.runtime.is_main  # every rank has the same figures
-            raise
-        else:
-            self._record(taken, gpu_util)
-
-    def _record(self, taken: Taken, gpu_util_pct: float) -> None:
-        state = self.progress
-        state.tokens_seen += taken.targets
-        state.train_loss = taken.train_loss
-        state.grad_norm_max = max(state.grad_norm_max, taken.grad_norm)
-        self._count_passes(taken.step + 1)
-        speed = taken.targets / taken.wall_s
-        line = StepMetrics(
-            step=taken.step + 1,
-            train_loss=taken.train_loss,
-            grad_norm=taken.grad_norm,
-            lr=taken.lr,
-            tokens_per_sec=speed,
-            gpu_util_pct=gpu_util_pct,
-            wall_ms=taken.wall_s * 1e3,
-            data_wait_ms=taken.data_wait_s * 1e3,
-            tokens_seen=state.tokens_seen,
-            data_epoch=max(state.data_epochs.values()),
-            data_epochs=dict(state.data_epochs),
-            mfu=self.efficiency.mfu(speed),
-            memory_bytes=peak_bytes(self.runtime.device),
-            host_memory_bytes=host_peak_bytes(),
-        )
-        self.metrics.step(line)
-        if taken.eval_loss is not None:
-            both = Agreement(step=line.step, train_loss=taken.train_loss, eval_loss=taken.eval_loss)
-            state.agreements.append(both)
-            self.metrics.event("agreement", asdict(both))
-
-    def _count_passes(self, steps: int) -> None:
-        """Say when a source of the training data begins again."""
-        state = self.progress
-        for name, progress in self.train_data.progress(steps).items():
-            newest = progress.newest_pass
-            if newest > state.data_epochs.get(name, 0):
-                seen = f"every sequence seen {newest} times"
-                self.display(f"training data {name}: pass {newest + 1} begins ({seen})")
-            state.data_epochs[name] = newest
 
     def _evaluate_and_save(self) -> float:
         """The validation loss of this step, which is saved with it; or, on a signal, without it."""

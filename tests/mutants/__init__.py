@@ -1,6 +1,6 @@
 """The ways of breaking the code that ``mutate.py`` tries, each with the falsifier that must notice."""
 
-from mutants import data, gates, judging, model_and_files, training
+from mutants import data, gates, judging, model_and_files, processes, training
 from mutants.change import Change
 
 __all__ = ["MUTANTS", "Change"]
@@ -9,6 +9,7 @@ MUTANTS: tuple[Change, ...] = (
     *gates.MUTANTS,
     *model_and_files.MUTANTS,
     *training.MUTANTS,
+    *processes.MUTANTS,
     *data.MUTANTS,
     *judging.MUTANTS,
 )

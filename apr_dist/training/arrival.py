@@ -1,0 +1,92 @@
+"""Weights on their way into the network: built empty, measured with random weights, loaded, proven."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from apr_dist.apr.reader import AprReader
+from apr_dist.config import TrainConfig
+from apr_dist.gates.result import GateResult
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.transformer import Decoder
+from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.sharding import build_decoder, reshard
+from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.training.display import Display
+from apr_dist.training.random_start import RandomStart, can_measure, compare_with_random
+from apr_dist.training.run_data import held_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where the weights come from.
+
+    Attributes:
+        reader: the open file, on rank 0 only.
+        named: its path, on every rank; None draws random weights.
+        compared: whether random weights are measured first.
+    """
+
+    reader: AprReader | None
+    named: str | None
+    compared: bool
+
+
+def build_model(
+    config: TrainConfig, model_config: TransformerConfig, weights: Weights, runtime: Runtime, say: Display
+) -> tuple[Decoder, GateResult, RandomStart | None]:
+    """The network with its weights in place, the gate that says so, and what random weights measured before.
+
+    Raises:
+        WeightsRefused: on every rank: a tensor is not its source's.
+    """
+    began, random_start = time.perf_counter(), None
+    model = build_decoder(model_config, runtime)
+    digests: dict[str, str] = {}
+
+    def load() -> None:
+        digests.update(load_weights(model, weights.reader, runtime))
+
+    if weights.named is None:
+        digests.update(draw_weights(model, model_config, runtime, seed=config.seed))
+    elif weights.compared and config.evaluation.random_sequences and not config.synthetic:
+        random_start = _compare_with_random(config, model, model_config, runtime, load, say)
+    else:
+        load()
+    arrived = GateResult(
+        id="FALSIFY-APR-DIST-TRAINER-001",
+        gate="weights arrived in the network",
+        measured=f"{len(digests)} tensors from {weights.named or f'seed {config.seed}'}, digests equal on"
+        f" {runtime.world_size} rank(s)",
+        required="every digest equal to its source's, on every rank",
+    )
+    took = time.perf_counter() - began
+    say(f"gate passed: {arrived.gate}: {arrived.measured} ({took:.1f} s)  [{arrived.id}]")
+    return model, arrived, random_start
+
+
+def _compare_with_random(
+    config: TrainConfig,
+    model: Decoder,
+    model_config: TransformerConfig,
+    runtime: Runtime,
+    load: Callable[[], None],
+    say: Display,
+) -> RandomStart | None:
+    if not can_measure(runtime):
+        say(f"random weights are not compared under {runtime.strategy}")
+        load()
+        return None
+    asked = config.evaluation
+    sample = held_out(config, runtime, min(asked.random_sequences, asked.max_sequences or 2**31))
+    with contextlib.closing(sample):
+        found = compare_with_random(model, model_config, runtime, sample, seed=config.seed, load=load)
+    reshard(model)  # FSDP2 may keep parameters gathered after a forward that no backward follows
+    say(
+        f"random weights: loss {found.random_loss:.4f}; the init: {found.init_loss:.4f} on the same"
+        f" {found.tokens:,} held-out tokens"
+    )
+    return found

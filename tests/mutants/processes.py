@@ -1,0 +1,125 @@
+"""Ways of breaking the processes, and what they save and go on from."""
+
+from mutants.change import (
+    CHECKPOINT,
+    DISTRIBUTED,
+    RUNTIME,
+    STEPPING,
+    TRAINER,
+    TRAINER_FILE,
+    VERDICT,
+    WATCH,
+    Change,
+)
+
+MUTANTS: tuple[Change, ...] = (
+    Change(
+        CHECKPOINT + "005",
+        "a reopened checkpoint is not compared",
+        VERDICT,
+        "    if recorded is None:\n        return []",
+        "    if recorded is not None:\n        return []",
+    ),
+    Change(
+        DISTRIBUTED + "001",
+        "the active strategy is not compared",
+        RUNTIME,
+        "    fits = (wanted is not Strategy.SINGLE) == several",
+        "    fits = wanted is not None or several",
+    ),
+    Change(
+        DISTRIBUTED + "002",
+        "gradients are not scaled by the world size",
+        STEPPING,
+        "        scale = self._runtime.world_size / counted",
+        "        scale = 1 / counted",
+    ),
+    Change(
+        DISTRIBUTED + "003",
+        "only rank 0 hears of its refusal",
+        RUNTIME,
+        "        if fields is not None:\n            raise",
+        "        if fields is not None and self.is_main:\n            raise",
+    ),
+    Change(
+        DISTRIBUTED + "005",
+        "under DDP rank 0 keeps the file's values to itself",
+        "apr_dist/parallel/pieces.py",
+        "            parameter.data.copy_(values)\n        runtime.broadcast(parameter.data)",
+        "            parameter.data.copy_(values)\n        runtime.barrier()",
+        also=(TRAINER + "001", DISTRIBUTED + "002"),
+    ),
+    Change(
+        DISTRIBUTED + "020",
+        "a spike is not held back",
+        "apr_dist/parallel/engine.py",
+        " | (norm > norm_limit)",
+        "",
+    ),
+    Change(
+        DISTRIBUTED + "021",
+        "a sequence that is not finite is one of many",
+        "apr_dist/training/replay.py",
+        "        wrong = [one for one in self.sequences if not one.is_finite]",
+        "        wrong = [one for one in self.sequences if one.is_finite]",
+    ),
+    Change(
+        DISTRIBUTED + "022",
+        "a killed rank is nobody's concern",
+        WATCH,
+        "            if messages is None:\n                self._learn(self._death(rank), witnessed=True)",
+        "            if messages is None:\n                self._death(rank)",
+        also=(DISTRIBUTED + "006",),
+    ),
+    Change(
+        DISTRIBUTED + "006",
+        "a failure is known on its own rank only",
+        WATCH,
+        '                line.send({"kind": "fail", **asdict(failure)})\n        self._told.set()',
+        "                continue\n        self._told.set()",
+    ),
+    Change(
+        CHECKPOINT + "002",
+        "what was written is not read back",
+        "apr_dist/parallel/gather.py",
+        "            if found != hashed.hexdigest():",
+        "            if found is None:",
+    ),
+    Change(
+        CHECKPOINT + "006",
+        "digests of a step folder are not compared",
+        "apr_dist/training/step_folders.py",
+        "        if not file.is_file() or file_digest(file) != digest:",
+        "        if not file.is_file():",
+    ),
+    Change(
+        CHECKPOINT + "007",
+        "another setting is no other run",
+        "apr_dist/training/resume.py",
+        "    if changed:\n",
+        "    if changed and not before:\n",
+    ),
+    Change(
+        CHECKPOINT + "008",
+        "a resume forgets the moments",
+        "apr_dist/training/run.py",
+        "        restore(session.model, trainer.engine.optimizer, session.step_folder, runtime, exchange)",
+        "        del exchange",
+    ),
+    Change(
+        CHECKPOINT + "009",
+        "the last good folder goes before the new one is whole",
+        "apr_dist/training/saving.py",
+        "        self._runtime.on_main(lambda: _make(job.folder))\n",
+        "        self._runtime.on_main(lambda: _make(job.folder))\n"
+        "        for old in (self._run_dir / 'steps').glob('*/state.json'):\n            old.unlink()\n"
+        "        time.sleep(2.0)\n",
+    ),
+    Change(
+        DISTRIBUTED + "004",
+        "a signal ends the run without a save",
+        TRAINER_FILE,
+        "            if signal_number:\n                self._save()\n",
+        "            if signal_number:\n",
+    ),
+)
