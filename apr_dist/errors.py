@@ -29,6 +29,30 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
     TERMINATED = 143
 
+    @property
+    def meaning(self) -> str:
+        """What the code tells the one who started the process."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    ExitCode.OK: "done, and every ship-blocking gate passed",
+    ExitCode.INTERNAL: "a defect of this project; run again with `--debug` and report it",
+    ExitCode.USAGE: "a wrong flag, key or combination",
+    ExitCode.MODEL_FILE: "the model file is missing, not APR v2, unsupported, or damaged",
+    ExitCode.GATE: "a gate refused: architecture, weights, vocabulary, or the step-0 loss",
+    ExitCode.DATA: "shards, manifest, tokenizer or corpus cannot be used",
+    ExitCode.OUTPUT: "the output exists, is not writable, or the disk is full",
+    ExitCode.DIVERGENCE: "the validation loss left its band",
+    ExitCode.NUMERICAL_INSTABILITY: "a loss or gradient norm is NaN or infinite;"
+    " the weights were not touched",
+    ExitCode.DISTRIBUTED: "the processes or strategy that run are not the ones asked for, one of them died,"
+    " or none moves any more",
+    ExitCode.VERDICT: "the run ended, and a ship-blocking gate of its verdict failed",
+    ExitCode.INTERRUPTED: "SIGINT (Ctrl-C); of a training the step just finished was saved",
+    ExitCode.TERMINATED: "SIGTERM; of a training the step just finished was saved",
+}
+
 
 class AprDistError(Exception):
     """Base of every error of this project.

@@ -17,6 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "docs" / "_ext"))
 import page_parts
 from cures import CURES
 from refusals import judged, refusals
+from stored_parts import STORED, names_in, refreshed
 
 RUN = [page for page in PAGES if any(not block.not_run for block in blocks(page))]
 
@@ -93,3 +94,17 @@ def test_every_verb_has_its_help_in_the_reference() -> None:
     for verb in page_parts.VERBS:
         assert f"\n## apr-dist {verb}\n" in page
         assert f"usage: apr-dist {verb}" in page
+
+
+def test_every_stored_part_is_what_the_code_says_and_stands_in_one_page() -> None:
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    for page, text in texts.items():
+        assert text == refreshed(text), f"{name(page)}: run python docs/_ext/stored_parts.py"
+    assert sorted(part for text in texts.values() for part in names_in(text)) == sorted(STORED)
+
+
+def test_a_stored_part_that_drifted_is_noticed() -> None:
+    page = (REPOSITORY / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    drifted = page.replace("| 4 | GATE |", "| 5 | GATE |")
+    assert drifted != page
+    assert refreshed(drifted) == page

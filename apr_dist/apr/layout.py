@@ -31,7 +31,21 @@ MAX_TENSORS: Final = 1 << 18
 DAMAGED: Final = "FALSIFY-APR-DIST-CHECKPOINT-001"
 """Falsifier of every refusal of a damaged file."""
 
-_HEADER = struct.Struct("<4sBBHIQIQQI20s")
+HEADER_FIELDS: Final = (
+    ("4s", "magic: `APR` and a zero byte"),
+    ("BB", "version, major and minor: 2, 0"),
+    ("H", "flags"),
+    ("I", "number of tensors"),
+    ("Q", "offset of the metadata, 64 when written"),
+    ("I", "size of the metadata, without padding"),
+    ("Q", "offset of the tensor index"),
+    ("Q", "offset of the tensor data"),
+    ("I", "CRC32 of bytes 0-39 and 44-63"),
+    ("20s", "reserved: zero when written, kept by the checksum when read"),
+)
+"""The 64 bytes in order: type as ``struct`` names it (little-endian, no padding), and what it holds."""
+
+_HEADER = struct.Struct("<" + "".join(code for code, _ in HEADER_FIELDS))
 _CHECKSUM_OFFSET = 40
 _ENTRY_TAIL = struct.Struct("<QQ")
 _MIN_ENTRY_BYTES = 20

@@ -33,13 +33,15 @@ WRONG_MAGIC: Final = "FALSIFY-APR-PRETRAIN-INIT-004"
 """Falsifier of every refusal of an empty file or another format."""
 
 _OLD_MAGICS = {b"APRN": "APR v1", b"APR1": "APR v1", b"APR2": "an early APR v2 draft"}
-_REFUSED_FLAGS = {
+REFUSED_FLAGS: Final = {
     Flag.LZ4: "its contents are LZ4-compressed",
     Flag.ZSTD: "its contents are zstd-compressed",
     Flag.ENCRYPTED: "its contents are encrypted",
     Flag.SIGNED: "it carries a signature that cannot be checked",
     Flag.COLUMN_MAJOR: "its matrices are column-major, the mark of an unfinished conversion",
 }
+"""Header flags that end the reading of a file, each with what it says of the file."""
+
 _KNOWN_FLAGS = sum(Flag)
 _MAX_ELEMENTS = 1 << 48
 
@@ -109,7 +111,7 @@ def check_header(header: Header, file_bytes: int, *, where: Path) -> None:
 
 
 def _check_flags(flags: Flag, where: Path) -> None:
-    reasons = [f"{reason} (flag {flag.name})" for flag, reason in _REFUSED_FLAGS.items() if flags & flag]
+    reasons = [f"{reason} (flag {flag.name})" for flag, reason in REFUSED_FLAGS.items() if flags & flag]
     unknown = flags & ~_KNOWN_FLAGS
     if unknown:
         reasons.append(f"it sets flag bits nobody defined ({int(unknown):#06x})")
