@@ -13,12 +13,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from apr_dist.config import TrainConfig, flag_of, leaves, nearest
 from apr_dist.errors import UsageError
+from apr_dist.parsing import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         UsageError: missing, not YAML, or not a mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"the configuration file cannot be read ({error.strerror})",
@@ -75,9 +75,9 @@ def read_tree(path: Path) -> dict[str, Any]:
             expected="a YAML file",
             remedy="give the path of one of configs/*.yaml",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(
-            f"the configuration is not YAML ({' '.join(str(error).split())})",
+            f"the configuration is not YAML ({error})",
             where=path,
             expected="YAML text",
         ) from error

@@ -249,6 +249,15 @@ class VerdictFailed(AprDistError):
     exit_code = ExitCode.VERDICT
 
 
+def internal_error(error: BaseException) -> AprDistError:
+    """What a front door says of an error that nothing in this project foresaw."""
+    text = " ".join(str(error).split())[:2000]
+    return AprDistError(
+        f"internal error: {type(error).__name__}: {text}",
+        remedy="run again with --debug for the traceback, and report it",
+    )
+
+
 def _kinds() -> dict[str, type[AprDistError]]:
     kinds: dict[str, type[AprDistError]] = {}
     pending: list[type[AprDistError]] = [AprDistError]

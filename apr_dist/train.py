@@ -21,7 +21,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from apr_dist.config import TrainConfig
 from apr_dist.config_input import Invocation, parse_command_line
-from apr_dist.errors import AprDistError, ExitCode
+from apr_dist.errors import AprDistError, ExitCode, internal_error
 from apr_dist.gates.preflight import Preflight, run_preflight
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
@@ -102,7 +102,7 @@ def _ask_gates(
     except AprDistError as refusal:
         return None, None, refusal
     except Exception as error:  # the other ranks are on their way to a group that must hear of it
-        internal = _internal(error)
+        internal = internal_error(error)
         internal.__cause__ = error
         return None, None, internal
     too_few = under_trained(config, found.model_config.parameter_count())
@@ -150,7 +150,7 @@ def _conclude(error: BaseException, rank: int, watch: Watch) -> ExitCode:
         return ExitCode(failure.code)
     if not isinstance(error, AprDistError):
         interrupted = isinstance(error, KeyboardInterrupt)
-        error = as_error(signal.SIGINT, f"while {HERE.phase}") if interrupted else _internal(error)
+        error = as_error(signal.SIGINT, f"while {HERE.phase}") if interrupted else internal_error(error)
     if not error.told_by_rank_0:
         place = f" on rank {rank}, at step {HERE.step} while {HERE.phase}" if rank else ""
         print(f"error{place}: {error}", file=sys.stderr, flush=True)
@@ -158,14 +158,6 @@ def _conclude(error: BaseException, rank: int, watch: Watch) -> ExitCode:
             print(f"cause and cure: {error.page}", file=sys.stderr, flush=True)
         watch.fail(error.exit_code, str(error))
     return error.exit_code
-
-
-def _internal(error: BaseException) -> AprDistError:
-    text = " ".join(str(error).split())[:2000]
-    return AprDistError(
-        f"internal error: {type(error).__name__}: {text}",
-        remedy="run again with --debug for the traceback, and report it",
-    )
 
 
 def _leave(code: int) -> None:

@@ -18,6 +18,7 @@ from builders.files import (
     write_tokenizer,
 )
 
+from apr_dist.apr.reader import AprReader
 from apr_dist.cli import main
 from apr_dist.errors import ExitCode
 from apr_dist.interop.gguf_export import GgufType, export_gguf
@@ -86,6 +87,52 @@ def test_a_bad_path_is_refused_by_name_and_nothing_changes(
     assert main(command.split()) == code
     assert words in capfd.readouterr().err
     assert listing(here) == before
+
+
+DEEP = {
+    "tokenize import-hf deep/tokenizer.json -o y": ExitCode.DATA,
+    "tokenize encode-corpus --corpus text.txt --tokenizer deep --output y": ExitCode.DATA,
+    "tokenize verify deep": ExitCode.DATA,
+    "stamp x.apr --tokenizer deep -o y.apr": ExitCode.DATA,
+    "report deep": ExitCode.USAGE,
+    "verdict deep": ExitCode.USAGE,
+    "config check deep/config.yaml": ExitCode.USAGE,
+    "plan --config deep/config.yaml": ExitCode.USAGE,
+    "plan --mode from-scratch --model deep/config.json": ExitCode.USAGE,
+    "import deep -o y.apr": ExitCode.MODEL_FILE,
+}
+"""Each reads a text nested beyond what its parser can follow."""
+
+
+@pytest.mark.parametrize("command", DEEP)
+def test_a_text_nested_without_end_is_one_more_malformed_text(
+    here: Path, command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / "deep").mkdir()
+    for name in ("tokenizer.json", "manifest.json", "config.yaml", "config.json", "verdict.json"):
+        (here / "deep" / name).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    (here / "deep" / "model.safetensors").touch()
+    (here / "text.txt").write_text("some text")
+    before = listing(here)
+    assert main(command.split()) == DEEP[command]
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "internal error" not in said
+    assert listing(here) == before
+
+
+def test_an_error_nobody_foresaw_is_one_paragraph_and_the_code_of_a_defect(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by nothing")
+
+    monkeypatch.setattr(AprReader, "__init__", break_down)
+    for flags, shown in (((), False), (("--debug",), True)):
+        assert main(["inspect", str(here / "x.apr"), *flags]) == ExitCode.INTERNAL
+        said = capfd.readouterr().err
+        assert "error: internal error: ZeroDivisionError: division by nothing. To mend it: run again" in said
+        assert ("Traceback" in said) is shown
 
 
 def test_without_permission_nothing_is_read_or_written(capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import tyro
 
 from apr_dist import __version__
-from apr_dist.errors import AprDistError, ExitCode, Terminated, UsageError
+from apr_dist.errors import AprDistError, ExitCode, Interrupted, Terminated, UsageError, internal_error
 
 VERBS: Mapping[str, str] = {
     "import": "files:import_file",
@@ -60,22 +60,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(given)
-    except AprDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.page:
-            print(f"cause and cure: {error.page}", file=sys.stderr)
-        code = error.exit_code
-        if debug:
-            traceback.print_exc()
     except BrokenPipeError:  # the reader of a pipe, such as head, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.OK
+        return int(ExitCode.OK)
     except KeyboardInterrupt:
-        print("error: interrupted; nothing half-written was left behind", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
+        return int(_conclude(Interrupted("interrupted; nothing half-written was left behind"), debug=debug))
+    except Exception as error:  # the front door: no bare traceback leaves it
+        known = error if isinstance(error, AprDistError) else internal_error(error)
+        return int(_conclude(known, debug=debug))
     finally:
         signal.signal(signal.SIGTERM, before)
-    return int(code)
+
+
+def _conclude(error: AprDistError, *, debug: bool) -> ExitCode:
+    print(f"error: {error}", file=sys.stderr)
+    if error.page:
+        print(f"cause and cure: {error.page}", file=sys.stderr)
+    if debug:
+        traceback.print_exc()
+    return error.exit_code
 
 
 def _terminate(*_: object) -> NoReturn:

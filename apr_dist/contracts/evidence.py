@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apr_dist.parsing import parse_json
+
 SCHEMA = "apr-dist-evidence-v1"
 RULES = 1
 """Version of the rules a run is judged by; evidence judged by others has to be made again."""
@@ -52,7 +54,7 @@ def sign(verdict: Mapping[str, Any]) -> dict[str, Any]:
 def read_verdict(path: Path) -> dict[str, Any] | str:
     """The signed verdict at ``path``, or why it is not one as it was signed."""
     try:
-        verdict = json.loads(path.read_text(encoding="utf-8"))
+        verdict = parse_json(path.read_text(encoding="utf-8"))
     except OSError:
         return "does not exist"
     except ValueError:

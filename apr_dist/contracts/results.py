@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+from apr_dist.parsing import parse_json
+
 RESULTS_FILE = Path(".build/falsifiers.json")
 """Where a test run leaves its results, relative to the repository."""
 
@@ -131,7 +133,7 @@ def record_mutants(root: Path, mutants: Sequence[Mutant]) -> Path:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

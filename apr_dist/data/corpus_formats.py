@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import BinaryIO, TypeAlias, cast
 
 from apr_dist.errors import CorpusError
+from apr_dist.parsing import parse_json
 
 STDIN = Path("-")
 # A document is tokenized and split as one; this bounds the memory that one can take.
@@ -162,10 +162,10 @@ def _jsonl(path: Path, file: BinaryIO, text_key: str, skip: int) -> Iterator[Rec
 
 def _parse_line(raw: bytes, text_key: str, path: Path, line: int) -> Record:
     try:
-        fields = json.loads(raw.decode())
+        fields = parse_json(raw.decode())
     except UnicodeDecodeError as error:
         return BadRecord(Problem.BAD_LINE, f"not UTF-8 at byte {error.start}", path, line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return BadRecord(Problem.BAD_LINE, f"not JSON ({error})", path, line)
     if not isinstance(fields, dict):
         return BadRecord(Problem.BAD_LINE, f"a JSON {type(fields).__name__}, not an object", path, line)

@@ -19,6 +19,7 @@ from apr_dist.atomic_files import writing_to
 from apr_dist.data.manifest_file import Shard
 from apr_dist.data.split_writer import OpenShard
 from apr_dist.errors import OutputError
+from apr_dist.parsing import parse_json
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -167,7 +168,7 @@ class Journal:
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         self._file.truncate(whole)
-        return [json.loads(line) for line in content[:whole].splitlines()]
+        return [parse_json(line) for line in content[:whole].splitlines()]
 
     def _append(self, line: Mapping[str, object]) -> None:
         with writing_to(self._path):

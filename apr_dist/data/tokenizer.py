@@ -21,6 +21,7 @@ from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.data.manifest_file import TokenizerIdentity
 from apr_dist.data.tokenizer_json import TokenizerJson, parse_tokenizer_json, unencodable_bytes
 from apr_dist.errors import OutputError, TokenizerError
+from apr_dist.parsing import parse_json
 
 TOKENIZER_NAME = "tokenizer.json"
 INFO_NAME = "tokenizer_info.json"
@@ -194,7 +195,7 @@ def _declared_tokens(folder: Path) -> dict[str, str]:
         if not path.is_file():
             continue
         try:
-            recorded = json.loads(path.read_bytes())
+            recorded = parse_json(path.read_bytes())
         except ValueError as error:
             raise TokenizerError(f"it is not JSON ({error})", where=path) from error
         fields = recorded.get(key, {}) if key and isinstance(recorded, dict) else recorded
@@ -217,7 +218,7 @@ def _check_info(folder: Path, identity: TokenizerIdentity) -> None:
     path = folder / INFO_NAME
     if not path.is_file():
         return
-    recorded = json.loads(path.read_bytes())
+    recorded = parse_json(path.read_bytes())
     if recorded.get("sha256") != identity.sha256:
         raise TokenizerError(
             f"tokenizer.json changed after its import (sha256 {identity.sha256[:16]}...)",

@@ -6,13 +6,13 @@ work, opened in ``tokenizer``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from apr_dist.errors import TokenizerError
+from apr_dist.parsing import parse_json
 
 FALSIFIER_NOT_BPE = "FALSIFY-TOK-IMPORT-HF-005"
 
@@ -46,7 +46,7 @@ def parse_tokenizer_json(content: bytes, *, where: Path) -> TokenizerJson:
         TokenizerError: not JSON, another kind than BPE (named), or fields of a wrong type.
     """
     try:
-        recorded = json.loads(content)
+        recorded = parse_json(content)
     except ValueError as error:
         raise TokenizerError(f"it is not JSON ({error})", where=where, expected="a tokenizer.json") from error
     model = recorded.get("model") if isinstance(recorded, dict) else None

@@ -6,7 +6,6 @@ family, its dimensions, every shape, every value, the vocabulary, the data, the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from apr_dist.gates.documents import check_documents
 from apr_dist.gates.output import check_run_dir
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
+from apr_dist.parsing import parse_json
 
 BYTES_PER_WEIGHT = 12
 """A step folder holds a weight and its two AdamW moments, each in f32."""
@@ -131,7 +131,7 @@ def model_from_name(name: str) -> TransformerConfig:
     try:
         if not path.is_file():  # reading a FIFO would wait for ever
             raise FileNotFoundError("no regular file")
-        keys = json.loads(path.read_text(encoding="utf-8"))
+        keys = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"the architecture file cannot be read ({error})",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from apr_dist.errors import TokenizerError, UsageError
+from apr_dist.parsing import parse_json
 
 
 def chat_template(stated: str | None, files: Mapping[str, bytes], *, where: Path) -> str | None:
@@ -26,7 +27,7 @@ def chat_template(stated: str | None, files: Mapping[str, bytes], *, where: Path
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode(errors="replace")
     try:
-        found = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        found = parse_json(files.get("tokenizer_config.json", b"{}")).get("chat_template")
     except (ValueError, AttributeError) as error:
         raise TokenizerError(f"tokenizer_config.json is not a JSON object ({error})", where=where) from error
     if isinstance(found, list):  # several by name; the one called default speaks

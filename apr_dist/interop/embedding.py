@@ -19,6 +19,7 @@ from apr_dist.apr.layout import MAX_METADATA_BYTES, TOKENIZER_TEXT, VOCABULARY
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import TokenizerError
+from apr_dist.parsing import parse_json
 
 FILES_KEY: Final = "apr_dist.files"
 
@@ -70,7 +71,7 @@ def embed_text(
     if _fits(plain):
         return plain, ()
     needed = {name: text for name, text in (files or {}).items() if name not in _DERIVED}
-    short = json.dumps(json.loads(content), ensure_ascii=False, separators=(",", ":"))
+    short = json.dumps(parse_json(content), ensure_ascii=False, separators=(",", ":"))
     tight = _with_files(metadata.with_custom(keys | {TOKENIZER_TEXT: short}), needed)
     if _fits(tight):
         return tight, ("tokenizer.json is embedded without its white space, to fit the 16 MiB of metadata",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import UnsupportedModelFile
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
+from apr_dist.parsing import parse_json
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _SPECIAL_IDS: Final = {
@@ -48,7 +48,7 @@ def gguf_tokenizer(metadata: AprMetadata, *, rows: int, where: Path) -> GgufToke
     if not isinstance(text, str):
         return None
     facts = parse_tokenizer_json(text.encode(), where=where)
-    recorded = json.loads(text)
+    recorded = parse_json(text)
     vocabulary = facts.effective_vocabulary
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [_UNUSED] * rows
     if max(vocabulary.values(), default=-1) >= rows:

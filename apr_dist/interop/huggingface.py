@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from apr_dist.apr.bounded_json import parse_object
 from apr_dist.apr.files import MISSING, map_readonly
@@ -39,6 +38,7 @@ from apr_dist.interop.embedding import embed_tokenizer
 from apr_dist.interop.hf_config import metadata_from_config, read_config
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
 from apr_dist.interop.tie import EMBEDDING, HEAD
+from apr_dist.parsing import parse_yaml
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -253,8 +253,8 @@ def _front_matter(folder: Path) -> dict[str, str]:
     if match is None:
         return {}
     try:
-        facts = yaml.safe_load(match[1])
-    except yaml.YAMLError:
+        facts = parse_yaml(match[1])
+    except ValueError:
         return {}  # a broken card says nothing about the weights
     facts = facts if isinstance(facts, dict) else {}
     found: dict[str, str] = {}

@@ -25,6 +25,7 @@ from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.moments import MOMENTS, fill_moments
 from apr_dist.parallel.pieces import Piece, whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parsing import parse_json
 
 STATE_DAMAGED = "FALSIFY-APR-DIST-CHECKPOINT-006"
 INDEX_NAME = "optimizer.json"
@@ -120,7 +121,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX_NAME
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT or not index["files"]:
             raise ValueError(f"format {index['format']} with {len(index['files'])} files")
         int(index["updates"])
@@ -225,7 +226,7 @@ class _Parts:
         if path not in self._opened:
             file = _opened(path)
             try:
-                places = json.loads(file.metadata()["places"])  # type: ignore[no-untyped-call]
+                places = parse_json(file.metadata()["places"])  # type: ignore[no-untyped-call]
             except (ValueError, KeyError, TypeError) as error:
                 raise _damaged(path, f"it does not say what it holds ({error})") from error
             self._opened[path] = (file, places)

@@ -20,6 +20,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.config_input import read_yaml, validate
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.gates.result import GateResult
+from apr_dist.parsing import parse_json
 from apr_dist.report.run_folder import CONFIG_NAME, METRICS_NAME, VERDICT_NAME
 from apr_dist.training.run_log import LOG_NAME
 from apr_dist.training.verdict import Agreement, Status, evaluation_gates, final_gates, step_zero_gates
@@ -236,7 +237,7 @@ def _text(path: Path) -> str:
 
 def _json(path: Path, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise _not_a_run(path, f"it is not JSON ({error})") from error
     if not isinstance(found, dict):

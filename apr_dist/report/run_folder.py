@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from apr_dist.config_input import read_tree
 from apr_dist.errors import UsageError
+from apr_dist.parsing import parse_json
 
 METRICS_NAME, VERDICT_NAME, CONFIG_NAME = "metrics.jsonl", "verdict.json", "config.yaml"
 
@@ -126,7 +126,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise UsageError(f"not JSON ({error})", where=path, expected="what a run writes there") from error
     if not isinstance(found, dict):

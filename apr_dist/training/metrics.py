@@ -11,6 +11,7 @@ from typing import IO, Any, Self
 
 from apr_dist.atomic_files import write_atomically
 from apr_dist.errors import NumericalInstability, OutputError
+from apr_dist.parsing import parse_json
 
 MAY_BE_UNKNOWN = ("mfu", "memory_bytes", "host_memory_bytes")
 """Figures that are null where the machine does not tell."""
@@ -137,4 +138,4 @@ def _lines_up_to(path: Path, step: int) -> bytes:
     if not path.exists():
         return b""
     lines = path.read_bytes().splitlines(keepends=True)
-    return b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step)
+    return b"".join(line for line in lines if line.endswith(b"\n") and parse_json(line)["step"] <= step)

@@ -8,7 +8,6 @@ computed as a whole and sequence by sequence. Nothing is updated by it and nothi
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.state import restore
 from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.parsing import parse_json
 from apr_dist.training.config_text import load_config
 from apr_dist.training.display import Display
 from apr_dist.training.evaluation import Batch
@@ -147,7 +147,7 @@ def replay(run_dir: Path, *, step: int | None, device: str | None, say: Callable
 def _step(run_dir: Path, step: int | None, config: TrainConfig) -> int:
     if step is None:
         with contextlib.suppress(OSError, ValueError):
-            step = json.loads((run_dir / VERDICT_NAME).read_text())["facts"].get("step")
+            step = parse_json((run_dir / VERDICT_NAME).read_text())["facts"].get("step")
     if step is None or not 1 <= step <= config.num_steps:
         raise UsageError(
             "no step was named, and the run was not refused for one" if step is None else f"step is {step}",
@@ -257,5 +257,5 @@ def _reader_of_text(config: TrainConfig) -> Callable[[torch.Tensor], str | None]
 def _recorded(run_dir: Path, step: int) -> dict[str, Any] | None:
     path = run_dir / METRICS_NAME
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [one for one in map(json.loads, lines) if one.get("step") == step]
+    found = [one for one in map(parse_json, lines) if one.get("step") == step]
     return next((one for one in found if one["kind"] in {"step", "refused", "skipped"}), None)

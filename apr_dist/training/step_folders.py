@@ -19,6 +19,7 @@ from typing import Any
 from apr_dist.atomic_files import flush_folder, write_atomically, writing_to
 from apr_dist.errors import DamagedModelFile
 from apr_dist.parallel.state import INDEX_NAME, STATE_DAMAGED, file_digest, read_index
+from apr_dist.parsing import parse_json
 
 CHECKPOINT_NAME = "checkpoint.apr"
 STATE_NAME = "state.json"
@@ -123,7 +124,7 @@ def read_state(folder: Path) -> SavedState:
     """
     path = folder / STATE_NAME
     try:
-        state = SavedState(**json.loads(path.read_text(encoding="utf-8")))
+        state = SavedState(**parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(path, f"the state cannot be read ({error})") from error
     if state.version != STATE_VERSION:
