@@ -143,7 +143,6 @@ def start(
         cpu_threads: threads per process on CPU; None divides the cores among local processes.
         timeout_s: longest a collective may wait, in seconds.
         shard_size: ranks that share one copy of the parameters under ``hsdp``; None: those of one machine.
-
         offload: what lies in host memory: a value of `Offload`.
 
     Raises:
