@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from builders.runs import Inputs
 
-STEPS = 30
+STEPS = 80
+"""Enough that a rank is there to be killed long after the first save."""
 
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from builders.runs import Inputs
 
 
+HANG_S = 12
+"""Longer than anything a rank does at once here, however busy the machine is."""
+
+
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
     return [*given, "--lr", "1e-4", "--parallel.strategy", "ddp", *more]
@@ -34,7 +38,7 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def running(inputs: Inputs, run_dir: Path) -> Iterator[Launch]:
     """Two ranks in the middle of training, for as long as it takes."""
-    started = launch(*flags(inputs, run_dir, *ENDLESS, "--parallel.hang-s", "5"))
+    started = launch(*flags(inputs, run_dir, *ENDLESS, "--parallel.hang-s", str(HANG_S)))
     started.wait_for(r"^step +3/")
     yield started
     started.end()
@@ -85,13 +89,13 @@ def test_ranks_hear_of_the_death_of_rank_0_too(running: Launch) -> None:
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-006")
 def test_a_hang_names_rank_step_and_phase_and_shows_every_stack(running: Launch, run_dir: Path) -> None:
-    """Rank 1 is frozen: its host answers, and nothing moves; for half the time, that changes nothing."""
+    """Rank 1 is frozen: its host answers, and nothing moves; for a part of the time, that changes nothing."""
     running.ranks[1].send_signal(signal.SIGSTOP)
-    time.sleep(2.5)
+    time.sleep(3)
     running.ranks[1].send_signal(signal.SIGCONT)
     running.wait_for(rf"^step +{metrics(run_dir)[-1]['step'] + 5}/")
     running.ranks[1].send_signal(signal.SIGSTOP)
-    running.wait_for("no rank has moved for 5 s", within_s=20)
+    running.wait_for(f"no rank has moved for {HANG_S} s")
     running.ranks[1].send_signal(signal.SIGCONT)
     assert running.codes() == [ExitCode.DISTRIBUTED, ExitCode.DISTRIBUTED]
     said = running.text(0)

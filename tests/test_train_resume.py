@@ -284,7 +284,7 @@ def test_a_signal_saves_the_step_just_finished_and_the_run_goes_on_from_there(
         if line.startswith("step") and "/100000" in line and int(line.split()[1].split("/")[0]) >= 5:
             break
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == (ExitCode.TERMINATED if number == signal.SIGTERM else ExitCode.INTERRUPTED)
     assert error.startswith("error: ")
     assert "Traceback" not in error

@@ -58,7 +58,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=page.as_uri())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.ask("document.readyState + location.protocol") != "completefile:":
             assert time.monotonic() < deadline, "the page did not load"
 

@@ -1,30 +1,19 @@
 """Training runs under every strategy, many in one set of processes: starting Python once saves most time.
 
-torchrun --nproc_per_node 4 tests/builders/several.py RUNS.json REPORT_FOLDER
-
-As a script each rank calls the trainer's front door with each list of flags in ``RUNS.json``; all runs join
-one process group. Each rank reports the exit codes, and stops at the first that is not 0.
+Each rank calls the trainer's front door with each list of flags in turn; all runs of a world size join one
+process group.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch.distributed as dist
-
-from apr_dist.parallel.runtime import reset_state
-from apr_dist.train import main
-from builders.runs import REPOSITORY, once
+from builders.runs import once
+from builders.warm_ranks import open_ranks
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -71,13 +60,19 @@ MOVED = {
 
 STEPS, HALF = 20, 10
 
+LIMIT_S = 900.0
+"""Longest that all runs of one world size may take, DeepSpeed's compilation included."""
+
 
 def make_runs(inputs: Inputs, root: Path) -> Path:
     """Run everything, once for all tests: ``WORLD/NAME`` and ``-resumed``, ``-bf16`` and ``-moved``."""
 
     def make(folder: Path) -> None:
+        ranks = open_ranks(folder / "ranks", deepspeed=HAS_COMPILER)
         for world in (2, 4, 1):
-            launch(world, plan(inputs, folder, world), folder)
+            ended = ranks.launch_all(plan(inputs, folder, world), world_size=world, limit_s=LIMIT_S)
+            assert ended.codes == (0,) * world, [text[-6000:] for text in ended.errors]
+        ranks.close()
 
     return once(root, make)
 
@@ -110,46 +105,3 @@ def plan(inputs: Inputs, folder: Path, world: int) -> list[list[str]]:
                 moved = ("--resume", saved(f"{other_world}/{other}"))
                 runs.append(flags(f"{run}-moved", strategy, *moved))
     return runs
-
-
-def launch(world: int, runs: list[list[str]], folder: Path) -> None:
-    """Run all of them in ``world`` processes."""
-    listed = folder / f"runs-{world}.json"
-    listed.write_text(json.dumps(runs))
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["TORCH_EXTENSIONS_DIR"] = str(REPOSITORY / ".build" / "torch_extensions")
-    command = [sys.executable]
-    if world > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(world)]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run(
-        [*command, __file__, str(listed), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
-def run_all(runs: list[list[str]]) -> list[int]:
-    """The exit code of each run, up to the first that is not 0."""
-    codes: list[int] = []
-    for flags in runs:
-        codes.append(main(flags))
-        if codes[-1]:
-            break
-        if dist.is_initialized():
-            dist.barrier()
-        reset_state()
-    return codes
-
-
-if __name__ == "__main__":
-    codes = run_all(json.loads(Path(sys.argv[1]).read_text()))
-    ranks = "-".join(os.environ.get(key, "alone") for key in ("WORLD_SIZE", "RANK"))
-    (Path(sys.argv[2]) / f"codes-{ranks}.json").write_text(json.dumps(codes))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(max(codes))

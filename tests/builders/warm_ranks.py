@@ -1,12 +1,14 @@
 """Many launches of the trainer for the price of one: its front door, in ranks forked after the imports.
 
-As a script this is a server: a JSON request a line (flags, world_size, unprivileged, hurt, folder), a JSON
+As a script this is a server: a JSON request a line (the runs of each rank, whom to hurt, folder), a JSON
 answer a line (codes and stderr of each rank, seconds). Every launch has processes and a process group of its
 own; only the seconds that importing PyTorch takes are shared. ``WarmRanks`` is its client.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import signal
@@ -23,7 +25,9 @@ from typing import Any, NoReturn
 
 NOBODY = 65534
 LIMIT_S = 120.0
-"""A launch that has not ended by then is killed, and its exit code is -9."""
+"""A launch of one run that has not ended by then is killed, and its exit code is -9."""
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +69,16 @@ class Ended:
 class WarmRanks:
     """A server in a process of its own, and what it is asked."""
 
-    def __init__(self, folder: Path, *, script: Path) -> None:
+    def __init__(self, folder: Path, *, script: Path, deepspeed: bool) -> None:
         self._folder, self._count = folder, 0
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        environment["TORCH_EXTENSIONS_DIR"] = str(REPOSITORY / ".build" / "torch_extensions")
         self._server = subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, str(script), *["--deepspeed"] * deepspeed],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=REPOSITORY,
             text=True,
         )
 
@@ -87,21 +92,26 @@ class WarmRanks:
         own: dict[int, dict[str, str]] | None = None,
     ) -> Ended:
         """Train with these flags on ``world_size`` ranks; ``own`` holds flags of single ranks."""
+        runs = [
+            [[*flags, *chain.from_iterable((own or {}).get(rank, {}).items())]] for rank in range(world_size)
+        ]
+        return self._ask(
+            {"runs": runs, "unprivileged": unprivileged, "hurt": asdict(hurt) if hurt else None},
+            limit_s=LIMIT_S,
+        )
+
+    def launch_all(self, runs: Sequence[Sequence[str]], *, world_size: int, limit_s: float) -> Ended:
+        """Train with each of these lists of flags in turn, in the same ranks, up to the first that fails."""
+        same = [[list(flags) for flags in runs]] * world_size
+        return self._ask({"runs": same, "unprivileged": False, "hurt": None}, limit_s=limit_s)
+
+    def _ask(self, request: dict[str, Any], *, limit_s: float) -> Ended:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir(parents=True)
-        request = {
-            "flags": [
-                [*flags, *chain.from_iterable((own or {}).get(rank, {}).items())]
-                for rank in range(world_size)
-            ],
-            "world_size": world_size,
-            "unprivileged": unprivileged,
-            "hurt": asdict(hurt) if hurt else None,
-            "folder": str(folder),
-        }
+        request |= {"world_size": len(request["runs"]), "folder": str(folder), "limit_s": limit_s}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         answer = json.loads(self._server.stdout.readline())
@@ -113,9 +123,9 @@ class WarmRanks:
             self._server.communicate(timeout=10)
 
 
-def open_ranks(folder: Path) -> WarmRanks:
-    """A server that keeps what ranks said under ``folder``."""
-    return WarmRanks(folder, script=Path(serve.__code__.co_filename))
+def open_ranks(folder: Path, *, deepspeed: bool = False) -> WarmRanks:
+    """A server that keeps what ranks said under ``folder``, and has imported DeepSpeed too on request."""
+    return WarmRanks(folder, script=Path(serve.__code__.co_filename), deepspeed=deepspeed)
 
 
 def serve() -> None:
@@ -130,13 +140,29 @@ def serve() -> None:
     import apr_dist.train  # noqa: PLC0415
     import apr_dist.training.run  # noqa: F401, PLC0415
 
+    if "--deepspeed" in sys.argv:
+        _import_deepspeed()
+    gc.collect()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         print(json.dumps(_launch(json.loads(line))), file=answers, flush=True)
 
 
+def _import_deepspeed() -> None:
+    """DeepSpeed as ranks on CPU use it, with what it otherwise imports and asks in each of them."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import cpuinfo  # noqa: PLC0415
+    import deepspeed.ops.adam  # noqa: PLC0415
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401, PLC0415
+
+    # Its optimizer asks what processor this is each time one is made, which takes a second; that stays.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
+
+
 def _launch(request: dict[str, Any]) -> dict[str, Any]:
     began, folder = time.perf_counter(), Path(request["folder"])
+    until = began + request["limit_s"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -146,8 +172,8 @@ def _launch(request: dict[str, Any]) -> dict[str, Any]:
         if pid == 0:
             _become(request, rank, port, folder / f"{rank}.err")
         ranks.append(pid)
-    struck = _hurt(Hurt(**request["hurt"]), ranks, began + LIMIT_S) if request["hurt"] else None
-    codes = [_wait(pid, began + LIMIT_S) for pid in ranks]
+    struck = _hurt(Hurt(**request["hurt"]), ranks, until) if request["hurt"] else None
+    codes = [_wait(pid, until) for pid in ranks]
     ended = time.perf_counter()
     errors = [(folder / f"{rank}.err").read_text() for rank in range(len(ranks))]
     after_s = None if struck is None else ended - struck
@@ -184,12 +210,30 @@ def _become(request: dict[str, Any], rank: int, port: int, errors: Path) -> NoRe
             os.dup2(target, descriptor)
         if request["unprivileged"] and os.geteuid() == 0:
             os.seteuid(NOBODY)
-        from apr_dist.train import main  # noqa: PLC0415  (already imported by the parent)
-
-        code = main(request["flags"][rank])
+        code = _train(request["runs"][rank])
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _train(runs: Sequence[Sequence[str]]) -> int:
+    """Every run through the front door, in one process group; the first exit code that is not 0."""
+    # Already imported by the parent.
+    import torch.distributed as dist  # noqa: PLC0415
+
+    from apr_dist.parallel.runtime import reset_state  # noqa: PLC0415
+    from apr_dist.train import main  # noqa: PLC0415
+
+    for number, flags in enumerate(runs, 1):
+        gc.freeze()  # a run collects before it trains, and need not walk what was there before it
+        code = main(flags)
+        if code:
+            return code
+        if number < len(runs):
+            if dist.is_initialized():
+                dist.barrier()
+            reset_state()
+    return 0
 
 
 def _wait(pid: int, until: float) -> int:
