@@ -42,7 +42,8 @@ _MEANINGS = {
     ExitCode.MODEL_FILE: "the model file is missing, not APR v2, unsupported, or damaged",
     ExitCode.GATE: "a gate refused: architecture, weights, vocabulary, or the step-0 loss",
     ExitCode.DATA: "shards, manifest, tokenizer or corpus cannot be used",
-    ExitCode.OUTPUT: "the output exists, is not writable, or the disk is full",
+    ExitCode.OUTPUT: "the output exists, is not writable, is not the same for every rank,"
+    " or the disk is full",
     ExitCode.DIVERGENCE: "the validation loss left its band",
     ExitCode.NUMERICAL_INSTABILITY: "a loss or gradient norm is NaN or infinite;"
     " the weights were not touched",

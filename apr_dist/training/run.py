@@ -25,6 +25,7 @@ from apr_dist.model.matmul import cpu_matmul_backend
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
+from apr_dist.parallel.run_folder import prove_shared
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state import restore
 from apr_dist.parallel.watch import Watch
@@ -94,6 +95,7 @@ def execute(
     )
     _say_how(config, runtime, display)
     resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
+    prove_shared(config.run_dir, runtime)
     runtime.on_main(lambda: _open_run_dir(config, display, fresh=resumed is None))
     began = time.perf_counter()
     reader = preflight.reader if preflight else None

@@ -3,6 +3,7 @@
 from mutants.change import (
     CHECKPOINT,
     DISTRIBUTED,
+    RUN_FOLDER,
     RUNTIME,
     STEPPING,
     TRAINER,
@@ -70,6 +71,20 @@ MUTANTS: tuple[Change, ...] = (
         "            if messages is None:\n                self._learn(self._death(rank), witnessed=True)",
         "            if messages is None:\n                self._death(rank)",
         also=(DISTRIBUTED + "006",),
+    ),
+    Change(
+        DISTRIBUTED + "023",
+        "any run folder will do",
+        RUN_FOLDER,
+        "    while _read(path) != word:",
+        "    while not word:",
+    ),
+    Change(
+        DISTRIBUTED + "023",
+        "nobody tries to write in the run folder",
+        RUN_FOLDER,
+        "        mine.touch(exist_ok=False)\n        mine.unlink()",
+        "        mine.absolute()",
     ),
     Change(
         DISTRIBUTED + "006",

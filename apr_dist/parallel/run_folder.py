@@ -1,0 +1,117 @@
+"""The proof that every rank sees one and the same run folder, and may write in it.
+
+Ranks on other machines write their part of each save there. A folder that is only of the same name, on a
+disk of its own, would leave a save in halves that nobody could go on from; so it is asked before training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from apr_dist.atomic_files import writing_to
+from apr_dist.errors import OutputError
+from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.whereabouts import HERE
+
+NOT_ONE_FOLDER = "FALSIFY-APR-DIST-DISTRIBUTED-023"
+"""Falsifier of a run folder that is not the same for every rank."""
+
+SEEN_WITHIN_S = 5.0
+"""How long a file that one machine wrote may take to be seen by another: network file systems cache."""
+
+_LONGEST = 1000
+"""Characters of what the first rank that refuses has to say."""
+
+
+def prove_shared(folder: Path, runtime: Runtime) -> None:
+    """Let rank 0 leave a word in the run folder, and every other rank find it there; a collective.
+
+    The folder is made if it was not there; whoever refuses leaves nothing in it.
+
+    Args:
+        folder: as this rank's own configuration names it.
+        runtime: this rank's view of the run.
+
+    Raises:
+        OutputError: on every rank, naming the first rank, with its host, that sees another folder or may
+            not write in this one; or rank 0 cannot make the folder.
+    """
+    if runtime.world_size == 1:
+        return
+    left: dict[str, str] = runtime.on_main(lambda: _leave_word(folder))
+    note = "" if runtime.is_main else _look(folder / left["name"], left["word"], runtime.rank)
+    first, said = _first_note(note, runtime)
+    if runtime.is_main:
+        with contextlib.suppress(OSError):
+            (folder / left["name"]).unlink()
+        with contextlib.suppress(OSError):
+            if said:
+                folder.rmdir()  # which refuses where anything is in it
+    if not said:
+        return
+    error = OutputError(
+        said,
+        where=left["folder"],
+        expected="one run folder that every rank sees and may write in",
+        remedy="put --run-dir on storage that all machines share, under the same path on each of them",
+        falsifier=NOT_ONE_FOLDER,
+    )
+    error.told_by_rank_0 = not runtime.is_main
+    error.facts["failed_rank"] = first
+    raise error
+
+
+def _leave_word(folder: Path) -> dict[str, str]:
+    word = secrets.token_hex(16)
+    name = f".seen-by-all-{word[:8]}"
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(word)
+    return {"folder": str(folder.absolute()), "name": name, "word": word}
+
+
+def _look(path: Path, word: str, rank: int) -> str:
+    """What is wrong with this rank's folder; nothing where ``path`` holds the word of rank 0."""
+    here = f"rank {rank} on host {socket.gethostname()}"
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while _read(path) != word:
+        if time.monotonic() > deadline:
+            return f"{here} does not find in {path.parent.absolute()} what rank 0 wrote there"
+        time.sleep(0.1)
+        HERE.moved()
+    mine = path.with_name(f"{path.name}-{rank}")
+    try:
+        mine.touch(exist_ok=False)
+        mine.unlink()
+    except OSError as error:
+        return f"{here} cannot write in {path.parent.absolute()} ({error.strerror})"
+    return ""
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return None
+
+
+def _first_note(note: str, runtime: Runtime) -> tuple[int, str]:
+    """The lowest rank that has something to say, and what, on every rank; a collective."""
+    who = torch.zeros(runtime.world_size, dtype=torch.int32, device=runtime.device)
+    who[runtime.rank] = bool(note)
+    runtime.sum(who)
+    if not who.any():
+        return 0, ""
+    first = int(who.nonzero()[0])
+    text = torch.zeros(_LONGEST, dtype=torch.int32, device=runtime.device)
+    if runtime.rank == first:
+        codes = [ord(character) for character in note[:_LONGEST]]
+        text[: len(codes)] = torch.tensor(codes, dtype=torch.int32, device=runtime.device)
+    runtime.sum(text)
+    return first, "".join(chr(code) for code in text.tolist() if code)
