@@ -13,7 +13,7 @@ import pytest
 from builders.faults import launch
 from builders.files import open_folder
 from builders.runs import TRAIN
-from builders.warm_ranks import NOBODY, Ended, WarmRanks, open_ranks
+from builders.warm_ranks import Ended, WarmRanks, open_ranks
 
 from apr_dist.errors import ExitCode
 
@@ -58,26 +58,14 @@ def test_a_rank_with_another_run_folder_stops_all_and_is_named(
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-023")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a rank another user")
 def test_a_rank_that_may_not_write_in_the_run_folder_stops_all_and_is_named(
-    inputs: Inputs, tmp_path: Path
+    inputs: Inputs, ranks: WarmRanks
 ) -> None:
     """As an NFS export that is written by one machine and only read by another."""
     with open_folder() as folder:
         run_dir = folder / "run"
         run_dir.mkdir(mode=0o755)
-        script = tmp_path / "rank.py"
-        script.write_text(
-            "import encodings.ascii, encodings.idna, os, sys\n"
-            "import apr_dist.report, apr_dist.training.run\n"
-            f"if os.environ['RANK'] == '1': os.seteuid({NOBODY})\n"
-            f"sys.argv[0] = {str(TRAIN)!r}\n"
-            "import apr_dist.train as train\n"
-            "train._leave(train.main())\n"
-        )
-        started = launch(*flags(inputs, run_dir), script=script)
-        codes = started.codes(within_s=120)
-        said = started.text(0)
-        assert codes == [ExitCode.OUTPUT, ExitCode.OUTPUT], said + started.text(1)
-        assert f"rank 1 on host {os.uname().nodename} cannot write in {run_dir} (Permission denied)" in said
+        ended = ranks.launch(flags(inputs, run_dir), world_size=2, unprivileged=[1])
+        assert_refused(ended, 1, f"cannot write in {run_dir} (Permission denied)")
 
 
 def namespaces_are_allowed() -> bool:

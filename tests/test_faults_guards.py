@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from builders.files import write_apr
+from builders.broken import token_of_one_sequence, write_model_that_breaks_at
 from builders.runs import metrics, run_here, verdict
 
-from apr_dist.apr.reader import AprReader
 from apr_dist.cli import main
 from apr_dist.config_sections import GuardsSection
-from apr_dist.data.loader import EvaluationLoader, TokenLoader
-from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode, NumericalInstability
 from apr_dist.parallel.runtime import reset_state
 from apr_dist.training.step_guard import GuardState, SkipStep, StepGuard
@@ -116,18 +112,8 @@ def test_replay_names_the_one_sequence_that_holds_the_token_a_model_breaks_at(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One channel is zero but for one token, and so amplified that this token's attention overflows."""
-    token, row = token_of_one_sequence(inputs)
-    broken = tmp_path / "broken.apr"
-    with AprReader(inputs.pretrained) as reader:
-        tensors = {name: reader.float32(name).copy() for name in reader.tensors}
-        metadata = reader.metadata.to_mapping()
-    embedding = tensors["model.embed_tokens.weight"]
-    embedding[:, 5] = 0.0
-    embedding[token, 5] = 1.0
-    tensors["model.layers.0.input_layernorm.weight"][5] = 2e20
-    for projection in ("q_proj", "k_proj"):
-        tensors[f"model.layers.0.self_attn.{projection}.weight"][:, 5] = 0.1
-    write_apr(broken, tensors, metadata)
+    token, row = token_of_one_sequence(inputs, batch=0, evaluated=EVALUATED)
+    broken = write_model_that_breaks_at(token, inputs, tmp_path / "broken.apr")
     run_dir = tmp_path / "run"
     few = ("--evaluation.max-sequences", str(EVALUATED), "--evaluation.random-sequences", "0")
     code = run_here(*flags(inputs, run_dir, "--init", str(broken), "--lr", "1e-4", *few))
@@ -141,26 +127,6 @@ def test_replay_names_the_one_sequence_that_holds_the_token_a_model_breaks_at(
     assert main(["replay", str(run_dir), "--step", "1"]) == 0
     assert f"* sequence {row:>8}" in capfd.readouterr().out
     assert main(["replay", str(run_dir), "--step", "99"]) == ExitCode.USAGE
-
-
-def token_of_one_sequence(inputs: Inputs) -> tuple[int, int]:
-    """A token that one sequence of global batch 0 holds and no held-out one; and that sequence's number."""
-    loader = TokenLoader(
-        Manifest.load(inputs.train), seq_length=32, global_batch=4, micro_batch=4, seed=42, max_epochs=None
-    )
-    rows = torch.cat(loader.batch(0))[:, :-1]
-    loader.close()
-    held_out = EvaluationLoader(
-        Manifest.load(inputs.validation), seq_length=32, micro_batch=4, max_sequences=EVALUATED
-    )
-    seen = set(torch.cat(list(held_out)).flatten().tolist())
-    held_out.close()
-    for number, row in enumerate(rows):
-        others = set(torch.cat([rows[:number], rows[number + 1 :]]).flatten().tolist())
-        for token in row.tolist():
-            if token not in others and token not in seen:
-                return token, number
-    pytest.fail("every token of the batch is held out or in two sequences")
 
 
 def test_replay_of_a_sound_step_gives_the_figures_the_run_recorded(

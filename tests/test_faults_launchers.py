@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from builders.faults import trainers_under
+from builders.faults import free_port, trainers_under
 from builders.network import Hosts, why_no_hosts
 from builders.runs import REPOSITORY, TRAIN, metrics, verdict
+from builders.warm_ranks import open_ranks
 
 from apr_dist.errors import ExitCode
 from apr_dist.training.step_folders import newest_whole
@@ -54,15 +55,37 @@ def wait_until_saved(run_dir: Path, process: subprocess.Popen[str], *, within_s:
         time.sleep(0.05)
 
 
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "2")
+TORCHRUN += ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2")
+ACCELERATE += ("--max_restarts", "2", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+def accelerate() -> tuple[str, ...]:
+    """Its own launcher with a port of its own: it meets at a fixed one unless told otherwise."""
+    return (*ACCELERATE, "--main_process_port", str(free_port()))
+
+
+@pytest.fixture(scope="module")
+def untouched(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody touched, of two ranks forked after the imports."""
+    folder = tmp_path_factory.mktemp("untouched")
+    server = open_ranks(folder / "ranks")
+    ended = server.launch(flags(inputs, folder / "run"), world_size=2)
+    server.close()
+    assert ended.codes == (0, 0), ended.errors
+    return folder / "run"
+
+
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-022")
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
 def test_a_rank_that_is_killed_is_started_again_and_the_run_is_the_uninterrupted_one(
-    inputs: Inputs, tmp_path: Path
+    launcher: str, untouched: Path, inputs: Inputs, tmp_path: Path
 ) -> None:
-    """kill -9 of rank 1 under torchrun --max_restarts, against a run that nobody touched."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "2"]
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(TRAIN)]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start([*launch, *flags(inputs, killed)])
+    """kill -9 of rank 1 under a launcher's --max_restarts, against a run that nobody touched."""
+    words = TORCHRUN if launcher == "torchrun" else accelerate()
+    killed = tmp_path / "killed"
+    process = start([sys.executable, "-m", *words, str(TRAIN), *flags(inputs, killed)])
     try:
         wait_until_saved(killed, process)
         victims = [one for one in trainers_under(process) if one.environ().get("RANK") == "1"]
@@ -73,14 +96,9 @@ def test_a_rank_that_is_killed_is_started_again_and_the_run_is_the_uninterrupted
     assert process.returncode == 0, said
     assert "rank 1 is gone, last seen at step " in said
     assert "going on after step " in said
-    untouched = start([*launch, *flags(inputs, whole)])
-    try:
-        assert untouched.wait(200) == 0
-    finally:
-        end(untouched)
-    digests = [verdict(run)["facts"]["weights_digest"] for run in (killed, whole)]
+    digests = [verdict(run)["facts"]["weights_digest"] for run in (killed, untouched)]
     assert digests[0] == digests[1]
-    losses = [[line["train_loss"] for line in metrics(run)] for run in (killed, whole)]
+    losses = [[line["train_loss"] for line in metrics(run)] for run in (killed, untouched)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == STEPS
 

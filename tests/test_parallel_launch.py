@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 RECIPES = sorted(path for path in LAUNCH.iterdir() if path.is_file())
 SCRIPTS = [path for path in RECIPES if path.suffix in {".sh", ".sbatch"}]
-ACCELERATE = [path for path in RECIPES if path.suffix == ".yaml" and path.stem != "kubernetes"]
+KUBERNETES = [LAUNCH / "kubernetes.yaml", LAUNCH / "jobset.yaml"]
+ACCELERATE = [path for path in RECIPES if path.suffix == ".yaml" and path not in KUBERNETES]
 
 
 DEFAULT_STRATEGY = {"zero3-offload-8gpu.sh": "zero3"}
@@ -43,15 +44,22 @@ def trainer_flags(text: str) -> list[str]:
 
 
 def flags_of(recipe: Path) -> list[str]:
-    if recipe.stem != "kubernetes":
+    if recipe not in KUBERNETES:
         return trainer_flags(recipe.read_text())
     command = container(recipe)["command"]
     return [str(word) for word in command[command.index("apr_dist/train.py") + 1 :]]
 
 
+def job_of(recipe: Path) -> dict[str, Any]:
+    """The specification of the Job in a recipe for Kubernetes, which a JobSet has inside."""
+    *_, found = yaml.safe_load_all(recipe.read_text())
+    if found["kind"] == "JobSet":
+        (found,) = [replicated["template"] for replicated in found["spec"]["replicatedJobs"]]
+    return found["spec"]  # type: ignore[no-any-return]
+
+
 def container(recipe: Path) -> dict[str, Any]:
-    _, job = yaml.safe_load_all(recipe.read_text())
-    (found,) = job["spec"]["template"]["spec"]["containers"]
+    (found,) = job_of(recipe)["template"]["spec"]["containers"]
     return found  # type: ignore[no-any-return]
 
 
@@ -73,22 +81,63 @@ def test_a_script_is_valid_bash_and_its_default_strategy_exists(script: Path) ->
     assert StrategyChoice(default).value == DEFAULT_STRATEGY.get(script.name, "hsdp")
 
 
-def test_the_kubernetes_job_starts_one_process_per_gpu_on_every_machine() -> None:
+def after(recipe: Path, flag: str) -> str:
+    command = container(recipe)["command"]
+    return str(command[command.index(flag) + 1])
+
+
+@pytest.mark.parametrize("recipe", KUBERNETES, ids=lambda path: path.name)
+def test_a_kubernetes_job_starts_one_process_per_gpu_on_every_machine(recipe: Path) -> None:
+    job, found = job_of(recipe), container(recipe)
+    pod = job["template"]["spec"]
+    assert job["completionMode"] == "Indexed"
+    assert int(after(recipe, "--nnodes")) == job["completions"] == job["parallelism"]
+    assert int(after(recipe, "--nproc_per_node")) == found["resources"]["limits"]["nvidia.com/gpu"]
+    assert {mount["name"] for mount in found["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    run_dir = after(recipe, "--run-dir")
+    (mounted,) = [one for one in found["volumeMounts"] if run_dir.startswith(one["mountPath"] + "/")]
+    assert not mounted.get("readOnly"), "every pod writes its part of a save there"
+    assert after(recipe, "--resume") == "auto"
+
+
+def test_the_pods_of_the_indexed_job_meet_at_the_first_of_them() -> None:
     recipe = LAUNCH / "kubernetes.yaml"
     service, job = yaml.safe_load_all(recipe.read_text())
-    pod, found = job["spec"]["template"]["spec"], container(recipe)
-    command = found["command"]
+    name, subdomain = job["metadata"]["name"], service["metadata"]["name"]
+    assert job["spec"]["template"]["spec"]["subdomain"] == subdomain
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert after(recipe, "--rdzv_endpoint").split(":")[0] == f"{name}-0.{subdomain}"
 
-    def value(flag: str) -> str:
-        return str(command[command.index(flag) + 1])
 
-    assert int(value("--nnodes")) == job["spec"]["completions"] == job["spec"]["parallelism"]
-    assert int(value("--nproc_per_node")) == found["resources"]["limits"]["nvidia.com/gpu"]
-    assert (
-        value("--rdzv_endpoint").split(":")[0] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
-    )
-    assert pod["subdomain"] == service["metadata"]["name"]
-    assert {mount["name"] for mount in found["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+def test_the_pods_of_the_jobset_meet_at_the_first_of_them_and_restart_together() -> None:
+    """Names of pods are NAME-JOB-0-POD.SUBDOMAIN; a Job that may not retry hands its failure to the set."""
+    recipe = LAUNCH / "jobset.yaml"
+    (found,) = yaml.safe_load_all(recipe.read_text())
+    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert set(found["spec"]) == {"network", "failurePolicy", "replicatedJobs"}
+    network = found["spec"]["network"]
+    assert network["enableDNSHostnames"] is network["publishNotReadyAddresses"] is True
+    (replicated,) = found["spec"]["replicatedJobs"]
+    assert set(replicated) == {"name", "replicas", "template"}
+    assert replicated["replicas"] == 1
+    first = f"{found['metadata']['name']}-{replicated['name']}-0-0.{network['subdomain']}"
+    assert after(recipe, "--rdzv_endpoint").split(":")[0] == first
+    job = job_of(recipe)
+    assert job["backoffLimit"] == 0
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert found["spec"]["failurePolicy"]["maxRestarts"] > 0
+
+
+def test_both_kubernetes_recipes_start_the_same_container() -> None:
+    first, second = (container(recipe) for recipe in KUBERNETES)
+    own = {"--rdzv_endpoint", "--run-dir"}
+
+    def words(found: dict[str, Any]) -> list[str]:
+        command = found.pop("command")
+        return [word for before, word in zip(["", *command], command, strict=False) if before not in own]
+
+    assert words(first) == words(second)
+    assert first == second
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def _leave_word(folder: Path) -> dict[str, str]:
     name = f".seen-by-all-{word[:8]}"
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(word)
+        (folder / name).write_text(word, encoding="utf-8")
     return {"folder": str(folder.absolute()), "name": name, "word": word}
 
 
@@ -96,7 +96,7 @@ def _look(path: Path, word: str, rank: int) -> str:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
 

@@ -87,23 +87,27 @@ class WarmRanks:
         flags: Sequence[str],
         *,
         world_size: int,
-        unprivileged: bool = False,
+        unprivileged: bool | Sequence[int] = False,
         hurt: Hurt | None = None,
         own: dict[int, dict[str, str]] | None = None,
     ) -> Ended:
-        """Train with these flags on ``world_size`` ranks; ``own`` holds flags of single ranks."""
+        """Train with these flags on ``world_size`` ranks; ``own`` holds flags of single ranks.
+
+        ``unprivileged`` are the ranks that file permissions apply to, or whether they do to all.
+        """
+        users = range(world_size) if unprivileged is True else unprivileged or ()
         runs = [
             [[*flags, *chain.from_iterable((own or {}).get(rank, {}).items())]] for rank in range(world_size)
         ]
         return self._ask(
-            {"runs": runs, "unprivileged": unprivileged, "hurt": asdict(hurt) if hurt else None},
+            {"runs": runs, "unprivileged": list(users), "hurt": asdict(hurt) if hurt else None},
             limit_s=LIMIT_S,
         )
 
     def launch_all(self, runs: Sequence[Sequence[str]], *, world_size: int, limit_s: float) -> Ended:
         """Train with each of these lists of flags in turn, in the same ranks, up to the first that fails."""
         same = [[list(flags) for flags in runs]] * world_size
-        return self._ask({"runs": same, "unprivileged": False, "hurt": None}, limit_s=limit_s)
+        return self._ask({"runs": same, "unprivileged": [], "hurt": None}, limit_s=limit_s)
 
     def _ask(self, request: dict[str, Any], *, limit_s: float) -> Ended:
         assert self._server.stdin is not None
@@ -131,7 +135,8 @@ def open_ranks(folder: Path, *, deepspeed: bool = False) -> WarmRanks:
 def serve() -> None:
     """Answer requests until there are none."""
     # Imported once, here, before any fork; nothing of it starts a thread. A rank that gave up its privileges
-    # may not read the interpreter's folder any more, so the codec of host names has to be there by then too.
+    # may not read the interpreter's folder any more, so the codecs it will need have to be there by then too.
+    import encodings.ascii  # noqa: PLC0415
     import encodings.idna  # noqa: F401, PLC0415
 
     import torch  # noqa: F401, PLC0415
@@ -208,7 +213,7 @@ def _become(request: dict[str, Any], rank: int, port: int, errors: Path) -> NoRe
         for descriptor, path in ((1, Path(os.devnull)), (2, errors)):
             target = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             os.dup2(target, descriptor)
-        if request["unprivileged"] and os.geteuid() == 0:
+        if rank in request["unprivileged"] and os.geteuid() == 0:
             os.seteuid(NOBODY)
         code = _train(request["runs"][rank])
     finally:
