@@ -37,10 +37,10 @@ MUTANTS: tuple[Change, ...] = (
     ),
     Change(
         DISTRIBUTED + "003",
-        "only rank 0 hears of its refusal",
-        RUNTIME,
-        "        if fields is not None:\n            raise",
-        "        if fields is not None and self.is_main:\n            raise",
+        "the other ranks hear of a refusal, and not of which kind",
+        "apr_dist/errors.py",
+        '        kind = _kinds()[fields["kind"] or ""]',
+        "        kind = AprDistError",
     ),
     Change(
         DISTRIBUTED + "005",
