@@ -200,35 +200,33 @@ def report(results: dict[str, list[list[dict[str, Any]]]], largest: int) -> None
 
 
 def report_saves(results: dict[str, list[list[dict[str, Any]]]], largest: int, width: int) -> None:
-    columns = (
-        "stall",
-        "in background",
-        "whole write",
-        "step alone",
-        "step beside",
-        "MB rank 0",
-        "allowed",
-        "others",
-    )
-    print("\nsaving a step folder: seconds of the slowest rank, medians; MB beyond the state while waiting")
-    print(" " * width + "".join(f"{column:>15}" for column in columns))
-
     def slowest(runs: list[list[dict[str, Any]]], key: str) -> float:
         return statistics.median(max(rank[key] for rank in run) for run in runs)
 
     def slowest_step(runs: list[list[dict[str, Any]]], key: str) -> float:
         return statistics.median(max(map(statistics.median, (rank[key] for rank in run))) for run in runs)
 
+    def most(runs: list[list[dict[str, Any]]], key: str, ranks: slice) -> float:
+        return max((rank[key] for run in runs for rank in run[ranks]), default=0) / MB
+
+    columns = ("stall", "in background", "whole write", "step alone", "step beside")
+    print("\nsaving a step folder: seconds of the slowest rank, medians")
+    print(" " * width + "".join(f"{column:>15}" for column in columns))
     for strategy, runs in results.items():
         row = [slowest(runs, key) for key in ("waiting_stall_s", "background_stall_s", "background_write_s")]
         row += [slowest_step(runs, key) for key in ("steps_alone_s", "steps_beside_s")]
-        first = max(run[0]["waiting_peak_bytes"] for run in runs) / MB
-        others = max((rank["waiting_peak_bytes"] for run in runs for rank in run[1:]), default=0) / MB
-        print(
-            f"{strategy:{width}}"
-            + "".join(f"{value:15.2f}" for value in row)
-            + f"{first:15.0f}{2 * largest / MB:15.0f}{others:15.0f}"
-        )
+        print(f"{strategy:{width}}" + "".join(f"{value:15.2f}" for value in row))
+    print(
+        "\nMB beyond the training state while saving, largest of the runs; in the background with the copies"
+    )
+    columns = ("waiting: rank 0", "others", "allowed", "background: rank 0", "others")
+    print(" " * width + "".join(f"{column:>20}" for column in columns))
+    first, others = slice(0, 1), slice(1, None)
+    for strategy, runs in results.items():
+        row = [most(runs, "waiting_peak_bytes", first), most(runs, "waiting_peak_bytes", others)]
+        row += [2 * largest / MB]
+        row += [most(runs, "background_peak_bytes", ranks) for ranks in (first, others)]
+        print(f"{strategy:{width}}" + "".join(f"{value:20.0f}" for value in row))
 
 
 def report_overhead(options: argparse.Namespace, folder: Path) -> None:

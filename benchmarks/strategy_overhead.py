@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from apr_dist.config_sections import GuardsSection
 from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress
 from apr_dist.model.config import TransformerConfig, preset
@@ -29,8 +30,8 @@ from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights
-from apr_dist.training.guards import check_finite
 from apr_dist.training.optimizer import build_optimizer
+from apr_dist.training.step_guard import GuardState, StepGuard
 from apr_dist.training.stepping import BatchFeed, Stepper
 
 LAYERS, VOCABULARY = 8, 8192
@@ -79,10 +80,12 @@ def our_step(config: TransformerConfig, runtime: Runtime) -> Step:
         notes=lambda: torch.zeros(3, dtype=torch.float64),
     )
 
+    guard = StepGuard(GuardsSection(), batch_size=BATCH * runtime.world_size, state=GuardState())
+
     def step(k: int) -> float:
         stepper.take(k, compare=False, more=True)
         (taken,) = stepper.read()
-        check_finite(step=k, train_loss=taken.train_loss, grad_norm=taken.grad_norm)
+        guard.check(batch=k, train_loss=taken.train_loss, grad_norm=taken.grad_norm)
         return taken.train_loss
 
     return step

@@ -59,17 +59,23 @@ class Offload(StrEnum):
     OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
 
 
+def possible_offloads(strategy: Strategy) -> list[Offload]:
+    """What the strategy can keep in host memory, the least first."""
+    possible = [Offload.NONE]
+    if strategy.zero_stage:
+        possible.append(Offload.OPTIMIZER)
+    if strategy.is_fsdp or strategy is Strategy.ZERO3:
+        possible.append(Offload.OPTIMIZER_AND_PARAMETERS)
+    return possible
+
+
 def refuse_offload(strategy: Strategy, offload: Offload) -> None:
     """Offload only what the strategy can keep in host memory.
 
     Raises:
         UsageError: naming what the strategy can.
     """
-    possible = [Offload.NONE]
-    if strategy.zero_stage:
-        possible.append(Offload.OPTIMIZER)
-    if strategy.is_fsdp or strategy is Strategy.ZERO3:
-        possible.append(Offload.OPTIMIZER_AND_PARAMETERS)
+    possible = possible_offloads(strategy)
     if offload not in possible:
         raise UsageError(
             f"parallel.offload is {offload} under strategy {strategy}",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from apr_dist.config_sections import ActivationCheckpointing, Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import LOGITS_CHUNK_BYTES
+from apr_dist.parallel.strategy import Offload, Strategy, possible_offloads
 
 F32 = 4
 """Bytes of weights, gradients and optimizer moments, whatever the compute type is."""
@@ -29,25 +31,33 @@ class Memory:
         weights: parameters in f32, and their copies in the compute type where it is another.
         gradients: of every parameter that has one at that moment.
         optimizer: AdamW's two moments.
-        buckets: DDP's own copy of the gradients, which it sends.
+        masters: the f32 weights that DeepSpeed updates, beside those that compute.
+        buckets: DDP's own copy of the gradients, which it sends; the largest one, where ZeRO offloads.
         activations: what forward keeps for backward.
         loss: the logits chunk and the head's gradient.
         working: what a backward step computes on the way.
         unfit: freed blocks that the C library keeps and that no later block fits into; CPU only.
         copies: of weights and moments, from which a save is written while training goes on; CPU only.
+        offloaded: what would be in host memory beside a GPU; CPU only, where that is the same memory.
         moment: which moment that is.
+        offload: what was kept in host memory.
+        host: what a process on a GPU holds in host memory: what is offloaded, and the copies of a save.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    masters: int
     buckets: int
     activations: int
     loss: int
     working: int
     unfit: int
     copies: int
+    offloaded: int
     moment: str
+    offload: Offload
+    host: int
 
     @property
     def tensors(self) -> int:
@@ -57,7 +67,8 @@ class Memory:
     @property
     def total(self) -> int:
         """All parts together."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "moment")
+        apart = {"moment", "offload", "host"}
+        return sum(getattr(self, field.name) for field in fields(self) if field.name not in apart)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +107,13 @@ class Load:
 
 
 def estimate(
-    model: TransformerConfig, load: Load, *, strategy: StrategyChoice, world_size: int, shard_size: int
+    model: TransformerConfig,
+    load: Load,
+    *,
+    strategy: StrategyChoice,
+    world_size: int,
+    shard_size: int,
+    offload: Offload = Offload.NONE,
 ) -> Memory:
     """Memory of one process at its fullest moment.
 
@@ -109,41 +126,127 @@ def estimate(
         strategy: how the model is spread; ``auto`` is single or DDP, as the world size says.
         world_size: processes in all.
         shard_size: processes that share one copy under ``hsdp``.
+        offload: what lies in host memory; of what the strategy cannot keep there, as much as it can.
     """
-    count = model.parameter_count()
-    parts = _shards(strategy, world_size, shard_size)
-    gradients = F32 * count // parts.gradients
-    state = {
-        "weights": F32 * count // parts.weights + _gathered(model, load, strategy),
-        "optimizer": 2 * F32 * count // parts.optimizer,
-        "buckets": F32 * count if _is_ddp(strategy, world_size) else 0,
+    parts = shards(strategy, world_size, shard_size)
+    offload = most_possible(strategy, offload)
+    held = State.of(model, parts, strategy, world_size, offload)
+    state: dict[str, Any] = {
+        "weights": held.weights + _gathered(model, load, strategy),
+        "optimizer": held.optimizer,
+        "masters": held.masters,
+        "buckets": held.buckets,
+        "offloaded": 0 if load.cuda else held.host,
     }
-    kept = gradients if load.accumulates else 0
+    kept = held.gradients if load.accumulates or strategy is StrategyChoice.ZERO3 else 0
     activations = model.num_layers * kept_bytes(model, load) + _end_bytes(model, load)
-    state["unfit"] = 0 if load.cuda else _unfit_bytes(gradients=gradients, activations=activations)
+    state["unfit"] = 0 if load.cuda else _unfit_bytes(gradients=held.gradients, activations=activations)
     head = model.vocab_size * model.hidden_size * F32
-    at_loss = {"gradients": kept, "loss": _logits_bytes(model, load) + head, "working": 0}
+    at_loss: dict[str, Any] = {"gradients": kept, "loss": _logits_bytes(model, load) + head, "working": 0}
     # What a block did not keep it has again when its backward begins.
     again = layer_bytes(model, load) - kept_bytes(model, load)
-    at_start = {"gradients": kept, "loss": head, "working": _backward_bytes(model, load) + again}
+    at_start: dict[str, Any] = {
+        "gradients": kept,
+        "loss": head,
+        "working": _backward_bytes(model, load) + again,
+    }
     # A tied embedding gets two gradients, the head's and the lookup's, and their sum beside both.
-    at_end = {"gradients": gradients, "loss": 0, "working": 2 * head if model.tie_word_embeddings else 0}
-    copies = (
-        F32 * (count // parts.weights + 2 * count // parts.optimizer) if load.copies and not load.cuda else 0
-    )
-    beside = copies if load.trains_meanwhile else 0
-    nothing = {"gradients": 0, "loss": 0, "working": 0}
+    at_end: dict[str, Any] = {
+        "gradients": held.gradients,
+        "loss": 0,
+        "working": 2 * head if model.tie_word_embeddings else 0,
+    }
+    count = F32 * model.parameter_count()
+    copies = count // parts.weights + 2 * count // parts.optimizer if load.copies else 0
+    here = 0 if load.cuda else copies
+    beside = here if load.trains_meanwhile else 0
+    nothing: dict[str, Any] = {"gradients": 0, "loss": 0, "working": 0}
+    apart: dict[str, Any] = {"offload": offload, "host": held.host + copies if load.cuda else 0}
     moments = [
-        Memory(**state, **at_loss, activations=activations, copies=beside, moment="loss"),
-        Memory(**state, **at_start, activations=activations, copies=beside, moment="start of backward"),
-        Memory(**state, **at_end, activations=0, copies=beside, moment="end of backward"),
-        Memory(**state, **nothing, activations=0, copies=copies, moment="save"),
+        Memory(**state, **at_loss, activations=activations, copies=beside, moment="loss", **apart),
+        Memory(
+            **state, **at_start, activations=activations, copies=beside, moment="start of backward", **apart
+        ),
+        Memory(**state, **at_end, activations=0, copies=beside, moment="end of backward", **apart),
+        Memory(**state, **nothing, activations=0, copies=here, moment="save", **apart),
     ]
     return max(moments, key=lambda moment: moment.total)
 
 
+def most_possible(strategy: StrategyChoice, offload: Offload) -> Offload:
+    """Of what is to lie in host memory as much as the strategy can keep there."""
+    if strategy is StrategyChoice.AUTO:
+        return Offload.NONE
+    order = list(Offload)
+    can = possible_offloads(Strategy(strategy.value))
+    return max((one for one in can if order.index(one) <= order.index(offload)), key=order.index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Bytes of what is trained: where the process computes, and in host memory where it is offloaded.
+
+    ``tests/test_parallel_state.py`` compares it with what real ranks hold under each strategy and offload.
+
+    Attributes:
+        weights: of this process, without what is gathered.
+        gradients: at the end of backward.
+        optimizer: both moments.
+        masters: the f32 weights that DeepSpeed updates.
+        buckets: through which gradients leave.
+        host: everything that is offloaded, with the buffers it travels through.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    masters: int
+    buckets: int
+    host: int
+
+    @classmethod
+    def of(
+        cls,
+        model: TransformerConfig,
+        parts: Shards,
+        strategy: StrategyChoice,
+        world_size: int,
+        offload: Offload,
+    ) -> State:
+        """Of one process of the strategy."""
+        zero = strategy in {StrategyChoice.ZERO1, StrategyChoice.ZERO2, StrategyChoice.ZERO3}
+        whole = F32 * model.parameter_count()
+        weights, gradients, share = whole // parts.weights, whole // parts.gradients, whole // parts.optimizer
+        buckets = whole if _is_ddp(strategy, world_size) else 0
+        if offload is Offload.NONE:
+            masters = share if zero else 0
+            return cls(
+                weights=weights,
+                gradients=gradients,
+                optimizer=2 * share,
+                masters=masters,
+                buckets=buckets,
+                host=0,
+            )
+        if not zero:  # FSDP2: weights, gradients and both moments
+            return cls(weights=0, gradients=0, optimizer=0, masters=0, buckets=0, host=4 * share)
+        # Masters, moments, the masters' gradients; and a buffer through which weights (ZeRO-1, ZeRO-2) or
+        # gradients (ZeRO-3) travel. ZeRO-1 and ZeRO-2 send one gradient at a time, by way of two buffers.
+        largest = F32 * model.hidden_size * max(model.vocab_size, model.intermediate_size, model.query_size)
+        sent = largest if strategy is not StrategyChoice.ZERO3 else 0
+        both = offload is Offload.OPTIMIZER_AND_PARAMETERS
+        return cls(
+            weights=0 if both else weights,
+            gradients=gradients if strategy is StrategyChoice.ZERO1 else 0,
+            optimizer=0,
+            masters=0,
+            buckets=sent,
+            host=5 * share + sent + (weights if both else 0),
+        )
+
+
 @dataclass(frozen=True)
-class _Shards:
+class Shards:
     """Into how many parts each kind of state is cut."""
 
     weights: int
@@ -151,14 +254,15 @@ class _Shards:
     optimizer: int
 
 
-def _shards(strategy: StrategyChoice, world: int, shard_size: int) -> _Shards:
+def shards(strategy: StrategyChoice, world: int, shard_size: int) -> Shards:
+    """How the strategy cuts the state over ``world`` processes, ``shard_size`` of which share a copy."""
     if strategy in {StrategyChoice.FSDP2, StrategyChoice.SHARD_GRAD_OP, StrategyChoice.ZERO3}:
-        return _Shards(world, world, world)
+        return Shards(world, world, world)
     if strategy is StrategyChoice.HSDP:
-        return _Shards(shard_size, shard_size, shard_size)
+        return Shards(shard_size, shard_size, shard_size)
     if strategy is StrategyChoice.ZERO2:
-        return _Shards(1, world, world)
-    return _Shards(1, 1, world if strategy is StrategyChoice.ZERO1 else 1)
+        return Shards(1, world, world)
+    return Shards(1, 1, world if strategy is StrategyChoice.ZERO1 else 1)
 
 
 def _is_ddp(strategy: StrategyChoice, world: int) -> bool:
@@ -239,11 +343,13 @@ PARTS: Mapping[str, str] = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer",
-    "buckets": "DDP buckets",
+    "masters": "masters",
+    "buckets": "buckets",
     "activations": "activations",
     "loss": "logits, head",
     "working": "in passing",
     "unfit": "unfit",
     "copies": "save copies",
+    "offloaded": "offloaded",
 }
 """Attribute of ``Memory`` to what a table calls it, in order."""

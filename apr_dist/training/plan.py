@@ -217,7 +217,14 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
     # Without a given size, hsdp shards over one machine; 8 GPUs are what one has.
     shard = config.parallel.shard_size or min(world, 8)
     return {
-        one: estimate(model, load, strategy=one, world_size=world, shard_size=shard)
+        one: estimate(
+            model,
+            load,
+            strategy=one,
+            world_size=world,
+            shard_size=shard,
+            offload=config.parallel.offload,
+        )
         for one in dict.fromkeys([chosen, *(several if world > 1 else [])])
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from apr_dist.parallel.strategy import Offload
 from apr_dist.training.memory import PARTS
 from apr_dist.training.plan import Plan
 from apr_dist.training.schedule import Schedule
@@ -112,4 +113,6 @@ def _memory_table(plan: Plan) -> Iterator[str]:
     for name, one in plan.memory.items():
         sizes = [*(getattr(one, part) for part in parts), one.total]
         row = "".join(f"{size / _GIB:>13.2f}" for size in sizes)
-        yield f"  {name.value:<14}{row}  at the {one.moment}"
+        beside = f"; {one.host / _GIB:.2f} in host memory" if one.host else ""
+        offloads = f", {one.offload} offloaded" if one.offload is not Offload.NONE else ""
+        yield f"  {name.value:<14}{row}  at the {one.moment}{beside}{offloads}"

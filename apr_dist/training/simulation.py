@@ -77,12 +77,20 @@ def _simulated(
         accumulates=micro_batches > 1,
         precision=config.parallel.precision,
         cuda=True,
+        copies=config.checkpoint.background,
     )
     shard_size = config.parallel.shard_size or GPUS_PER_MACHINE
 
     def memory(layers: int) -> Memory:
         scaled = replace(model, num_layers=layers)
-        return estimate(scaled, load, strategy=strategy, world_size=gpus, shard_size=shard_size)
+        return estimate(
+            scaled,
+            load,
+            strategy=strategy,
+            world_size=gpus,
+            shard_size=shard_size,
+            offload=config.parallel.offload,
+        )
 
     held = memory(model.num_layers)
     layers = _most(lambda count: memory(count).total <= gpu_bytes)
@@ -154,21 +162,29 @@ def _most(fits: Callable[[int], bool]) -> int:
     return low
 
 
+ON_A_GPU = [name for name in PARTS if name not in {"unfit", "copies", "offloaded"}]
+"""Parts of a GPU's memory; the others are a CPU's."""
+
+
 def simulation_rows(points: list[Simulated]) -> Iterator[tuple[str, ...]]:
-    """Cells of a table under `HEADINGS`; GiB of one GPU."""
+    """Cells of a table under `HEADINGS`; GiB of one GPU, and of host memory for it."""
     for point in points:
-        parts = tuple(f"{getattr(point.memory, name) / _GIB:.1f}" for name in PARTS)
+        parts = tuple(f"{getattr(point.memory, name) / _GIB:.1f}" for name in ON_A_GPU)
         largest = f"{point.largest_parameters / 1e9:.1f} B" if point.largest_layers else "none"
         yield (
             point.strategy.value,
             f"{point.gpus:,}",
             *parts,
             f"{point.memory.total / _GIB:.1f}",
+            f"{point.memory.host / _GIB:.1f}",
             f"{point.sent_bytes / _GIB:.1f}",
             "yes" if point.fits else "NO",
             largest,
         )
 
 
-HEADINGS = ("strategy", "GPUs", *PARTS.values(), "GiB", "sent GiB", "fits", "largest")
+HEADINGS = (
+    *("strategy", "GPUs", *(PARTS[name] for name in ON_A_GPU), "GiB", "host GiB", "sent GiB"),
+    *("fits", "largest"),
+)
 """Headings of that table."""

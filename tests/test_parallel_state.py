@@ -1,0 +1,101 @@
+"""What a plan says a rank holds, offloaded or not, is what real ranks hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders.runs import REPOSITORY
+from builders.several import HAS_COMPILER
+from builders.state_ranks import CASES, SHAPE
+
+from apr_dist.cli.plan import plan as plan_verb
+from apr_dist.config_sections import Precision, StrategyChoice
+from apr_dist.parallel.strategy import Offload, Strategy
+from apr_dist.training.memory import F32, Load, State, estimate, most_possible, shards
+
+WORLD = 2
+LOAD = Load(micro_batch=1, seq_length=32, accumulates=False, precision=Precision.F32, cuda=True)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
+    """Bytes that both ranks held between steps, all in one launch."""
+    folder = tmp_path_factory.mktemp("state")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["TORCH_EXTENSIONS_DIR"] = str(REPOSITORY / ".build" / "torch_extensions")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORLD)]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += [str(Path(__file__).parent / "builders" / "state_ranks.py"), str(folder)]
+    command += [] if HAS_COMPILER else ["--no-deepspeed"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"state-{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize(("strategy", "offload"), CASES)
+def test_the_state_of_a_plan_is_the_state_of_a_real_rank(
+    strategy: Strategy, offload: Offload, held: list[dict[str, int]]
+) -> None:
+    if strategy.zero_stage and not HAS_COMPILER:
+        pytest.skip("DeepSpeed builds its CPU modules with a C++ compiler, and there is none")
+    choice = StrategyChoice(strategy.value)
+    said = State.of(SHAPE, shards(choice, WORLD, WORLD), choice, WORLD, offload)
+    wanted = said.weights + said.optimizer + said.masters + said.host
+    if strategy is Strategy.ZERO3 and offload is Offload.NONE:
+        wanted += said.gradients  # their buffer stays; the others let go of gradients after a step
+    if strategy.is_fsdp and offload is not Offload.NONE:
+        wanted -= F32 * SHAPE.parameter_count() // WORLD
+    if strategy.zero_stage and offload is not Offload.NONE:
+        wanted += said.buckets
+    for rank in held:
+        assert rank[f"{strategy} {offload}"] == pytest.approx(wanted, rel=0.005)
+
+
+@pytest.mark.parametrize(("strategy", "offload"), CASES)
+def test_what_is_offloaded_leaves_the_gpu_and_is_in_host_memory(strategy: Strategy, offload: Offload) -> None:
+    choice = StrategyChoice(strategy.value)
+    without, said = (
+        estimate(SHAPE, LOAD, strategy=choice, world_size=8, shard_size=8, offload=one)
+        for one in (Offload.NONE, offload)
+    )
+    assert said.offload is offload
+    if offload is Offload.NONE:
+        assert said.host == said.offloaded == 0
+        return
+    assert said.optimizer == said.masters == 0
+    assert without.total > said.total
+    assert said.host >= without.optimizer + without.masters
+
+
+def test_a_strategy_offloads_as_much_of_what_is_asked_as_it_can() -> None:
+    both = Offload.OPTIMIZER_AND_PARAMETERS
+    assert most_possible(StrategyChoice.DDP, both) is Offload.NONE
+    assert most_possible(StrategyChoice.ZERO2, both) is Offload.OPTIMIZER
+    assert most_possible(StrategyChoice.FSDP2, Offload.OPTIMIZER) is Offload.NONE
+    assert most_possible(StrategyChoice.ZERO3, both) is both
+
+
+def test_a_plan_and_a_simulation_say_what_host_memory_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--synthetic", "--mode", "from-scratch", "--model", "llama-370m", "--micro-batch-size", "1"]
+    flags += ["--parallel.strategy", "zero3", "--device", "cuda", "--no-checkpoint.background"]
+    offloaded = [*flags, "--parallel.offload", "optimizer+parameters"]
+    plan_verb([*offloaded, "--processes", "8", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    parameters, zero3 = found["parameters"], found["memory_bytes"]["zero3"]
+    assert zero3["host"] == pytest.approx(6 * 4 * parameters / 8, rel=1e-6)
+    plan_verb([*offloaded, "--processes", "8"])
+    assert "in host memory, optimizer+parameters offloaded" in capsys.readouterr().out
+    hosts, totals = [], []
+    for given in (flags, offloaded):
+        assert plan_verb([*given, "--simulate", "6", "--json"]) == 0
+        points = {(one["strategy"], one["gpus"]): one for one in json.loads(capsys.readouterr().out)}
+        hosts.append(points["zero3", 8]["memory"]["host"])
+        totals.append(points["zero3", 8]["total"])
+    assert hosts[0] == 0
+    assert hosts[1] == zero3["host"]
+    assert totals[1] < totals[0]
