@@ -53,7 +53,7 @@ def test_value_and_gradients_equal_the_plain_loss(chunk: int, z_loss: float) -> 
 
 
 def test_many_blocks_of_the_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_loss, "VOCAB_BLOCK", 100)
+    monkeypatch.setattr(chunked_loss, "HEAD_GRADIENT_ROWS", 100)
     hidden, head, targets = problem()
     expected = torch.autograd.grad(plain_cross_entropy_sum(hidden, head, targets)[0], head)[0]
     found = torch.autograd.grad(cross_entropy_sum(hidden, head, targets, chunk_tokens=10)[0], head)[0]
@@ -71,6 +71,23 @@ def test_bf16_accumulates_in_f32_and_stays_near_the_f32_loss() -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.dtype is torch.bfloat16
         assert relative(one, other) < 2e-2
+
+
+def test_a_f32_head_gets_the_sum_of_its_chunks_unrounded() -> None:
+    hidden, head, targets = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = cross_entropy_sum(hidden, head, targets, chunk_tokens=4)
+    (gradient,) = torch.autograd.grad(total, head)
+    assert gradient.dtype is torch.float32
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
+def test_no_tokens_have_no_loss_and_no_gradient() -> None:
+    hidden, head, targets = problem(tokens=0)
+    total, count = cross_entropy_sum(hidden, head, targets)
+    d_hidden, d_head = torch.autograd.grad(total, (hidden, head))
+    assert (total.item(), count.item(), d_hidden.numel()) == (0.0, 0, 0)
+    assert not d_head.any()
 
 
 def test_autocast_computes_in_its_type_and_returns_gradients_in_the_parameters() -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apr_dist.model.flops import LOGITS_CHUNK_BYTES
-from apr_dist.model.matmul import mm
+from apr_dist.model.flops import HEAD_GRADIENT_ROWS, LOGITS_CHUNK_BYTES
+from apr_dist.model.matmul import mm, uses_onednn
 
 IGNORE_INDEX: Final = -100
 """Target of a position that does not count."""
@@ -22,16 +22,15 @@ IGNORE_INDEX: Final = -100
 CACHE_BYTES: Final = 4 << 20
 """Logits in f32 that a processor's cache holds while several passes go over them."""
 
-VOCAB_BLOCK: Final = 8192
-"""Rows of the head's gradient that are computed at once when it is summed over chunks."""
-
 
 def chunked_cross_entropy(
     rows: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss of rows ``[tokens, hidden]`` and head ``[vocab, hidden]`` of one type, and its z-loss part.
+    """Loss of rows ``[tokens, hidden]`` and head ``[vocab, hidden]``, and its z-loss part.
 
-    Targets are int64 ``[tokens]``. For the other arguments see `apr_dist.model.loss.cross_entropy_sum`.
+    Products are in the type of the rows; the head's gradient is summed in f32 and given in the type of
+    the head. Targets are int64 ``[tokens]``. For the other arguments see
+    `apr_dist.model.loss.cross_entropy_sum`.
 
     Returns:
         (summed loss, z-loss included; the z-loss part of it, without a graph), both f32.
@@ -59,7 +58,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_weight = plan.gradients and weight.requires_grad
         total = torch.zeros(2, dtype=torch.float32, device=rows.device)
         d_rows = torch.empty_like(rows) if wants_rows else None
-        d_weight = None
+        d_weight = _empty_total(weight, rows) if wants_weight else None
+        head_dtype, weight = weight.dtype, weight.to(rows.dtype)
         for start in range(0, rows.shape[0], plan.chunk_tokens):
             chunk = slice(start, start + plan.chunk_tokens)
             logits = mm(rows[chunk], weight.t())
@@ -67,10 +67,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += _chunk_loss(logits, targets[chunk], z_loss=plan.z_loss, gradient_in_place=wants)
             if d_rows is not None:
                 d_rows[chunk] = mm(logits, weight)
-            if wants_weight:
-                d_weight = _accumulate(d_weight, logits, rows[chunk])
+            if d_weight is not None:
+                _accumulate(d_weight, logits, rows[chunk], first=start == 0)
             del logits  # or two chunks would be alive while the next is made
-        ctx.gradients = (d_rows, None if d_weight is None else d_weight.to(weight.dtype))
+        ctx.gradients = (d_rows, None if d_weight is None else d_weight.to(head_dtype))
         loss, penalty = total.unbind()
         penalty = penalty.clone()  # an output of its own, no view of the other's memory
         ctx.mark_non_differentiable(penalty)
@@ -139,11 +139,25 @@ def _sum_loss(lse: Tensor, chosen: Tensor, targets: Tensor, z_loss: float) -> Te
     return loss.masked_fill_(targets == IGNORE_INDEX, 0.0).sum(1)
 
 
-def _accumulate(total: Tensor | None, d_logits: Tensor, rows: Tensor) -> Tensor:
-    """Add ``d_logits.T @ rows`` to the f32 ``[vocab, hidden]`` total, a block of the vocabulary at a time."""
-    if total is None:
-        return mm(d_logits.t(), rows).float()
-    for start in range(0, total.shape[0], VOCAB_BLOCK):
-        block = slice(start, start + VOCAB_BLOCK)
-        total[block] += mm(d_logits[:, block].contiguous().t(), rows)
-    return total
+def _empty_total(weight: Tensor, rows: Tensor) -> Tensor:
+    """f32 room for the head's gradient; zero where no chunk will write to it."""
+    allocate = torch.empty if rows.shape[0] else torch.zeros
+    return allocate(weight.shape, dtype=torch.float32, device=weight.device)
+
+
+def _accumulate(total: Tensor, d_logits: Tensor, rows: Tensor, *, first: bool) -> None:
+    """Add ``d_logits.T @ rows`` to the f32 ``[vocab, hidden]`` total, or make it that.
+
+    A block of the vocabulary at a time, or the product's own copy of all logits would be the largest
+    temporary of a step.
+    """
+    for start in range(0, total.shape[0], HEAD_GRADIENT_ROWS):
+        block = slice(start, start + HEAD_GRADIENT_ROWS)
+        logits = d_logits[:, block]
+        if uses_onednn(logits):
+            logits = logits.contiguous()  # columns far apart in memory are slow there
+        product = mm(logits.t(), rows)
+        if first:
+            total[block] = product
+        else:
+            total[block] += product

@@ -12,6 +12,9 @@ from apr_dist.model.config import TransformerConfig
 if TYPE_CHECKING:
     import torch
 
+HEAD_GRADIENT_ROWS: Final = 8192
+"""Rows of the head's gradient that are computed at once."""
+
 LOGITS_CHUNK_BYTES: Final = 128 << 20
 """Largest chunk of logits the loss holds at once."""
 

@@ -95,15 +95,16 @@ def cross_entropy_parts(
     none = torch.zeros((), dtype=torch.float32, device=hidden.device)
     dtype = compute_dtype(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-    weight = head_weight.to(dtype)
     backend = backend or choose_loss_backend(hidden.device, z_loss=z_loss)
     with torch.autocast(hidden.device.type, enabled=False):
         if backend is LossBackend.TORCH:
-            return _torch_loss(rows, weight, targets, z_loss), none, count
+            return _torch_loss(rows, head_weight.to(dtype), targets, z_loss), none, count
         if backend is LossBackend.LIGER:
             unknown = none.fill_(float("nan")) if z_loss else none
-            return _liger_loss(rows, weight, targets, z_loss), unknown, count
-        total, part = chunked_cross_entropy(rows, weight, targets, z_loss=z_loss, chunk_tokens=chunk_tokens)
+            return _liger_loss(rows, head_weight.to(dtype), targets, z_loss), unknown, count
+        total, part = chunked_cross_entropy(
+            rows, head_weight, targets, z_loss=z_loss, chunk_tokens=chunk_tokens
+        )
     return total, part, count
 
 

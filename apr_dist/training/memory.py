@@ -13,7 +13,7 @@ from typing import Any
 
 from apr_dist.config_sections import ActivationCheckpointing, Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.flops import LOGITS_CHUNK_BYTES
+from apr_dist.model.flops import HEAD_GRADIENT_ROWS, LOGITS_CHUNK_BYTES
 from apr_dist.parallel.strategy import Offload, Strategy, possible_offloads
 
 F32 = 4
@@ -320,8 +320,9 @@ def _logits_bytes(model: TransformerConfig, load: Load) -> int:
         widened = F32 if load.precision is Precision.BF16 else 0
         # The chunk before is still there while the next, perhaps shorter, is computed.
         return min(load.tokens, 2 * chunk) * model.vocab_size * (load.compute_bytes + widened)
-    # The head's gradient is a product with the transposed chunk, which the CPU library copies.
-    return 2 * chunk * model.vocab_size * load.compute_bytes
+    # The head's gradient is computed some rows at a time; their logits are copied, and again by the library.
+    copied = 2 * min(HEAD_GRADIENT_ROWS, model.vocab_size)
+    return chunk * (model.vocab_size + copied) * load.compute_bytes
 
 
 def _backward_bytes(model: TransformerConfig, load: Load) -> int:
