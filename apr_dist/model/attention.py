@@ -1,8 +1,8 @@
 """Causal self-attention with grouped queries, one module for every family.
 
 Keys and values are never repeated in memory: the kernel reads each KV head for its whole group of
-query heads. Which kernel runs is decided by ``torch``'s scaled dot-product attention; packed documents
-are in ``packing``.
+query heads. Which kernel runs is decided by ``torch``'s scaled dot-product attention, except where
+``cpu_attention`` is faster; packed documents are in ``packing``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from apr_dist.model import cpu_attention
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.layers import Linear, RMSNorm, project_normed
 from apr_dist.model.packing import Documents, attend_documents
@@ -112,6 +113,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int |
         key, value = key[:, -window:], value[:, -window:]
     windowed = new > 1 and window is not None and window < length
     masked = windowed or 1 < new < length
+    if not masked and cpu_attention.has_causal_attention(query, key):
+        return cpu_attention.causal_attention(query, key, value)
     mixed = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import apr_dist.model.cpu_attention  # noqa: F401  (defines its operator)
+
 
 class Checkpointing(StrEnum):
     """How much of a block is computed twice.
@@ -46,7 +48,7 @@ _ATTENTION = _operators(
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
-)
+) | _operators(torch.ops.apr_dist, "causal_attention")
 
 
 def _every_second() -> Callable[..., CheckpointPolicy]:

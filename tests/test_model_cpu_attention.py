@@ -1,0 +1,151 @@
+"""The CPU's own causal attention is attention: values and gradients, in blocks, in both types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from builders.models import random_tokens, tiny_config, tiny_decoder
+from torch.profiler import ProfilerActivity, profile
+
+from apr_dist.model import attention, cpu_attention, matmul
+from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.model.matmul import MatmulBackend, cpu_matmul_backend
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture
+def _onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(matmul.BACKEND_VARIABLE, MatmulBackend.ONEDNN)
+    cpu_matmul_backend.cache_clear()
+    if cpu_matmul_backend() is not MatmulBackend.ONEDNN:
+        pytest.skip("this PyTorch has no oneDNN")
+    yield
+    cpu_matmul_backend.cache_clear()
+
+
+def heads(length: int, *, dtype: torch.dtype = torch.float32, query: int = 6, kv: int = 2) -> Heads:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(2, length, count, 16, generator=generator).to(dtype).requires_grad_()
+
+    return draw(query), draw(kv), draw(kv)
+
+
+def exact(tensors: Heads) -> torch.Tensor:
+    """By the textbook, in f64."""
+    query, key, value = (tensor.double().transpose(1, 2) for tensor in tensors)
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.mT / query.shape[3] ** 0.5
+    seen = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).detach().abs().max() / expected.detach().abs().max())
+
+
+@pytest.mark.usefixtures("_onednn")
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
+@pytest.mark.parametrize("length", [1, 7, 171, 300])
+def test_values_and_gradients_are_those_of_the_formula(
+    length: int, dtype: torch.dtype, within: float
+) -> None:
+    tensors = heads(length, dtype=dtype)
+    expected = exact(tensors)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = cpu_attention.causal_attention(*tensors)
+    assert found.dtype is dtype
+    assert apart(found, expected) < within
+    exact_gradients = torch.autograd.grad(expected, tensors, upstream.double())
+    gradients = torch.autograd.grad(found, tensors, upstream)
+    largest = max(float(gradient.abs().max()) for gradient in exact_gradients)
+    for one, other in zip(gradients, exact_gradients, strict=True):
+        assert one.dtype is dtype
+        assert float((one.double() - other.double()).abs().max()) < within * largest
+
+
+@pytest.mark.usefixtures("_onednn")
+def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = heads(45)
+    whole = cpu_attention.causal_attention(*tensors)
+    monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 12)
+    found = cpu_attention.causal_attention(*tensors)
+    upstream = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
+    assert apart(found, whole) < 1e-6
+    pairs = (torch.autograd.grad(one, tensors, upstream) for one in (found, whole))
+    for one, other in zip(*pairs, strict=True):
+        assert apart(one, other) < 2e-6
+
+
+@pytest.mark.usefixtures("_onednn")
+def test_it_is_chosen_where_there_is_a_block_of_work_and_only_for_whole_sequences() -> None:
+    long, short = heads(300), heads(100)
+    assert cpu_attention.has_causal_attention(*long[:2])
+    assert not cpu_attention.has_causal_attention(*short[:2])
+    assert not cpu_attention.has_causal_attention(long[0][:, -200:], long[1])
+    assert not cpu_attention.has_causal_attention(*(tensor.half() for tensor in long[:2]))
+    own = attention.causal_attention(*long)
+    assert torch.equal(own, cpu_attention.causal_attention(*long))
+    theirs = F.scaled_dot_product_attention(
+        *(tensor.transpose(1, 2) for tensor in long), is_causal=True, enable_gqa=True
+    )
+    assert apart(own, theirs.transpose(1, 2)) < 2e-6
+
+
+@pytest.mark.usefixtures("_onednn")
+def test_a_window_goes_to_the_kernel_that_has_one() -> None:
+    tensors = heads(300)
+    assert not torch.equal(
+        attention.causal_attention(*tensors, window=10), attention.causal_attention(*tensors)
+    )
+
+
+@pytest.mark.usefixtures("_onednn")
+def test_f32_products_stay_f32_under_autocast() -> None:
+    tensors = heads(200)
+    plain = cpu_attention.causal_attention(*tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cpu_attention.causal_attention(*tensors), plain)
+
+
+@pytest.mark.usefixtures("_onednn")
+@pytest.mark.parametrize("mode", [Checkpointing.FULL, Checkpointing.SELECTIVE])
+def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 8)
+    model = tiny_decoder(tiny_config())
+    tokens = random_tokens(model.config, (2, 33))
+
+    def gradients() -> list[torch.Tensor]:
+        total, _ = model(tokens[:, :-1], tokens[:, 1:])
+        return list(torch.autograd.grad(total, list(model.parameters())))
+
+    expected = gradients()
+    model.set_checkpointing(mode)
+    for one, other in zip(gradients(), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("_onednn")
+@pytest.mark.parametrize(("mode", "again"), [(Checkpointing.SELECTIVE, False), (Checkpointing.FULL, True)])
+def test_selective_checkpointing_keeps_its_result(
+    mode: Checkpointing, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 8)
+    model = tiny_decoder(tiny_config(num_layers=1))
+    model.set_checkpointing(mode)
+    tokens = random_tokens(model.config, (1, 33))
+    total, _ = model(tokens[:, :-1], tokens[:, 1:])
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        total.backward()
+    events = profiler.events()
+    assert events is not None
+    names = [event.name for event in events]
+    backward_only = names.count("aten::_softmax_backward_data")
+    assert backward_only > 0
+    assert (names.count("aten::_softmax") > backward_only) == again
