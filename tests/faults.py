@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +61,8 @@ class Bench:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
-        self.inputs: Inputs = make_inputs(folder / "shared")
+        with redirect_stdout(sys.stderr):  # the training of the shared model, and not a part of the table
+            self.inputs: Inputs = make_inputs(folder / "shared")
         self.ranks: WarmRanks = open_ranks(folder / "ranks")
 
     def flags(self, run_dir: Path, *more: str) -> list[str]:
