@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -145,6 +147,47 @@ def test_truncation_is_noticed_by_the_open_map_itself(tmp_path: Path) -> None:
         ShardError, match="changed while it was in use: it held 240000 bytes and now holds 4096"
     ):
         one.next_batch()
+
+
+_READ_ON_AND_ON = """
+import faulthandler, sys
+from pathlib import Path
+from apr_dist.data.loader import TokenLoader
+from apr_dist.data.manifest import Manifest
+from apr_dist.errors import ShardError
+manifest = Manifest.load(Path(sys.argv[1]))
+one = TokenLoader(manifest, seq_length=64, global_batch=64, micro_batch=64, seed=1, recheck_s=3600.0)
+for _ in range(200):
+    one.next_batch()
+if sys.argv[2] == "enabled late":
+    faulthandler.enable()
+print("ready", flush=True)
+try:
+    while True:
+        one.next_batch()
+except ShardError as error:
+    print(error)
+"""
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-LOADER-010")
+@pytest.mark.parametrize("faulthandler", ["off", "enabled early", "enabled late"])
+def test_a_shard_cut_off_while_its_rows_are_copied_is_never_a_signal(
+    tmp_path: Path, faulthandler: str
+) -> None:
+    """Whoever else handles the signal: the copy itself ends, and says which shard it was."""
+    build_shards(tmp_path, [60_000, 60_000])
+    early = ["-X", "faulthandler"] if faulthandler == "enabled early" else []
+    command = [sys.executable, *early, "-c", _READ_ON_AND_ON, str(tmp_path), faulthandler]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+        os.truncate(tmp_path / "shard-00001.bin", 0)
+        told = reader.stdout.read()
+    assert reader.returncode == 0
+    assert (
+        "shard-00001.bin: the shard changed while it was in use: it held 240000 bytes and now holds 0" in told
+    )
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-LOADER-010")

@@ -48,9 +48,9 @@ class Access(StrEnum):
     """How sequences are read."""
 
     MMAP = "mmap"
-    """From a map of the shard, whose size is checked before every row."""
+    """From a map of the shard; one that is truncated meanwhile is an error."""
     PREAD = "pread"
-    """With a system call a row: for network storage, where a map turns an I/O error into a signal."""
+    """With a system call a row: for network storage."""
 
 
 class ShardStream:

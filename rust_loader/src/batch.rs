@@ -2,10 +2,12 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::error::Result;
+use crate::mapping::Place;
 use crate::set::ShardSet;
 use crate::shard::{OpenShard, View, to_usize};
 use crate::stream::Row;
@@ -34,16 +36,19 @@ fn gather_with<T>(
     rows: &[Row],
     width: usize,
     out: &mut [T],
-    read: impl Fn(&OpenShard, u64, &mut [T]) -> Result<()>,
+    read: impl Fn(&OpenShard, u64, &mut [T], Place) -> Result<()>,
 ) -> Result<()> {
     assert_eq!(out.len(), rows.len() * width, "the buffer has another size than its rows");
     for (rows, out) in rows.chunks(GATHER_CHUNK).zip(out.chunks_mut(GATHER_CHUNK * width)) {
-        let open = shards.get_all(rows.iter().map(|row| row.shard))?;
+        let now = Instant::now();
+        let open = shards.get_all(rows.iter().map(|row| row.shard), now)?;
+        for shard in &open {
+            shard.look(now)?;
+        }
         for (i, (row, words)) in rows.iter().zip(out.chunks_exact_mut(width)).enumerate() {
-            if let (Some(next), Some(shard)) = (rows.get(i + 1), open.get(i + 1)) {
-                shard.prefetch(next.start, width);
-            }
-            read(&open[i], row.start, words)?;
+            // The last row has no next one: its own lines are there already.
+            let next = if i + 1 < rows.len() { i + 1 } else { i };
+            read(&open[i], row.start, words, open[next].place(rows[next].start, width))?;
         }
     }
     count_bytes(shards, rows.len() * width);

@@ -140,8 +140,11 @@ impl ShardSet {
     }
 
     /// The shards at `indices`, in that order.
-    pub fn get_all(&self, indices: impl ExactSizeIterator<Item = u32>) -> Result<Vec<Arc<OpenShard>>> {
-        let now = Instant::now();
+    pub fn get_all(
+        &self,
+        indices: impl ExactSizeIterator<Item = u32>,
+        now: Instant,
+    ) -> Result<Vec<Arc<OpenShard>>> {
         let mut shards = Vec::with_capacity(indices.len());
         let mut cache = self.cache.lock()?;
         for index in indices {

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -15,13 +15,16 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::error::{Error, Result};
 use crate::latency::Latencies;
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, Place};
 
 const WORD: u64 = size_of::<u32>() as u64;
 const HASH_CHUNK: usize = 1 << 20;
 
 /// Tokens that are brought into memory together where blocks are read: 64 KiB.
 const GRANULE: usize = 1 << 14;
+
+/// A shard whose size was seen less than this ago is copied from without another look.
+const LOOKED_LATELY: Duration = Duration::from_millis(1);
 
 /// Every so many views, the system is asked whether what was brought into memory is still there.
 const LOOK_EVERY: u64 = 16;
@@ -53,7 +56,7 @@ pub enum Verify {
 /// How rows are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Copied out of a map of the file; the size is checked before every row.
+    /// Copied out of a map of the file, whose size is looked at every millisecond of use.
     Mmap,
     /// With `pread`: slower when cached, and an error where a map would be a signal.
     Pread,
@@ -151,6 +154,9 @@ pub struct OpenShard {
     map: Option<Mapping>,
     bytes: u64,
     stamp: Stamp,
+    opened: Instant,
+    /// When its size was last looked at, in nanoseconds from `opened` on.
+    looked: AtomicU64,
     /// Kept where blocks are read; rows here and there are looked up in the page tables instead.
     seen: Option<Seen>,
 }
@@ -172,12 +178,14 @@ impl OpenShard {
         };
         let seen = map.as_ref().filter(|_| options.sequential).map(Seen::nothing_of);
         let stamp = Stamp::of(&metadata);
-        Ok(Self { path, file, map, bytes, stamp, seen })
+        let (opened, looked) = (Instant::now(), AtomicU64::new(0));
+        Ok(Self { path, file, map, bytes, stamp, opened, looked, seen })
     }
 
     /// Whether the file at its path is still the one that was opened, and as it was.
     pub(crate) fn is_unchanged(&self) -> bool {
-        std::fs::metadata(&self.path).is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)
+        !self.is_lost()
+            && std::fs::metadata(&self.path).is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)
     }
 
     /// Tells the file, as it was opened, from any other; never 0.
@@ -199,37 +207,45 @@ impl OpenShard {
         }
     }
 
-    /// Copies the tokens from `start` on into `row`.
-    pub fn read(&self, start: u64, row: &mut [u32]) -> Result<()> {
+    /// Copies the tokens from `start` on into `row`; the CPU fetches those at `ahead` meanwhile, see
+    /// [`Self::place`].
+    pub fn read(&self, start: u64, row: &mut [u32], ahead: Place) -> Result<()> {
         if let Some(map) = &self.map {
-            self.check_size()?;
-            map.copy_to(to_usize(start), row);
-            return Ok(());
+            return if map.copy_to(to_usize(start), row, ahead) { Ok(()) } else { Err(self.lost()) };
         }
         let bytes = bytemuck::cast_slice_mut(row);
         self.file.read_exact_at(bytes, start * WORD).map_err(|error| self.read_error(error))
     }
 
-    /// Copies the tokens from `start` on into `row`, widened to 64 bits.
-    pub fn read_wide(&self, start: u64, row: &mut [i64]) -> Result<()> {
+    /// As [`Self::read`], widened to 64 bits.
+    pub fn read_wide(&self, start: u64, row: &mut [i64], ahead: Place) -> Result<()> {
         if let Some(map) = &self.map {
-            self.check_size()?;
-            map.widen_to(to_usize(start), row);
-            return Ok(());
+            return if map.widen_to(to_usize(start), row, ahead) { Ok(()) } else { Err(self.lost()) };
         }
         let mut narrow = vec![0_u32; row.len()];
-        self.read(start, &mut narrow)?;
+        self.read(start, &mut narrow, ahead)?;
         for (wide, word) in row.iter_mut().zip(narrow) {
             *wide = i64::from(word);
         }
         Ok(())
     }
 
-    /// Asks the CPU for a row that will be read next.
-    pub fn prefetch(&self, start: u64, len: usize) {
-        if let Some(map) = &self.map {
-            map.prefetch(to_usize(start), len);
+    /// Where `len` tokens from `start` on lie in memory, to be fetched while others are copied.
+    pub fn place(&self, start: u64, len: usize) -> Place {
+        self.map.as_ref().map_or(Place::NOWHERE, |map| map.place(to_usize(start), len))
+    }
+
+    /// Looks at the file's size, unless that was done a moment before `now`. Copies need it only to name a
+    /// truncated shard early: one that is cut off later ends in an error as well, see `mapping`.
+    pub fn look(&self, now: Instant) -> Result<()> {
+        let at = u64::try_from(now.saturating_duration_since(self.opened).as_nanos()).unwrap_or(u64::MAX);
+        let since = at.saturating_sub(self.looked.load(Ordering::Relaxed));
+        if self.map.is_none() || u128::from(since) < LOOKED_LATELY.as_nanos() {
+            return Ok(());
         }
+        self.check_size()?;
+        self.looked.store(at, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Asks the system to read a row that will be wanted soon, without waiting.
@@ -288,11 +304,23 @@ impl OpenShard {
         map.populate(to_usize(start), len).map_err(|error| self.read_error(error))
     }
 
-    /// Looks at the file's size: a map of a truncated file must not be touched.
-    ///
-    /// `lseek` is the cheapest question with that answer (about 0.1 us against 0.45 us of `fstat`).
-    /// Between it and the copy a writer has about a microsecond; `Access::Pread` leaves none.
+    fn is_lost(&self) -> bool {
+        self.map.as_ref().is_some_and(Mapping::is_lost)
+    }
+
+    /// What to say of a lost map: that the file is shorter, or else that it could not be read.
+    fn lost(&self) -> Error {
+        let why = || self.changed("a part of it that is mapped cannot be read".into());
+        self.compare_size().map_or_else(|error| error, |()| why())
+    }
+
+    /// Looks at the file's size, and whether the map is lost.
     fn check_size(&self) -> Result<()> {
+        if self.is_lost() { Err(self.lost()) } else { self.compare_size() }
+    }
+
+    /// `lseek` is the cheapest question about a size (about 0.1 us against 0.45 us of `fstat`).
+    fn compare_size(&self) -> Result<()> {
         let found = seek(&self.file, SeekFrom::End(0)).map_err(|error| self.read_error(error.into()))?;
         if found == self.bytes {
             return Ok(());

@@ -190,6 +190,13 @@ MUTANTS: tuple[Change, ...] = (
         "        if found > 0 {",
     ),
     Change(
+        LOADER + "010",
+        "a page that is gone while it is copied ends the process",
+        "rust_loader/src/mapping/guard.rs",
+        "        if !(begin..end).contains(&address) {",
+        "        if begin <= end {",
+    ),
+    Change(
         LOADER + "011",
         "one source of a mixture takes the places of the next",
         "rust_loader/src/stream.rs",

@@ -1,6 +1,7 @@
 //! Shards that are not, or no longer, what the manifest says; and those that are.
 
 use super::*;
+use crate::mapping::Place;
 use crate::shard::Access;
 use std::fs::{self, File};
 use xxhash_rust::xxh3::xxh3_64;
@@ -47,8 +48,8 @@ fn rows_are_read_narrow_and_wide() {
         let set = Fixture::new(&[50, 80]);
         let shard = set.set(options).get(1).unwrap();
         let (mut narrow, mut wide) = ([0; 3], [0; 3]);
-        shard.read(77, &mut narrow).unwrap();
-        shard.read_wide(77, &mut wide).unwrap();
+        shard.read(77, &mut narrow, Place::NOWHERE).unwrap();
+        shard.read_wide(77, &mut wide, Place::NOWHERE).unwrap();
         assert_eq!(narrow, [1077, 1078, 1079]);
         assert_eq!(wide, [1077, 1078, 1079]);
     });
@@ -62,7 +63,7 @@ fn a_truncated_shard_is_an_error_of_the_open_one_and_of_the_next_one() {
         let shard = set.get(0).unwrap();
         File::options().write(true).open(fixture.path(0)).unwrap().set_len(100).unwrap();
         let mut row = [0; 10];
-        assert!(matches!(shard.read(49_000, &mut row), Err(Error::Changed { .. })));
+        assert!(matches!(shard.read(49_000, &mut row, Place::NOWHERE), Err(Error::Changed { .. })));
         assert!(matches!(shard.populate(49_000, 10), Err(Error::Changed { .. }) | Ok(())));
         assert!(matches!(set.get(0), Err(Error::Size { found: 100, .. })));
     });
@@ -82,7 +83,7 @@ fn a_replaced_shard_is_judged_by_its_content() {
             assert_eq!(set.get(0).is_ok(), fits);
         }
         let mut row = [0; 2];
-        old.read(48, &mut row).unwrap();
+        old.read(48, &mut row, Place::NOWHERE).unwrap();
         assert_eq!(row, [48, 49], "the replaced file lives on for those who hold it");
     });
 }
@@ -133,7 +134,7 @@ fn a_view_holds_its_map_when_the_set_is_gone() {
     let view = shard.view(10, 5).unwrap().unwrap();
     drop(set);
     let mut row = [0; 5];
-    held.upgrade().unwrap().read(10, &mut row).unwrap();
+    held.upgrade().unwrap().read(10, &mut row, Place::NOWHERE).unwrap();
     assert_eq!(row, [10, 11, 12, 13, 14]);
     assert!(!view.pointer().is_null());
     drop(view);
