@@ -26,7 +26,7 @@ CREATE_VENV = $(PYTHON) -m venv $(VENV)
 INSTALL     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/Cargo.toml rust_loader/Cargo.lock)
+RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_loader/Cargo.toml rust_loader/Cargo.lock)
 
 export TOKENIZERS_PARALLELISM := true
 
