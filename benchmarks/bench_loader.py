@@ -17,8 +17,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,14 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from loader_rivals import BATCH, WIDTH, BareGather, Batches, rivals
+from loader_start import Table, loader, start
 
-from apr_dist.data.loader import TokenLoader
 from apr_dist.data.manifest import Manifest, Shard
 
 TOKENS = BATCH * WIDTH
 SHARD_TOKENS = 5_000_000
 STEP_MS = 126.0  # one step of 0.5 B parameters on an H100, (8, 2049): 130,000 tokens/s
-Table = dict[str, list[float]]
 
 
 def make_data(folder: Path, shards: int) -> Manifest:
@@ -49,17 +46,6 @@ def make_data(folder: Path, shards: int) -> Manifest:
             generator.integers(151_936, size=SHARD_TOKENS, dtype=np.uint32).tofile(path)
         entries.append(Shard(file=path.name, tokens=SHARD_TOKENS, bytes=SHARD_TOKENS * 4))
     return Manifest(folder=folder, shards=tuple(entries), vocab_size=151_936, tokenizer=None)
-
-
-def loader(manifest: Manifest, **options: Any) -> TokenLoader:
-    defaults = {
-        "seq_length": WIDTH - 1,
-        "global_batch": BATCH,
-        "micro_batch": BATCH,
-        "seed": 1,
-        "verify": "off",
-    }
-    return TokenLoader(manifest, **{**defaults, **options})
 
 
 def ours(manifest: Manifest) -> dict[str, Callable[[], Batches]]:
@@ -266,72 +252,6 @@ def cold(manifest: Manifest, rounds: int) -> tuple[Table, Table]:
     return rates, p99
 
 
-def resident_mb() -> float:
-    fields = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()
-    return int(fields[0]) / 1024
-
-
-def start_once(folder: Path) -> dict[str, float]:
-    """In a process of its own: open a trillion tokens, first batch, seeks, memory."""
-    torch.zeros(1).sum()
-    opening = time.perf_counter()
-    manifest = Manifest.load(folder)
-    opening = time.perf_counter() - opening
-    before, begun = resident_mb(), time.perf_counter()
-    one = loader(manifest)
-    one.next_batch()
-    first = time.perf_counter() - begun
-    generator = np.random.default_rng(2)
-    seeks = []
-    for k in generator.integers(10**9, size=500).tolist():
-        begun = time.perf_counter()
-        one.load_state({**one.state(), "global_batch": k})
-        one.next_batch()
-        seeks.append((time.perf_counter() - begun) * 1e3)
-    for _ in range(2000):
-        one.next_batch()
-    memory = resident_mb() - before
-    return {
-        "open the manifest, ms": opening * 1e3,
-        "first batch beyond it, ms": first * 1e3,
-        "seek and read, median ms": statistics.median(seeks),
-        "seek and read, p99 ms": sorted(seeks)[495],
-        "memory beyond the manifest, MB": memory,
-        "open shards": one.stats()["shards_open"],
-    }
-
-
-def write_manifest_of_zeros(folder: Path) -> None:
-    """100,000 shards of zeros; the provenance hashes are made up, the quick ones left out."""
-    shards = tuple(
-        Shard(
-            file=f"shard-{index:05d}.bin",
-            tokens=10_000_000,
-            bytes=40_000_000,
-            sha256=f"{index:064x}",
-            min_id=0,
-            max_id=0,
-        )
-        for index in range(100_000)
-    )
-    Manifest(folder=folder, shards=shards, vocab_size=None, tokenizer=None).write()
-
-
-def start(rounds: int, where: Path) -> Table:
-    table: Table = {}
-    with tempfile.TemporaryDirectory(dir=where) as name:
-        for index in range(100_000):
-            with (Path(name) / f"shard-{index:05d}.bin").open("wb") as file:
-                file.truncate(40_000_000)
-        write_manifest_of_zeros(Path(name))
-        for _ in range(rounds):
-            command = [sys.executable, __file__, "--start-once", name]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            for key, value in found.items():
-                table.setdefault(key, []).append(value)
-    return table
-
-
 def show(title: str, table: Table, extra: Callable[[str, float], str] = lambda _name, _median: "") -> None:
     print(f"\n### {title}\n")
     for line in lines_of(table, extra):
@@ -357,12 +277,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--folder", type=Path, help="keep the data here instead of in a temporary folder")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--start-once", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.start_once:
-        print(json.dumps(start_once(arguments.start_once)))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

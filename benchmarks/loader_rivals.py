@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 BATCH, WIDTH = 8, 2049
+RING = 9  # batches: the eight that ours keeps ready and the one in use
 
 Batches = Iterator[object]
 
@@ -174,14 +175,14 @@ def rivals(folder: Path) -> dict[str, Callable[[], Batches]]:
 
 
 class BareGather:
-    """The limit of a copy: a C loop of ``memcpy`` (or of widening) over known rows into a ring of four."""
+    """The limit of a plain copy: a C loop of ``memcpy`` (or of widening) over known rows into as many buffers."""
 
     def __init__(self, folder: Path, rows: list[tuple[int, int]]) -> None:
         self.maps = maps_of(folder)
         addresses = [self.maps[shard].ctypes.data + start * 4 for shard, start in rows]
         self.rows = (ctypes.c_void_p * len(addresses))(*addresses)
         self.batches = len(addresses) // BATCH
-        self.ring = np.zeros(4 * BATCH * WIDTH, np.int64)
+        self.ring = np.zeros(RING * BATCH * WIDTH, np.int64)
         source = folder / "gather.c"
         source.write_text(GATHER_C)
         compiler = shutil.which("cc") or "gcc"
@@ -195,5 +196,5 @@ class BareGather:
         """Copy every row once; returns how many batches that were."""
         ring = ctypes.c_void_p(self.ring.ctypes.data)
         size = (ctypes.c_long(self.batches), ctypes.c_long(BATCH), ctypes.c_long(WIDTH))
-        self.function(self.rows, *size, ring, ctypes.c_long(4), ctypes.c_int(wide))
+        self.function(self.rows, *size, ring, ctypes.c_long(RING), ctypes.c_int(wide))
         return self.batches

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.files import open_folder, unprivileged
 from builders.shards import build_shards, build_sparse_shards, tokens_of
 
 from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
-from apr_dist.errors import AprDistError, DataError, ManifestError, ShardError, UsageError
+from apr_dist.errors import AprDistError, DataError, ExitCode, ManifestError, ShardError, UsageError
 
 T = 16
 
@@ -192,3 +193,22 @@ def test_errors_of_the_rust_core_carry_their_exit_code(tmp_path: Path) -> None:
         read_everything(manifest)
     assert caught.value.exit_code == 5
     assert caught.value.where == str(tmp_path / "shard-00000.bin")
+
+
+def test_without_permission_the_file_and_the_cure_are_named() -> None:
+    with open_folder() as folder, unprivileged():
+        manifest = build_shards(folder / "data", [2000, 2000], hashed=False)
+        shard, listing = folder / "data" / "shard-00001.bin", folder / "data" / "manifest.json"
+        shard.chmod(0)
+        with pytest.raises(ShardError, match=r"shard-00001\.bin: .*permission denied.* chmod u\+r") as caught:
+            list(loader(manifest, max_epochs=1))
+        assert caught.value.falsifier == "FALSIFY-APR-DIST-LOADER-005"
+        assert caught.value.exit_code == ExitCode.DATA
+        shard.chmod(0o600)
+        for path in (listing, listing.parent):
+            mode = path.stat().st_mode
+            path.chmod(0)
+            with pytest.raises(ManifestError, match=r"manifest\.json: .*permission denied.* chmod -R u\+rX"):
+                Manifest.load(folder / "data")
+            path.chmod(mode)
+        assert Manifest.load(folder / "data").shard_count == 2

@@ -241,16 +241,23 @@ class Manifest:
 
 
 def _read(folder: Path, path: Path) -> bytes:
-    if not folder.is_dir():
-        found = "a file stands there" if folder.exists() else "there is no such folder"
-        raise ManifestError(found, where=folder, expected="a shard folder with manifest.json")
-    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
-        raise ManifestError("it is no regular file", where=path, expected="a file of JSON")
     try:
+        if not folder.is_dir():
+            found = "a file stands there" if folder.exists() else "there is no such folder"
+            raise ManifestError(found, where=folder, expected="a shard folder with manifest.json")
+        if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+            raise ManifestError("it is no regular file", where=path, expected="a file of JSON")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ManifestError(
             "the folder has no manifest.json", where=folder, expected="a shard folder", remedy=_remedy(folder)
+        ) from error
+    except PermissionError as error:
+        raise ManifestError(
+            "it may not be read (permission denied)",
+            where=path,
+            expected="a folder and a manifest that the user of this run may read",
+            remedy=f"chmod -R u+rX {folder}, or run as their owner",
         ) from error
     except OSError as error:
         raise ManifestError(f"it cannot be read ({error.strerror})", where=path) from error

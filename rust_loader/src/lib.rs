@@ -2,7 +2,7 @@
 //!
 //! A data set is a list of flat little-endian `u32` files. This crate maps them ([`shard`], [`set`]), decides
 //! which sequence stands at which position of the endless training stream ([`order`], [`stream`]),
-//! copies or views the rows of a batch ([`batch`]) and runs ahead of the consumer ([`ring`]).
+//! copies or views the rows of a batch ([`batch`]) and runs ahead of the consumer ([`filler`], [`ring`]).
 //! `python` is the face that `apr_dist.data.loader` imports; nothing here knows about ranks,
 //! configuration or manifests, but for the layout of a manifest's shard list ([`table`]).
 
@@ -13,6 +13,7 @@ compile_error!("shards are little-endian and larger than a 32-bit address space"
 
 pub mod batch;
 pub mod error;
+pub mod filler;
 pub mod latency;
 pub mod mapping;
 pub mod order;

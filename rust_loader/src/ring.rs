@@ -1,34 +1,14 @@
 //! Running ahead: a thread that makes the batches that will be asked for next, into a bounded queue.
 //!
-//! [`Ring`] is the queue and its thread; [`Filler`] is what the thread does for batches: read-ahead of
-//! the known order, and gathering or viewing.
+//! [`Ring`] is the queue and its thread; what the thread does for batches is [`crate::filler`]'s.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::batch::{populate, read_ahead};
 use crate::error::{Error, Result};
-use crate::set::ShardSet;
-use crate::shard::to_usize;
-use crate::stream::{Orders, Row, Stream};
-
-/// A row that takes longer than this was not in memory; one that was takes about 1 us.
-const COLD_ROW: Duration = Duration::from_micros(20);
-
-/// Advice on a row that is in memory takes less than this.
-const WARM_ADVICE: Duration = Duration::from_micros(4);
-
-/// Steps without a cold row after which advice is no longer given.
-const WARM_STEPS: u32 = 32;
-
-/// Rows that are asked for ahead of the one that is copied, at least: enough to keep a disk busy.
-const ROWS_AHEAD: u64 = 64;
-
-/// Tokens that are asked for ahead where they follow each other: enough to read as fast as in order.
-const TOKENS_AHEAD: u64 = 4 << 20;
 
 #[allow(clippy::struct_excessive_bools, reason = "four independent facts about two threads")]
 struct Queue<T> {
@@ -237,102 +217,6 @@ fn run<T>(shared: &Shared<T>, depth: usize, make: &mut impl FnMut() -> Option<Re
             return;
         }
     }
-}
-
-/// Which positions the batches of a rank take.
-#[derive(Clone, Copy, Debug)]
-pub struct Course {
-    /// First position of the first batch.
-    pub first: u64,
-    /// Positions of a batch.
-    pub count: u64,
-    /// From one batch's first position to the next one's.
-    pub stride: u64,
-    /// Batches there are; None when there is no end.
-    pub batches: Option<u64>,
-    /// Positions that are read together: 1 for rows, more for views of blocks.
-    pub step: u64,
-}
-
-/// Gives the rows of one batch after the other, having asked the system for those of the next ones.
-pub struct Filler {
-    stream: Arc<Stream>,
-    shards: Arc<ShardSet>,
-    course: Course,
-    planned: VecDeque<Vec<Row>>,
-    planned_steps: u64,
-    steps_ahead: usize,
-    /// Tokens that are read together.
-    span: usize,
-    /// Steps that advice will still be given for without a sign that it is needed.
-    advise: u32,
-    orders: Orders,
-}
-
-impl Filler {
-    /// A filler at the beginning of `course`.
-    #[must_use]
-    pub fn new(stream: Arc<Stream>, shards: Arc<ShardSet>, course: Course) -> Self {
-        let rows = if shards.options().sequential { TOKENS_AHEAD / stream.width() } else { ROWS_AHEAD };
-        let steps_ahead = to_usize(rows.div_ceil(course.count.max(1)).max(2));
-        let span = to_usize(course.step * (stream.width() - 1) + 1);
-        Self {
-            stream,
-            shards,
-            course,
-            span,
-            planned: VecDeque::new(),
-            planned_steps: 0,
-            steps_ahead,
-            advise: WARM_STEPS,
-            orders: Orders::default(),
-        }
-    }
-
-    /// Makes the next batch of its rows with `make`; None behind the last one.
-    pub fn next<T>(&mut self, make: impl FnOnce(&[Row]) -> Result<T>) -> Option<Result<T>> {
-        if let Err(error) = self.plan() {
-            return Some(Err(error));
-        }
-        let rows = self.planned.pop_front()?;
-        Some(self.fill(&rows, make))
-    }
-
-    fn fill<T>(&mut self, rows: &[Row], make: impl FnOnce(&[Row]) -> Result<T>) -> Result<T> {
-        if self.advise > 0 {
-            // On cold storage an I/O error must be an error here, not a signal while copying.
-            populate(&self.shards, rows, self.span)?;
-            return make(rows);
-        }
-        let begun = Instant::now();
-        let batch = make(rows)?;
-        if mean(begun.elapsed(), rows.len()) > COLD_ROW {
-            self.advise = WARM_STEPS;
-        }
-        Ok(batch)
-    }
-
-    /// Works out the rows of the next batches, and advises on them unless they are in memory anyway.
-    fn plan(&mut self) -> Result<()> {
-        while self.planned.len() <= self.steps_ahead && self.course.batches != Some(self.planned_steps) {
-            let first = self.course.first + self.planned_steps * self.course.stride;
-            let rows = self.stream.rows_with(first, self.course.count, self.course.step, &mut self.orders)?;
-            self.planned_steps += 1;
-            if self.advise > 0 {
-                let begun = Instant::now();
-                // A shard that is wrong is reported when its batch is asked for, not before.
-                let _ = read_ahead(&self.shards, &rows, self.span);
-                let warm = mean(begun.elapsed(), rows.len()) < WARM_ADVICE;
-                self.advise = if warm { self.advise - 1 } else { WARM_STEPS };
-            }
-            self.planned.push_back(rows);
-        }
-        Ok(())
-    }
-}
-
-fn mean(time: Duration, rows: usize) -> Duration {
-    time / u32::try_from(rows).unwrap_or(u32::MAX).max(1)
 }
 
 #[cfg(test)]

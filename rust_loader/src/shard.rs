@@ -260,6 +260,11 @@ impl OpenShard {
         }
     }
 
+    /// True when the tokens are known to be in memory; never without a map.
+    pub fn is_resident(&self, start: u64, len: usize) -> bool {
+        self.map.as_ref().is_some_and(|map| map.resident(to_usize(start), len))
+    }
+
     /// Brings `len` tokens from `start` on into memory and hands them out where they lie.
     ///
     /// A view trusts the storage: a file that is truncated afterwards takes the pages away. None when

@@ -197,6 +197,20 @@ MUTANTS: tuple[Change, ...] = (
         "        if begin <= end {",
     ),
     Change(
+        LOADER + "013",
+        "a list of many shards may name one twice",
+        "rust_loader/src/table.rs",
+        "    (rising || distinct()).then_some((head, lines))",
+        "    (rising || distinct() || true).then_some((head, lines))",
+    ),
+    Change(
+        LOADER + "013",
+        "the sizes of many shards are not looked at",
+        "rust_loader/src/table.rs",
+        "u64::try_from(found.st_size).is_ok_and(|size| size == line.bytes)",
+        "u64::try_from(found.st_size).is_ok_and(|size| size > 0)",
+    ),
+    Change(
         LOADER + "011",
         "one source of a mixture takes the places of the next",
         "rust_loader/src/stream.rs",

@@ -95,10 +95,16 @@ fn shard_parts(error: &Error, path: &std::path::Path) -> Parts {
             "raise `ulimit -n`, or lower `max_open_shards`".into(),
             TRUNCATED,
         ),
+        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => (
+            "the shard may not be read (permission denied)".into(),
+            Some("files that the user of this run may read".into()),
+            format!("chmod u+r {}, or run as their owner", path.display()),
+            TRUNCATED,
+        ),
         Error::Io { source, .. } => (
             format!("the shard cannot be read ({source})"),
             None,
-            "check its permissions and the storage under it".into(),
+            "check the storage under it".into(),
             TRUNCATED,
         ),
         _ => ("the shard is missing".into(), None, format!("restore it, or `{repair}`"), TRUNCATED),

@@ -12,7 +12,8 @@ use super::dlpack::Foreign;
 use super::{Core, TokenStream};
 use crate::batch::Buffer;
 use crate::error::Result;
-use crate::ring::{Course, Filler, Popped, Ring};
+use crate::filler::{Course, Filler};
+use crate::ring::{Popped, Ring};
 use crate::shard::View;
 use crate::stream::Row;
 
