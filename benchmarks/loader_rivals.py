@@ -175,7 +175,7 @@ def rivals(folder: Path) -> dict[str, Callable[[], Batches]]:
 
 
 class BareGather:
-    """The limit of a plain copy: a C loop of ``memcpy`` (or of widening) over known rows into as many buffers."""
+    """The limit of a plain copy: a C loop of ``memcpy`` (or of widening) over known rows; as many buffers."""
 
     def __init__(self, folder: Path, rows: list[tuple[int, int]]) -> None:
         self.maps = maps_of(folder)

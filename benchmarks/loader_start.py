@@ -1,4 +1,4 @@
-"""The start of ``bench_loader``: a sparse data set of a trillion tokens, its first batch, seeks and memory."""
+"""The start of ``bench_loader``: first batch, seeks and memory of a sparse data set of a trillion tokens."""
 
 from __future__ import annotations
 
