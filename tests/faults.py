@@ -15,9 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,11 +135,24 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def fill_up(path: Path, after: Path) -> None:
+    """Take all the room that is left on a disk once the file ``after`` is there."""
+    deadline = time.monotonic() + 60
+    while not after.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            pass
+
+
 def disk_full(bench: Bench, tally: Tally) -> Tally:
-    """The disk fills up while the run saves."""
+    """Somebody else fills the disk while the run saves."""
     with small_disk(bench.folder / "disk", 64) as disk:
         run_dir = disk / "run"
-        ended = bench.ranks.launch([*bench.flags(run_dir), "--checkpoint.keep-last", "1000"], world_size=1)
+        other = threading.Thread(target=fill_up, args=(disk / "other", marker(run_dir, 2)), daemon=True)
+        other.start()
+        ended = bench.ranks.launch(bench.flags(run_dir), world_size=1)
+        other.join()
         whole = newest_whole(run_dir)
         tally.times += 1
         tally.check(ended.codes == (ExitCode.OUTPUT,), f"codes {ended.codes}: {ended.errors[0][-200:]}")
