@@ -80,6 +80,7 @@ def test_loading_and_saving_need_no_more_than_a_share_and_the_largest_tensors(
     share, largest = copies * sum(sizes) // 2, max(sizes)
     for rank, report in enumerate(reports):
         assert report["strategy"] == strategy
+        assert report["device"] == "cpu", "with a number it is another device, and everything is copied to it"
         assert report["shard_elements"] == [share // 4] * 2
         besides = largest if rank else 2 * largest
         assert report["load"] <= share + besides + ALLOWANCE_BYTES, rank

@@ -179,7 +179,8 @@ def start(
         shard_size=group_size(wanted, accelerator.num_processes, shard_size),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        device=accelerator.device,
+        # Accelerate numbers the CPU by rank; tensors do not, and would be copied to reach what is the same.
+        device=torch.device("cpu") if use_cpu else accelerator.device,
         cpu_threads=threads,
         offload=Offload(offload),
     )

@@ -56,6 +56,7 @@ def main() -> None:
     exchange, target = Exchange(runtime), folder / "saved.apr"
     save_weights(weight_parts(decoder, runtime), target, metadata, overwrite=False, exchange=exchange)
     report |= {"save": resident("VmHWM") - before, "strategy": runtime.strategy.value}
+    report["device"] = str(runtime.device)
     (folder / f"report-{runtime.rank}.json").write_text(json.dumps(report))
     runtime.barrier()
     processes.shut_down(0)
