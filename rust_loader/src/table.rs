@@ -13,6 +13,9 @@ const END: &[u8] = b"\n ]\n}\n";
 /// Shards looked at by one thread, at least: fewer are not worth starting one for.
 const SHARDS_PER_THREAD: usize = 4096;
 
+/// Bytes of a list read by one thread, at least.
+const BYTES_PER_THREAD: usize = 1 << 20;
+
 /// One line of the list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
@@ -44,18 +47,47 @@ pub struct Line {
 pub fn parse(content: &[u8]) -> Option<(usize, Vec<Line>)> {
     let head = content.windows(BEGIN.len()).position(|part| part == BEGIN)? + BEGIN.len() - 1;
     let list = content.get(head + 1..)?.strip_suffix(END)?;
-    let mut lines = Vec::with_capacity(list.len() / 200);
-    let mut rest = Text(list);
-    loop {
-        lines.push(rest.line()?);
-        if rest.0.is_empty() {
-            break;
+    let parts = split(list);
+    let (first, others) = parts.split_first()?;
+    let lines = std::thread::scope(|scope| {
+        let others: Vec<_> = others.iter().map(|part| scope.spawn(move || read(part))).collect();
+        let mut lines = read(first)?;
+        for other in others {
+            lines.append(&mut other.join().ok()??);
         }
-        rest.literal(b",\n")?;
-    }
+        Some(lines)
+    })?;
     let rising = lines.windows(2).all(|pair| pair[0].file < pair[1].file);
     let distinct = || lines.iter().map(|line| &line.file).collect::<HashSet<_>>().len() == lines.len();
     (rising || distinct()).then_some((head, lines))
+}
+
+/// Cuts a list between lines, a part a processor: a line holds no newline, whatever is wrong with it.
+fn split(list: &[u8]) -> Vec<&[u8]> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let size = list.len().div_ceil(threads).max(BYTES_PER_THREAD);
+    let (mut parts, mut rest) = (Vec::new(), list);
+    while rest.len() > size {
+        let Some(end) = rest[size..].windows(2).position(|pair| pair == b",\n") else { break };
+        let (part, behind) = rest.split_at(size + end);
+        parts.push(part);
+        rest = &behind[2..];
+    }
+    parts.push(rest);
+    parts
+}
+
+/// The lines of one part.
+fn read(part: &[u8]) -> Option<Vec<Line>> {
+    let mut lines = Vec::with_capacity(part.len() / 200);
+    let mut rest = Text(part);
+    loop {
+        lines.push(rest.line()?);
+        if rest.0.is_empty() {
+            return Some(lines);
+        }
+        rest.literal(b",\n")?;
+    }
 }
 
 /// What is left to be read of a list.
@@ -183,6 +215,24 @@ mod tests {
         assert_eq!(lines.iter().map(|line| &*line.file).collect::<Vec<_>>(), ["a.bin", "b.bin"]);
         assert_eq!((lines[1].tokens, lines[1].xxh3, lines[1].max_id), (3, Some(255), Some(u32::MAX)));
         assert_eq!((lines[1].sha256, lines[1].documents), (None, None));
+    }
+
+    #[test]
+    fn a_long_list_is_read_in_parts_that_meet() {
+        let line = |n: usize| LINE.replace("a.bin", &format!("{n:06}.bin"));
+        let count = 3 * BYTES_PER_THREAD / LINE.len();
+        let lines: Vec<_> = (0..count).map(line).collect();
+        assert!(split(written(&lines).as_slice()).len() <= 4);
+        let (_, found) = parse(&written(&lines)).unwrap();
+        assert_eq!(found.len(), count);
+        assert!((0..).zip(&found).all(|(n, line)| *line.file == *format!("{n:06}.bin")));
+        for wrong in [count / 3, count / 2, count - 1] {
+            let mut lines = lines.clone();
+            lines[wrong] = lines[wrong].replace(": 3,", ": 3 ,");
+            assert_eq!(parse(&written(&lines)), None);
+            lines[wrong] = lines[0].clone();
+            assert_eq!(parse(&written(&lines)), None, "a name twice, in two parts");
+        }
     }
 
     #[test]
