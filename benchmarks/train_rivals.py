@@ -19,7 +19,10 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.apr.layout import DType
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.interop.hf_config import config_from_metadata
+from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder, init_weights
 
 LR, WEIGHT_DECAY, GRAD_CLIP = 1e-4, 0.01, 1.0
@@ -256,23 +259,18 @@ class _Rows(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
 
 
 def hugging_face_model(config: TransformerConfig, state: dict[str, torch.Tensor]) -> Any:
-    """The model of the same family in ``transformers``, with these weights."""
-    settings = getattr(transformers, f"{config.family.value.capitalize()}Config")(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_word_embeddings,
-        **({"sliding_window": config.sliding_window} if config.family is Family.MISTRAL else {}),
-    )
-    model = getattr(transformers, config.family.hf_architecture)(settings)
-    model.load_state_dict({name: value.cpu() for name, value in state.items()}, strict=False)
+    """The model of the same family in ``transformers``, with these weights and no others.
+
+    Its configuration is the one an export of ours would have.
+    """
+    tied = config.tie_word_embeddings
+    metadata = AprMetadata.from_mapping(config.to_metadata())
+    values = config_from_metadata(metadata, tied=tied, dtype=DType.F32, token_ids={})
+    settings = transformers.AutoConfig.for_model(**values)
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    found = model.load_state_dict({name: value.cpu() for name, value in state.items()}, strict=False)
+    if found.unexpected_keys or found.missing_keys != (["lm_head.weight"] if tied else []):
+        raise RuntimeError(f"{type(model).__name__} has other weights: {found}")
     model.tie_weights()
     return model
 

@@ -52,7 +52,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.usefixtures("_onednn")
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
-@pytest.mark.parametrize("length", [1, 7, 171, 300])
+@pytest.mark.parametrize("length", [1, 7, 171, 400])
 def test_values_and_gradients_are_those_of_the_formula(
     length: int, dtype: torch.dtype, within: float
 ) -> None:
@@ -84,8 +84,8 @@ def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("_onednn")
-def test_it_is_chosen_where_there_is_a_block_of_work_and_only_for_whole_sequences() -> None:
-    long, short = heads(300), heads(100)
+def test_it_is_chosen_where_sequences_are_long_and_only_for_whole_sequences() -> None:
+    long, short = heads(1024), heads(300)
     assert cpu_attention.has_causal_attention(*long[:2])
     assert not cpu_attention.has_causal_attention(*short[:2])
     assert not cpu_attention.has_causal_attention(long[0][:, -200:], long[1])
@@ -100,7 +100,7 @@ def test_it_is_chosen_where_there_is_a_block_of_work_and_only_for_whole_sequence
 
 @pytest.mark.usefixtures("_onednn")
 def test_a_window_goes_to_the_kernel_that_has_one() -> None:
-    tensors = heads(300)
+    tensors = heads(1024)
     assert not torch.equal(
         attention.causal_attention(*tensors, window=10), attention.causal_attention(*tensors)
     )
@@ -118,6 +118,7 @@ def test_f32_products_stay_f32_under_autocast() -> None:
 @pytest.mark.parametrize("mode", [Checkpointing.FULL, Checkpointing.SELECTIVE])
 def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
     model = tiny_decoder(tiny_config())
     tokens = random_tokens(model.config, (2, 33))
 
@@ -137,6 +138,7 @@ def test_selective_checkpointing_keeps_its_result(
     mode: Checkpointing, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
     model = tiny_decoder(tiny_config(num_layers=1))
     model.set_checkpointing(mode)
     tokens = random_tokens(model.config, (1, 33))
