@@ -70,6 +70,23 @@ fn a_truncated_shard_is_an_error_of_the_open_one_and_of_the_next_one() {
 }
 
 #[test]
+fn zeros_behind_the_end_of_a_shortened_shard_are_no_tokens() {
+    both_ways(|options| {
+        let fixture = Fixture::new(&[50_000]);
+        let set = fixture.set(options);
+        let shard = set.get(0).unwrap();
+        let (mut row, mut wide) = ([7; 20], [7; 20]);
+        shard.read(48_995, &mut row, Place::NOWHERE).unwrap();
+        // The cut is on the page that the row ends on, so nothing of it faults.
+        File::options().write(true).open(fixture.path(0)).unwrap().set_len(49_000 * 4).unwrap();
+        assert!(shard.read(48_995, &mut row, Place::NOWHERE).is_err());
+        assert!(shard.read_wide(48_995, &mut wide, Place::NOWHERE).is_err());
+        shard.read(48_980, &mut row, Place::NOWHERE).unwrap();
+        assert_eq!(row[19], 48_999);
+    });
+}
+
+#[test]
 fn a_replaced_shard_is_judged_by_its_content() {
     both_ways(|options| {
         let fixture = Fixture::new(&[50]);
