@@ -51,11 +51,11 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.usefixtures("_onednn")
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
-@pytest.mark.parametrize("length", [1, 7, 171, 400])
-def test_values_and_gradients_are_those_of_the_formula(
-    length: int, dtype: torch.dtype, within: float
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7, 171, 400, 700, 1030])
+def test_values_and_gradients_are_those_of_the_formula(length: int, dtype: torch.dtype) -> None:
+    # A key's gradient sums over all queries behind it, so its rounding grows with the sequence.
+    within = 1.5e-2 if dtype is torch.bfloat16 else 2e-6 if length <= 400 else 4e-6
     tensors = heads(length, dtype=dtype)
     expected = exact(tensors)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
