@@ -7,6 +7,7 @@ and exit with ``error.exit_code``; nothing else decides exit codes.
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -250,8 +251,17 @@ class VerdictFailed(AprDistError):
     exit_code = ExitCode.VERDICT
 
 
-def internal_error(error: BaseException) -> AprDistError:
-    """What a front door says of an error that nothing in this project foresaw."""
+def as_known(error: BaseException) -> AprDistError:
+    """What a front door says of any error: itself where it is ours, a defect where nobody foresaw it."""
+    if isinstance(error, AprDistError):
+        return error
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(
+            "the file system takes no name as long as that",
+            where=str(error.filename)[:100],
+            expected="a path that can exist",
+            remedy="choose a shorter name",
+        )
     text = " ".join(str(error).split())[:2000]
     return AprDistError(
         f"internal error: {type(error).__name__}: {text}",

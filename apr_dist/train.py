@@ -6,7 +6,6 @@ imported only after rank 0's gates have spoken, so that a refusal takes a second
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import traceback
@@ -21,8 +20,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from apr_dist.config import TrainConfig
 from apr_dist.config_input import Invocation, parse_command_line
-from apr_dist.errors import AprDistError, ExitCode, internal_error
+from apr_dist.errors import AprDistError, ExitCode, as_known
 from apr_dist.gates.preflight import Preflight, run_preflight
+from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.display import Display, hear_libraries, open_display
@@ -50,7 +50,8 @@ def run(invocation: Invocation, watch: Watch) -> ExitCode:
         AprDistError: whatever stopped the run.
     """
     config = invocation.config.resolved()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    launch = read_launch()
+    rank, world_size = launch.rank, launch.world_size
     display = open_display(config.progress, rank=rank, synthetic=config.synthetic)
     if rank == 0:
         display = RunLog(display, prefix="[SYNTHETIC] " if config.synthetic else "")
@@ -102,7 +103,7 @@ def _ask_gates(
     except AprDistError as refusal:
         return None, None, refusal
     except Exception as error:  # the other ranks are on their way to a group that must hear of it
-        internal = internal_error(error)
+        internal = as_known(error)
         internal.__cause__ = error
         return None, None, internal
     too_few = under_trained(config, found.model_config.parameter_count())
@@ -122,7 +123,13 @@ def _resume_point(config: TrainConfig, say: Callable[[str], None]) -> ResumePoin
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, and turn whatever happened into one paragraph on stderr and an exit code for every rank."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    rank = int(os.environ.get("RANK", "0"))
+    try:
+        launch = read_launch()
+        launch.check_address()
+    except AprDistError as error:  # who it is among which others is not known, so it speaks for itself
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    rank = launch.rank
     HERE.enter(Phase.STARTING, step=0)
     HERE.spent.clear()
     watch, signals = Watch(rank=rank).start(), AtOnce()
@@ -144,13 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _conclude(error: BaseException, rank: int, watch: Watch) -> ExitCode:
     """Say what happened here, unless this rank only heard of what happened elsewhere."""
     broken_off = isinstance(error, RuntimeError)  # as collectives raise it when another rank is gone
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = read_launch().world_size > 1
     failure = watch.failure(wait_s=ANOTHER_RANK_S if broken_off and several else 0.0)
     if failure is not None and failure.rank != rank:
         return ExitCode(failure.code)
     if not isinstance(error, AprDistError):
         interrupted = isinstance(error, KeyboardInterrupt)
-        error = as_error(signal.SIGINT, f"while {HERE.phase}") if interrupted else internal_error(error)
+        error = as_error(signal.SIGINT, f"while {HERE.phase}") if interrupted else as_known(error)
     if not error.told_by_rank_0:
         place = f" on rank {rank}, at step {HERE.step} while {HERE.phase}" if rank else ""
         print(f"error{place}: {error}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from builders.files import (
     write_apr,
     write_tokenizer,
 )
+from builders.runs import Inputs
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.cli import main
@@ -119,6 +121,42 @@ def test_a_text_nested_without_end_is_one_more_malformed_text(
     assert "Traceback" not in said
     assert "internal error" not in said
     assert listing(here) == before
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"export x.apr --to gguf -o {LONG}.gguf",
+        f"stamp x.apr --license MIT -o {LONG}.apr",
+        f"tokenize verify {LONG}",
+        f"tokenize encode-corpus --corpus hf/config.json --tokenizer tokenizer --output {LONG}",
+        f"import {LONG} -o y.apr",
+        f"report hf --output {LONG}.html",
+        f"plan --init x.apr --synthetic --run-dir {LONG}",
+    ],
+)
+def test_a_name_that_no_file_system_takes_is_no_defect_of_the_program(
+    here: Path, command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = listing(here)
+    assert main(command.split()) == ExitCode.USAGE
+    assert "internal error" not in capfd.readouterr().err
+    assert listing(here) == before
+
+
+def test_a_shard_that_is_a_link_to_itself_is_named(
+    inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "looped"
+    shutil.copytree(inputs.train, folder)
+    shard = min(folder.glob("*.bin"))
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    assert main(["tokenize", "verify", str(folder)]) == ExitCode.DATA
+    assert shard.name in capfd.readouterr().err
 
 
 def test_an_error_nobody_foresaw_is_one_paragraph_and_the_code_of_a_defect(

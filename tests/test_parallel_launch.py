@@ -243,3 +243,34 @@ def test_a_shard_size_must_divide_the_processes_and_belongs_to_hsdp(monkeypatch:
         group_size(Strategy.HSDP, 16, 3)
     with pytest.raises(UsageError, match="only hsdp"):
         group_size(Strategy.ZERO3, 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'. Expected an integer of at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "2", "RANK": "5"}, "RANK is 5 and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "and MASTER_PORT not set"),
+    ],
+    ids=str,
+)
+def test_a_launch_that_makes_no_sense_is_refused_at_once(
+    variables: dict[str, str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_here("--run-dir", str(tmp_path / "run")) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert said.startswith("error: the launcher's environment: ")
+    assert words in said
+    assert not (tmp_path / "run").exists()

@@ -12,17 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.models import tiny_config
 
 from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.weights import named_weights
 
-SHAPE = TransformerConfig(
-    family=Family.QWEN2,
+SHAPE = tiny_config(
     vocab_size=8192,
     hidden_size=512,
     num_layers=8,
@@ -30,10 +29,6 @@ SHAPE = TransformerConfig(
     num_kv_heads=8,
     head_dim=64,
     intermediate_size=2048,
-    max_position_embeddings=64,
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
 )
 
 ALLOWANCE_BYTES = 8 << 20

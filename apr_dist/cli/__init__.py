@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import tyro
 
 from apr_dist import __version__
-from apr_dist.errors import AprDistError, ExitCode, Interrupted, Terminated, UsageError, internal_error
+from apr_dist.errors import AprDistError, ExitCode, Interrupted, Terminated, UsageError, as_known
 
 VERBS: Mapping[str, str] = {
     "import": "files:import_file",
@@ -66,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return int(_conclude(Interrupted("interrupted; nothing half-written was left behind"), debug=debug))
     except Exception as error:  # the front door: no bare traceback leaves it
-        known = error if isinstance(error, AprDistError) else internal_error(error)
-        return int(_conclude(known, debug=debug))
+        return int(_conclude(as_known(error), debug=debug))
     finally:
         signal.signal(signal.SIGTERM, before)
 

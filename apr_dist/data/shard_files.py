@@ -78,9 +78,12 @@ def refuse_link_out(folder: Path, name: str) -> None:
     """Refuse a file that is a link to somewhere outside ``folder``.
 
     Raises:
-        ManifestError: naming the link and where it leads.
+        ManifestError: naming the link and where it leads, or that it leads to itself.
     """
-    target = (folder / name).resolve()
+    try:
+        target = (folder / name).resolve()
+    except (OSError, RuntimeError) as error:  # a circle, in the words of this or that Python
+        raise ManifestError(f"{name} is a link that leads nowhere ({error})", where=folder) from error
     if target.parent != folder.resolve():
         raise ManifestError(
             f"{name} is a link to {target}", where=folder, expected="shards that lie inside the folder"

@@ -27,13 +27,13 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from apr_dist.errors import AprDistError, DistributedError, UsageError
+from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.strategy import (
     NOT_AS_ASKED,
     Offload,
     Strategy,
     choose,
     group_size,
-    launched_world_size,
     prepare_for_deepspeed,
     refuse_offload,
 )
@@ -168,7 +168,7 @@ def start(
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[limits] if launched_world_size() > 1 else [],
+        kwargs_handlers=[limits] if read_launch().world_size > 1 else [],
         step_scheduler_with_optimizer=False,
     )
     threads = _set_threads(cpu_threads)
@@ -192,8 +192,8 @@ def _join_after_restart(backend: str, timeout_s: float) -> None:
     torchrun keeps one store over its restarts, with the addresses of ranks that are gone under the keys that
     the new ones use. Whoever reads such an address waits for, or is refused by, a process that is dead.
     """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if attempt == 0 or launched_world_size() == 1 or dist.is_initialized():
+    attempt = read_launch().restarts
+    if attempt == 0 or read_launch().world_size == 1 or dist.is_initialized():
         return
     limit = timedelta(seconds=timeout_s)
     store, rank, world_size = next(rendezvous("env://", timeout=limit))
@@ -248,7 +248,7 @@ def reset_state() -> None:
 
 def _set_threads(cpu_threads: int | None) -> int:
     # Launchers export OMP_NUM_THREADS=1 even for a single process, which halves a 2-core machine.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = read_launch().local_world_size
     cores = len(psutil.Process().cpu_affinity() or []) or os.cpu_count() or 1
     threads = cpu_threads if cpu_threads is not None else max(1, cores // local)
     torch.set_num_threads(threads)
@@ -256,7 +256,7 @@ def _set_threads(cpu_threads: int | None) -> int:
 
 
 def _assert_as_asked(accelerator: Accelerator, wanted: Strategy) -> None:
-    world = launched_world_size()
+    world = read_launch().world_size
     if accelerator.num_processes != world:
         raise DistributedError(
             f"the launcher started {world} processes and {accelerator.num_processes} joined",

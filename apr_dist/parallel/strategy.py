@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from apr_dist.errors import DistributedError, UsageError
+from apr_dist.parallel.launch import read_launch
 
 NOT_AS_ASKED = "FALSIFY-APR-DIST-DISTRIBUTED-001"
 """Falsifier of every refusal of processes or a strategy that are not the ones asked for."""
@@ -85,11 +86,6 @@ def refuse_offload(strategy: Strategy, offload: Offload) -> None:
         )
 
 
-def launched_world_size() -> int:
-    """How many processes the launcher started (``WORLD_SIZE``; 1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def choose(asked: str) -> Strategy:
     """The strategy to run: the one asked for, else the one the launcher's own configuration names.
 
@@ -108,7 +104,7 @@ def choose(asked: str) -> Strategy:
     elif deepspeed:
         launched = Strategy(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}")
     if asked == "auto":
-        alone = Strategy.SINGLE if launched_world_size() == 1 else Strategy.DDP
+        alone = Strategy.SINGLE if read_launch().world_size == 1 else Strategy.DDP
         return launched or alone
     wanted = Strategy(asked)
     if launched is not None and launched is not wanted and not (fsdp and wanted.is_fsdp):
@@ -135,7 +131,7 @@ def group_size(strategy: Strategy, world: int, asked: int | None) -> int:
                 remedy="remove it, or use --parallel.strategy hsdp",
             )
         return world if strategy.shards_parameters else 1
-    size = asked if asked is not None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    size = asked if asked is not None else read_launch().local_world_size
     if world % size:
         raise UsageError(
             f"{world} processes do not divide into groups of {size}",

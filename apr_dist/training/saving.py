@@ -7,7 +7,6 @@ a time, and what fails in one is raised on all ranks at a step's end, never lost
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError, DistributedError
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import WeightParts, save_weights, weight_parts
+from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.moments import moment_pieces, updates_done
 from apr_dist.parallel.pieces import Piece
 from apr_dist.parallel.runtime import Runtime
@@ -157,7 +157,7 @@ class Saver:
 
     def _copies_fit(self, job: _Job) -> bool:
         """Whether every rank has room for its copies; a collective."""
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local = read_launch().local_world_size
         needed = ROOM * job.copied_bytes() * local
         short = not self._config.checkpoint.background or psutil.virtual_memory().available < needed
         count = torch.tensor([int(short)], dtype=torch.int64, device=self._runtime.device)

@@ -176,7 +176,7 @@ impl Width {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shard::{Options, ShardFacts};
+    use crate::options::{Options, ShardFacts};
 
     fn shards(folder: &std::path::Path, count: u32, words: u32) -> ShardSet {
         let mut facts = Vec::new();

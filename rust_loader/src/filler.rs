@@ -230,7 +230,7 @@ fn mean(time: Duration, rows: usize) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shard::{Options, ShardFacts};
+    use crate::options::{Options, ShardFacts};
     use crate::stream::{Order, SourceFacts};
 
     #[test]

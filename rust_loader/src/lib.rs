@@ -1,6 +1,6 @@
 //! Token shards to training batches.
 //!
-//! A data set is a list of flat little-endian `u32` files. This crate maps them ([`shard`], [`set`]), decides
+//! A data set is a list of flat little-endian `u32` files. This crate maps them ([`shard`], [`set`]; plain values in [`options`]), decides
 //! which sequence stands at which position of the endless training stream ([`order`], [`stream`]),
 //! copies or views the rows of a batch ([`batch`]) and runs ahead of the consumer ([`filler`], [`ring`]).
 //! `python` is the face that `apr_dist.data.loader` imports; nothing here knows about ranks,
@@ -16,6 +16,7 @@ pub mod error;
 pub mod filler;
 pub mod latency;
 pub mod mapping;
+pub mod options;
 pub mod order;
 #[cfg(feature = "python")]
 mod python;

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::shard::{Counters, OpenShard, Options, ShardFacts, Verify};
+use crate::options::{Counters, Options, ShardFacts, Verify};
+use crate::shard::OpenShard;
 
 struct Entry {
     index: u32,

@@ -7,8 +7,9 @@
 //! consecutive ones. With several sources the positions are dealt out in fixed shares.
 
 use crate::error::{Error, Result};
+use crate::options::ShardFacts;
 use crate::order::{Permutation, Purpose};
-use crate::shard::{ShardFacts, to_usize};
+use crate::shard::to_usize;
 
 /// Where a row's tokens begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

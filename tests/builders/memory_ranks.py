@@ -43,7 +43,7 @@ def main() -> None:
     runtime = processes.start(device="cpu", strategy=strategy, precision="f32", cpu_threads=1, timeout_s=120)
     with AprReader(model) as reader:
         keys = reader.metadata.to_mapping()
-    config = TransformerConfig.from_metadata(keys, family=Family.QWEN2, where=model, tie_word_embeddings=True)
+    config = TransformerConfig.from_metadata(keys, family=Family.LLAMA, where=model, tie_word_embeddings=True)
     small = replace(config, num_layers=1, vocab_size=512, intermediate_size=64)
     draw_weights(build_decoder(small, runtime), small, runtime, seed=0)  # what is imported on first use
     before = count_from_here(runtime)

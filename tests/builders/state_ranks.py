@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor, nn
 
-from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import reset_state
@@ -24,20 +24,10 @@ from apr_dist.parallel.strategy import Offload, Strategy, possible_offloads
 from apr_dist.parallel.weights import draw_weights
 from apr_dist.parallel.zero import BUCKET_ELEMENTS
 from apr_dist.training.optimizer import build_optimizer
+from builders.models import tiny_config
 
-SHAPE = TransformerConfig(
-    family=Family.QWEN2,
-    vocab_size=1024,
-    hidden_size=256,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=64,
-    intermediate_size=1024,
-    max_position_embeddings=64,
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
+SHAPE = tiny_config(
+    vocab_size=1024, hidden_size=256, num_layers=4, num_kv_heads=4, head_dim=64, intermediate_size=1024
 )
 """About 17 MB in f32."""
 

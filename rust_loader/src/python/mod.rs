@@ -16,8 +16,9 @@ use pyo3::types::{PyDict, PyList};
 
 use crate::batch::{Buffer, Pool, Width, views};
 use crate::error::Result;
+use crate::options::Options;
 use crate::set::ShardSet;
-use crate::shard::{Options, View, to_usize};
+use crate::shard::{View, to_usize};
 use crate::stream::{Order, Row, Stream};
 use dlpack::Memory;
 use sources::{Parts, SourceTuple, parse_access, parse_verify};

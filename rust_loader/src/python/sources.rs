@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::shard::{Access, ShardFacts, Verify};
+use crate::options::{Access, ShardFacts, Verify};
 use crate::stream::SourceFacts;
 
 use super::table::ShardTable;

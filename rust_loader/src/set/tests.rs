@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::mapping::Place;
-use crate::shard::Access;
+use crate::options::Access;
 use std::fs::{self, File};
 use xxhash_rust::xxh3::xxh3_64;
 
