@@ -3,7 +3,9 @@
 Every contender has the same weights, tokens, AdamW and clipping. Ours is the decoder as the trainer steps
 it. ``transformers`` is a plain PyTorch loop over the same model of that library; ``Trainer`` is that
 library's own loop, held between its steps so that contenders can alternate; litgpt is a plain loop over
-litgpt's model of the same shape.
+litgpt's model and its chunked loss. litgpt 0.5.13 pins other versions than ``constraints.txt`` has; it runs
+with those beside it in an environment of its own, as ``pip install --no-deps litgpt; pip install lightning``
+make it.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ def plain_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
 
 
 def litgpt_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
-    """A plain PyTorch loop over litgpt's model of the same shape, with its chunked loss.
+    """A plain PyTorch loop over litgpt's model with these weights, and its chunked loss.
 
     Raises:
         ImportError: litgpt is not installed.
@@ -145,7 +147,6 @@ def litgpt_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
     from litgpt.model import GPT  # noqa: PLC0415
     from litgpt.utils import chunked_cross_entropy  # noqa: PLC0415
 
-    del state  # its names are others; the work is the same for any weights
     config = setting.config
     model = GPT(
         Config(
@@ -159,22 +160,51 @@ def litgpt_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
             head_size=config.head_dim,
             intermediate_size=config.intermediate_size,
             rotary_percentage=1.0,
+            rope_base=config.rope_theta,
+            norm_eps=config.rms_norm_eps,
             parallel_residual=False,
             bias=False,
             attn_bias=config.qkv_bias,
             norm_class_name="RMSNorm",
             mlp_class_name="LLaMAMLP",
         )
-    ).to(setting.device)
+    )
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
+    model.load_state_dict(_litgpt_state(config, state))
+    model.to(setting.device)
     called = torch.compile(model) if setting.compiled else model
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
-        logits = called(tokens[:, :-1])
+        logits = called(tokens[:, :-1]).float()  # as Lightning's mixed precision hands them on
         return chunked_cross_entropy(logits, tokens[:, 1:].contiguous())  # type: ignore[no-any-return]
 
     return Loop("litgpt", setting, model, loss)
+
+
+def _litgpt_state(config: TransformerConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors under litgpt's names; q, k and v are one matrix there."""
+    embedding = state["model.embed_tokens.weight"]
+    renamed = {
+        "transformer.wte.weight": embedding,
+        "transformer.ln_f.weight": state["model.norm.weight"],
+        "lm_head.weight": embedding if config.tie_word_embeddings else state["lm_head.weight"],
+    }
+    names = {
+        "norm_1": "input_layernorm",
+        "norm_2": "post_attention_layernorm",
+        "attn.proj": "self_attn.o_proj",
+        "mlp.fc_1": "mlp.gate_proj",
+        "mlp.fc_2": "mlp.up_proj",
+        "mlp.proj": "mlp.down_proj",
+    }
+    for layer in range(config.num_layers):
+        there, here = f"transformer.h.{layer}.", f"model.layers.{layer}."
+        renamed |= {f"{there}{one}.weight": state[f"{here}{other}.weight"] for one, other in names.items()}
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            parts = [state[f"{here}self_attn.{name}_proj.{kind}"] for name in ("q", "k", "v")]
+            renamed[f"{there}attn.qkv.{kind}"] = torch.cat(parts)
+    return renamed
 
 
 class HeldTrainer:
