@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -142,6 +142,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
 
 
+def _number_from_text(value: object) -> object:
+    """``8``, as a flag gives it, as the number a file gives."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class OptimizerSection(Section):
     """AdamW and the learning-rate schedule."""
 
@@ -149,6 +154,9 @@ class OptimizerSection(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    state_bits: Annotated[Literal[8, 32], BeforeValidator(_number_from_text)] = Field(
+        32, description="bits of both moments; 8: of large matrices, by bitsandbytes (extra bitsandbytes)"
+    )
     grad_clip: float = Field(1.0, gt=0, description="largest global gradient norm that is applied")
     schedule: ScheduleKind = Field(
         ScheduleKind.COSINE,

@@ -22,15 +22,16 @@ from apr_dist.config import TrainConfig
 from apr_dist.config_input import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode, as_known
 from apr_dist.gates.preflight import Preflight, run_preflight
+from apr_dist.parallel import state_bits
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
+from apr_dist.training import trackers
 from apr_dist.training.display import Display, hear_libraries, open_display
 from apr_dist.training.plan import under_trained
 from apr_dist.training.run_log import RunLog
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error
-from apr_dist.training.trackers import check_installed
 
 if TYPE_CHECKING:
     from apr_dist.training.resume import ResumePoint
@@ -91,7 +92,8 @@ def _ask_gates(
         return None, None, None
     HERE.enter(Phase.GATES)
     try:
-        check_installed(config.trackers)
+        trackers.check_installed(config.trackers)
+        state_bits.check_installed(config.optimizer.state_bits)
         schedule_of(config)
         point = _resume_point(config, display.warn)
         folder = point.folder / "checkpoint.apr" if point else None

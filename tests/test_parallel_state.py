@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from builders.runs import REPOSITORY
 from builders.several import HAS_COMPILER
-from builders.state_ranks import CASES, SHAPE
+from builders.state_ranks import CASES, EIGHT_BIT, SHAPE
 
 from apr_dist.cli.plan import plan as plan_verb
 from apr_dist.config_sections import Precision, StrategyChoice
@@ -54,6 +54,28 @@ def test_the_state_of_a_plan_is_the_state_of_a_real_rank(
         wanted += said.buckets
     for rank in held:
         assert rank[f"{strategy} {offload}"] == pytest.approx(wanted, rel=0.005)
+
+
+@pytest.mark.parametrize("strategy", EIGHT_BIT)
+def test_a_plan_knows_how_small_8_bit_state_is(strategy: Strategy, held: list[dict[str, int]]) -> None:
+    choice = StrategyChoice(strategy.value)
+    cut = shards(choice, WORLD, WORLD)
+    eight, whole = (State.of(SHAPE, cut, choice, WORLD, Offload.NONE, bits) for bits in (8, 32))
+    assert eight.optimizer < 0.4 * whole.optimizer
+    for rank in held:
+        assert rank[f"{strategy} 8 bits"] == pytest.approx(eight.weights + eight.optimizer, rel=0.005)
+
+
+def test_a_plan_counts_8_bits_only_where_the_strategy_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--synthetic", "--mode", "from-scratch", "--model", "llama-370m", "--micro-batch-size", "1"]
+    flags += ["--device", "cuda", "--processes", "8", "--json"]
+    found = []
+    for bits in ("32", "8"):
+        plan_verb([*flags, "--optimizer.state-bits", bits])
+        found.append(json.loads(capsys.readouterr().out)["memory_bytes"])
+    for name in ("ddp", "fsdp2", "hsdp"):
+        assert found[1][name]["optimizer"] < 0.4 * found[0][name]["optimizer"]
+    assert found[1]["zero1"] == found[0]["zero1"]
 
 
 @pytest.mark.parametrize(("strategy", "offload"), CASES)

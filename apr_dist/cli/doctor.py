@@ -22,6 +22,7 @@ from apr_dist.errors import ExitCode
 
 REQUIRED = ("torch", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy", "pydantic")
 OPTIONAL = {
+    "bitsandbytes": "bitsandbytes",
     "gguf": "gguf",
     "liger-kernel": "liger",
     "matplotlib": "report",

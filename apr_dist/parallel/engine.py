@@ -97,7 +97,7 @@ class _TorchEngine(Engine):
         share = (self._grad_clip / (norm + 1e-6)).clamp_(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         if share.device.type != "cpu" or share < 1:  # to ask a GPU would be to wait for it
             torch._foreach_mul_(gradients, share.to(gradients[0].dtype))
-        # Fused AdamW reads this where its parameters are, as it does for loss scaling, and changes nothing.
+        # AdamW reads this where its parameters are, as it does for loss scaling, and changes nothing.
         bad = hold.to(norm.device) | ~torch.isfinite(norm) | (norm > norm_limit)
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -141,7 +141,8 @@ class ReplicaEngine(_TorchEngine):
         network = runtime.accelerator.prepare_model(decoder)
         assert_wrapped(network, runtime.strategy)
         super().__init__(network, optimizer, runtime, grad_clip)
-        self.evaluated, self.evidence = decoder, assert_spread(decoder, runtime)
+        self.evaluated = decoder
+        self.evidence = {**assert_spread(decoder, runtime), "optimizer": type(optimizer).__name__}
 
     def accumulate(
         self,
@@ -168,7 +169,8 @@ class FsdpEngine(_TorchEngine):
     ) -> None:
         super().__init__(decoder, optimizer, runtime, grad_clip)
         self._fsdp = _as_fsdp(decoder)
-        self.evaluated, self.evidence = decoder, assert_spread(decoder, runtime)
+        self.evaluated = decoder
+        self.evidence = {**assert_spread(decoder, runtime), "optimizer": type(optimizer).__name__}
 
     def accumulate(
         self,

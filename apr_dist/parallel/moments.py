@@ -5,12 +5,13 @@ Each rank gives and takes only what it holds; nothing travels here. Files are th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from apr_dist.parallel.eight_bit import AdamW8bit, Quantized
 from apr_dist.parallel.pieces import Piece, local, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.strategy import Strategy
@@ -22,8 +23,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 """AdamW's counter of updates, the same for every parameter."""
 
-Read = Callable[[str, int, Tensor], None]
-"""Fills a flat tensor with the elements of ``NAME.exp_avg`` or ``NAME.exp_avg_sq`` from a place on."""
+SCALES = ".scales"
+"""What the name of a moment in 8 bits is followed by, for the scales of its blocks."""
+
+
+class Stored(Protocol):
+    """Moments by name, from wherever they were saved."""
+
+    def read(self, name: str, start: int, values: Tensor) -> None:
+        """Fill flat f32 ``values`` with ``NAME.exp_avg`` or ``NAME.exp_avg_sq`` from that element on."""
+
+    def read_quantized(self, name: str, start: int, held: Quantized) -> None:
+        """The same into blocks of codes."""
 
 
 def updates_done(optimizer: torch.optim.Optimizer) -> int:
@@ -48,8 +59,13 @@ def _torch_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: R
         shape = whole_shape(weight)
         start, _ = span(shape, runtime, runtime.rank)
         for key in MOMENTS:
-            held = Piece(f"{name}.{key}", shape, start, local(optimizer.state[weight][key], runtime))
-            yield held.part(copy, copies)
+            held = optimizer.state[weight][key]
+            if isinstance(held, Quantized):
+                at, codes, scales = held.blocks(copy, copies)
+                yield Piece(f"{name}.{key}", shape, start + at, codes)
+                yield Piece(f"{name}.{key}{SCALES}", shape, start + at, scales)
+            else:
+                yield Piece(f"{name}.{key}", shape, start, local(held, runtime)).part(copy, copies)
 
 
 def _zero_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime) -> Iterator[Piece]:
@@ -75,44 +91,53 @@ def fragment(weight: Tensor) -> Any:
 
 
 def fill_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, updates: int, read: Read, runtime: Runtime
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, updates: int, stored: Stored, runtime: Runtime
 ) -> None:
-    """Give an optimizer without state the moments that ``read`` finds; each rank takes its own part.
+    """Give an optimizer without state the moments that are stored; each rank takes its own part.
 
     Args:
         model: the decoder whose parameters the optimizer holds.
         optimizer: AdamW, or DeepSpeed's wrapper of it.
         updates: what the optimizer's counter says.
-        read: fills a tensor in host memory.
+        stored: fills tensors in host memory.
         runtime: this rank's view of the run.
     """
     if runtime.strategy.zero_stage:
-        _fill_zero(model, optimizer, updates, read, runtime)
+        _fill_zero(model, optimizer, updates, stored, runtime)
         return
     for name, weight in model.named_parameters():
         start, _ = span(whole_shape(weight), runtime, runtime.rank)
-        state: dict[str, Tensor] = {
-            # Fused AdamW keeps its step counter beside the weights.
-            STEP: torch.tensor(float(updates), dtype=torch.float32, device=weight.device)
-        }
+        state = _blank(optimizer, weight, updates)
         for key in MOMENTS:
-            state[key] = torch.zeros_like(weight.detach(), memory_format=torch.contiguous_format)
-            _take(read, f"{name}.{key}", start, local(state[key], runtime))
+            if isinstance(state[key], Quantized):
+                stored.read_quantized(f"{name}.{key}", start, state[key])
+            else:
+                _take(stored, f"{name}.{key}", start, local(state[key], runtime))
             HERE.moved()
         optimizer.state[weight] = state
 
 
-def _take(read: Read, name: str, start: int, values: Tensor) -> None:
+def _blank(optimizer: torch.optim.Optimizer, weight: Tensor, updates: int) -> dict[str, Any]:
+    if isinstance(optimizer, AdamW8bit):
+        return optimizer.blank(weight, updates=updates)
+    # Fused AdamW keeps its step counter beside the weights.
+    state = {STEP: torch.tensor(float(updates), dtype=torch.float32, device=weight.device)}
+    for key in MOMENTS:
+        state[key] = torch.zeros_like(weight.detach(), memory_format=torch.contiguous_format)
+    return state
+
+
+def _take(stored: Stored, name: str, start: int, values: Tensor) -> None:
     if values.device.type == "cpu":
-        read(name, start, values)
+        stored.read(name, start, values)
         return
     on_host = torch.empty(values.shape, dtype=values.dtype)
-    read(name, start, on_host)
+    stored.read(name, start, on_host)
     values.copy_(on_host)
 
 
 def _fill_zero(
-    model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, read: Read, runtime: Runtime
+    model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, stored: Stored, runtime: Runtime
 ) -> None:
     from deepspeed.utils import safe_set_local_optimizer_state  # noqa: PLC0415  (slow, rarely needed)
 
@@ -130,11 +155,11 @@ def _fill_zero(
             if runtime.strategy is Strategy.ZERO3:
                 begin, end = span(whole_shape(weight), runtime, runtime.rank)
                 padded = torch.zeros(weight.ds_tensor.ds_numel)  # type: ignore[attr-defined]
-                read(f"{name}.{key}", begin, padded[: end - begin])
+                stored.read(f"{name}.{key}", begin, padded[: end - begin])
                 safe_set_local_optimizer_state(weight, padded, key)
             elif (held := fragment(weight)) is not None:
                 start, values = held.lp_fragment_address.start, held.get_hp_fragment(key)
-                _take(read, f"{name}.{key}", start, values.detach().view(-1))
+                _take(stored, f"{name}.{key}", start, values.detach().view(-1))
 
 
 def flat_parts(optimizer: torch.optim.Optimizer, runtime: Runtime) -> list[Tensor]:

@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from apr_dist.errors import AprDistError, DistributedError, UsageError
 from apr_dist.parallel.launch import read_launch
+from apr_dist.parallel.state_bits import refuse_state_bits
 from apr_dist.parallel.strategy import (
     NOT_AS_ASKED,
     Offload,
@@ -133,6 +134,7 @@ def start(
     timeout_s: float,
     shard_size: int | None = None,
     offload: str = "none",
+    state_bits: int = 32,
 ) -> Runtime:
     """Join the launched processes and prove that they are the ones that were asked for.
 
@@ -144,10 +146,11 @@ def start(
         timeout_s: longest a collective may wait, in seconds.
         shard_size: ranks that share one copy of the parameters under ``hsdp``; None: those of one machine.
         offload: what lies in host memory: a value of `Offload`.
+        state_bits: bits of the optimizer's moments, 8 or 32.
 
     Raises:
         UsageError: CUDA was asked for and there is none, the shard size does not fit, or the strategy
-            cannot offload that.
+            cannot offload that or has no moments in 8 bits.
         DistributedError: the world size or strategy that is active is not the wanted one.
     """
     use_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
@@ -160,6 +163,7 @@ def start(
         )
     wanted = choose(strategy)
     refuse_offload(wanted, Offload(offload))
+    refuse_state_bits(wanted, Offload(offload), state_bits)
     if wanted.zero_stage:
         prepare_for_deepspeed(use_cpu=use_cpu, offload=Offload(offload))
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"

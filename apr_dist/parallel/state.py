@@ -2,16 +2,19 @@
 
 ``optimizer-00003-of-00008.safetensors`` holds flat runs of the moments by parameter name, with each one's
 place in its whole tensor, and the rank's random state; ``optimizer.json`` names the files with their
-digests. Names and places, not positions in a group, tie a moment to its weight, so the files fit another
-world size or strategy. ``torch.distributed.checkpoint`` does the same for its own layouts, but keeps its
-index as a pickle, which nothing here loads.
+digests. Of a moment in 8 bits it holds codes and, under ``NAME.scales``, the scale of each 256 of them. Names
+and places, not positions in a group, tie a moment to its weight, so the files fit another world size or
+strategy. ``torch.distributed.checkpoint`` does the same for its own layouts, but keeps its index as a pickle,
+which nothing here loads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ from torch import Tensor, nn
 
 from apr_dist.atomic_files import AtomicFile
 from apr_dist.errors import AprDistError, DamagedModelFile, OutputError
+from apr_dist.parallel.eight_bit import Quantized, code_values
 from apr_dist.parallel.exchange import Exchange
-from apr_dist.parallel.moments import MOMENTS, fill_moments
+from apr_dist.parallel.moments import MOMENTS, SCALES, fill_moments
 from apr_dist.parallel.pieces import Piece, whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.state_bits import BLOCK
 from apr_dist.parsing import parse_json
 
 STATE_DAMAGED = "FALSIFY-APR-DIST-CHECKPOINT-006"
@@ -166,7 +171,7 @@ def _load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, runt
             for key in MOMENTS
         }
         parts.refuse_others(shapes)
-        fill_moments(model, optimizer, updates=int(index["updates"]), read=parts.read, runtime=runtime)
+        fill_moments(model, optimizer, updates=int(index["updates"]), stored=parts, runtime=runtime)
     if mine in files:
         _restore_random(folder / mine, runtime.device)
 
@@ -195,7 +200,7 @@ class _Parts:
             for name, place in self._open(path)[1].items()
             if not name.startswith(RANDOM)
         }
-        odd = [name for name in found if shapes.get(name) != found[name]]
+        odd = [name for name in found if shapes.get(name.removesuffix(SCALES)) != found[name]]
         if odd:
             raise _damaged(path, f"{len(odd)} tensors are left over or misshapen, first {min(odd)}")
 
@@ -205,19 +210,43 @@ class _Parts:
         Raises:
             DamagedModelFile: some of them are in no file.
         """
-        missing = values.numel()
+        for run in self._runs(name, start, len(values)):
+            here = slice(run.first - start, run.last - start)
+            values[here] = run.floats(name) if run.codes else run.read(name)
+
+    def read_quantized(self, name: str, start: int, held: Quantized) -> None:
+        """Fill blocks of codes with the elements of ``name`` from ``start`` on.
+
+        Raises:
+            DamagedModelFile: some of them are in no file.
+        """
+        count = len(held.codes)
+        floats, scales, codes = (
+            torch.empty(count),
+            torch.full((count,), math.nan),
+            torch.empty_like(held.codes),
+        )
+        for run in self._runs(name, start, count):
+            here = slice(run.first - start, run.last - start)
+            if run.codes:
+                codes[here], scales[here] = run.read(name), run.scales(name)
+            floats[here] = run.floats(name) if run.codes else run.read(name)
+        held.take(codes, scales, floats)
+
+    def _runs(self, name: str, start: int, count: int) -> Iterator[_Run]:
+        """Where the elements of ``name`` from ``start`` on are, until all were found."""
+        missing = count
         for path in self._paths:
             if not missing:
                 return
             file, places = self._open(path)
             if name not in places:
                 continue
-            held = file.get_slice(name)  # type: ignore[no-untyped-call]
-            begin = places[name][0]
+            begin, held = places[name][0], file.get_slice(name)  # type: ignore[no-untyped-call]
             first = max(start, begin)
-            last = min(start + values.numel(), begin + held.get_shape()[0])
+            last = min(start + count, begin + held.get_shape()[0])
             if first < last:
-                values[first - start : last - start] = held[first - begin : last - begin]
+                yield _Run(file, begin, first, last, codes=held.get_dtype() == "U8")
                 missing -= last - first
         if missing:
             raise _damaged(self._paths[0].parent, f"{missing} elements of {name} are in no file")
@@ -231,6 +260,33 @@ class _Parts:
                 raise _damaged(path, f"it does not say what it holds ({error})") from error
             self._opened[path] = (file, places)
         return self._opened[path]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Elements from ``first`` to ``last`` of a whole tensor, in a file that holds it from ``begin`` on."""
+
+    file: safe_open
+    begin: int
+    first: int
+    last: int
+    codes: bool
+
+    def read(self, name: str) -> Tensor:
+        """The elements as they are stored."""
+        held: Tensor = self.file.get_slice(name)[self.first - self.begin : self.last - self.begin]  # type: ignore[no-untyped-call]
+        return held
+
+    def scales(self, name: str) -> Tensor:
+        """The scale of each element's block, f32."""
+        blocks: Tensor = self.file.get_tensor(name + SCALES)  # type: ignore[no-untyped-call]
+        places = torch.arange(self.first - self.begin, self.last - self.begin)
+        return blocks[places // BLOCK]
+
+    def floats(self, name: str) -> Tensor:
+        """What the codes stand for, f32."""
+        values = code_values(signed=name.endswith(MOMENTS[0]))
+        return values[self.read(name).long()] * self.scales(name)
 
 
 def file_digest(path: Path) -> str:

@@ -7,6 +7,7 @@ The interpreter, its libraries and a GPU's context come on top and are not in an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from apr_dist.config_sections import ActivationCheckpointing, Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import HEAD_GRADIENT_ROWS, LOGITS_CHUNK_BYTES
+from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
 from apr_dist.parallel.strategy import Offload, Strategy, possible_offloads
 
 F32 = 4
@@ -114,6 +116,7 @@ def estimate(
     world_size: int,
     shard_size: int,
     offload: Offload = Offload.NONE,
+    state_bits: int = 32,
 ) -> Memory:
     """Memory of one process at its fullest moment.
 
@@ -127,10 +130,11 @@ def estimate(
         world_size: processes in all.
         shard_size: processes that share one copy under ``hsdp``.
         offload: what lies in host memory; of what the strategy cannot keep there, as much as it can.
+        state_bits: of both moments, 8 or 32; 32 where the strategy has no 8.
     """
     parts = shards(strategy, world_size, shard_size)
     offload = most_possible(strategy, offload)
-    held = State.of(model, parts, strategy, world_size, offload)
+    held = State.of(model, parts, strategy, world_size, offload, state_bits)
     state: dict[str, Any] = {
         "weights": held.weights + _gathered(model, load, strategy),
         "optimizer": held.optimizer,
@@ -157,12 +161,13 @@ def estimate(
         "working": 2 * head if model.tie_word_embeddings else 0,
     }
     count = F32 * model.parameter_count()
-    copies = count // parts.weights + 2 * count // parts.optimizer if load.copies else 0
+    moments = _moment_bytes(model, strategy, offload, state_bits)
+    copies = count // parts.weights + moments // parts.optimizer if load.copies else 0
     here = 0 if load.cuda else copies
     beside = here if load.trains_meanwhile else 0
     nothing: dict[str, Any] = {"gradients": 0, "loss": 0, "working": 0}
     apart: dict[str, Any] = {"offload": offload, "host": held.host + copies if load.cuda else 0}
-    moments = [
+    fullest = [
         Memory(**state, **at_loss, activations=activations, copies=beside, moment="loss", **apart),
         Memory(
             **state, **at_start, activations=activations, copies=beside, moment="start of backward", **apart
@@ -170,7 +175,7 @@ def estimate(
         Memory(**state, **at_end, activations=0, copies=beside, moment="end of backward", **apart),
         Memory(**state, **nothing, activations=0, copies=here, moment="save", **apart),
     ]
-    return max(moments, key=lambda moment: moment.total)
+    return max(fullest, key=lambda moment: moment.total)
 
 
 def most_possible(strategy: StrategyChoice, offload: Offload) -> Offload:
@@ -212,6 +217,7 @@ class State:
         strategy: StrategyChoice,
         world_size: int,
         offload: Offload,
+        state_bits: int = 32,
     ) -> State:
         """Of one process of the strategy."""
         zero = strategy in {StrategyChoice.ZERO1, StrategyChoice.ZERO2, StrategyChoice.ZERO3}
@@ -223,7 +229,7 @@ class State:
             return cls(
                 weights=weights,
                 gradients=gradients,
-                optimizer=2 * share,
+                optimizer=_moment_bytes(model, strategy, offload, state_bits) // parts.optimizer,
                 masters=masters,
                 buckets=buckets,
                 host=0,
@@ -243,6 +249,20 @@ class State:
             buckets=sent,
             host=5 * share + sent + (weights if both else 0),
         )
+
+
+def _moment_bytes(
+    model: TransformerConfig, strategy: StrategyChoice, offload: Offload, state_bits: int
+) -> int:
+    """Both moments of the whole model; in 8 bits a byte an element and 4 for each block."""
+    chosen = Strategy.SINGLE if strategy is StrategyChoice.AUTO else Strategy(strategy.value)
+    if state_bits == 32 or not can_have(chosen, offload):
+        return 2 * F32 * model.parameter_count()
+    total = 0
+    for name, shape in model.parameter_shapes().items():
+        count = math.prod(shape)
+        total += count + F32 * -(-count // BLOCK) if is_eligible(name, shape) else F32 * count
+    return 2 * total
 
 
 @dataclass(frozen=True)

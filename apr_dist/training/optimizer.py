@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from apr_dist.errors import DistributedError, WeightsRefused
+from apr_dist.errors import DistributedError, UsageError, WeightsRefused
+from apr_dist.parallel.eight_bit import AdamW8bit
 from apr_dist.parallel.pieces import whole_shape
+from apr_dist.parallel.state_bits import FLAG, LEAST_ELEMENTS, is_eligible
 
 
 def build_optimizer(
@@ -19,26 +21,51 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     offloaded: bool = False,
+    state_bits: int = 32,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on tensors of two or more dimensions only.
 
     Uses torch's fused kernel, which exists for CPU and CUDA and updates each element in one pass; for
-    an optimizer that ZeRO keeps in host memory, DeepSpeed's vectorised one, which it compiles at first use.
+    an optimizer that ZeRO keeps in host memory, DeepSpeed's vectorised one, which it compiles at first use;
+    with ``state_bits`` 8 the moments of large matrices in 8 bits, see ``parallel.eight_bit``.
 
     Raises:
         WeightsRefused: a trainable parameter is in no group or in two.
         DistributedError: DeepSpeed's optimizer cannot be compiled.
+        UsageError: 8 bits, and no matrix is large enough.
     """
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     matrices = [weight for weight in parameters if len(whole_shape(weight)) >= 2]
     vectors = [weight for weight in parameters if len(whole_shape(weight)) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    if offloaded:
+    if state_bits == 8:
+        optimizer: torch.optim.Optimizer = AdamW8bit(_by_bits(model, groups), lr=lr, betas=betas, eps=eps)
+    elif offloaded:
         optimizer = _on_host(groups, lr=lr, betas=betas, eps=eps)
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     assert_each_parameter_once(model, optimizer)
     return optimizer
+
+
+def _by_bits(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups, each cut into parameters whose moments have 8 bits and those whose have 32."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    found = []
+    for group in groups:
+        parts: dict[int, list[Tensor]] = {8: [], 32: []}
+        for weight in group["params"]:
+            eligible = is_eligible(names[id(weight)], whole_shape(weight))
+            parts[8 if eligible else 32].append(weight)
+        found += [{**group, "params": part, "state_bits": bits} for bits, part in parts.items() if part]
+    if all(group["state_bits"] == 32 for group in found):
+        raise UsageError(
+            "optimizer.state_bits is 8 and no matrix of this model would have 8-bit state",
+            where=FLAG,
+            expected=f"a matrix of at least {LEAST_ELEMENTS:,} elements beside the embedding",
+            remedy="use 32 bits",
+        )
+    return found
 
 
 def _on_host(

@@ -224,6 +224,7 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
             world_size=world,
             shard_size=shard,
             offload=config.parallel.offload,
+            state_bits=config.optimizer.state_bits,
         )
         for one in dict.fromkeys([chosen, *(several if world > 1 else [])])
     }

@@ -82,6 +82,7 @@ def execute(
         timeout_s=options.timeout_s,
         shard_size=options.shard_size,
         offload=options.offload,
+        state_bits=config.optimizer.state_bits,
     )
     _watch_all(watch, runtime, hang_s=options.hang_s)
     runtime.agree(refusal)
@@ -152,6 +153,8 @@ def _say_how(config: TrainConfig, runtime: Runtime, say: Display) -> None:
     if runtime.device.type == "cpu":
         kept = "kept" if keep_freed_memory() else "returned"
         how += f", products {cpu_matmul_backend()}, freed memory {kept}, {runtime.cpu_threads} thread(s) each"
+    if config.optimizer.state_bits == 8:
+        how += ", AdamW's state in 8 bits"
     if described := describe_compute(config, runtime.device):
         how += f", {described}"
     say(

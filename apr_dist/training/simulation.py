@@ -90,6 +90,7 @@ def _simulated(
             world_size=gpus,
             shard_size=shard_size,
             offload=config.parallel.offload,
+            state_bits=config.optimizer.state_bits,
         )
 
     held = memory(model.num_layers)

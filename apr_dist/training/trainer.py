@@ -115,6 +115,7 @@ class Trainer:
             betas=(options.beta1, options.beta2),
             eps=options.eps,
             offloaded=runtime.strategy.zero_stage > 0 and runtime.offload is not Offload.NONE,
+            state_bits=options.state_bits,
         )
         self.schedule = schedule_of(config)
         micro_batch = config.micro_batch(runtime.world_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 """Without a C++ compiler DeepSpeed cannot communicate on CPU."""
 
 OFFLOAD, PRECISION, SHARD_SIZE = "--parallel.offload", "--parallel.precision", "--parallel.shard-size"
+STATE_BITS = ("--optimizer.state-bits", "8")
 
 STRATEGIES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
     1: {"single": ("single", "--micro-batch-size", "2")},
@@ -49,6 +50,12 @@ STRATEGIES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
 }
 """World size to name to strategy and flags: every strategy, and several splits of the global batch."""
 
+EIGHT_BIT = {1: ("single",), 2: ("ddp", "fsdp2")}
+"""World size to strategies that are also run, and resumed, with optimizer state in 8 bits."""
+
+EIGHT_BIT_MOVED = {1: {"single": (2, "fsdp2")}, 4: {"fsdp2": (2, "ddp")}}
+"""As `MOVED`, of those."""
+
 BF16 = ("ddp", "fsdp2", "zero1", "zero3")
 """Strategies that are also run in bf16, on two processes."""
 
@@ -65,7 +72,7 @@ LIMIT_S = 900.0
 
 
 def make_runs(inputs: Inputs, root: Path) -> Path:
-    """Run everything, once for all tests: ``WORLD/NAME`` and ``-resumed``, ``-bf16`` and ``-moved``."""
+    """Run everything, once for all tests: ``WORLD/NAME``, ``-resumed``, ``-bf16``, ``-8bit``, ``-moved``."""
 
     def make(folder: Path) -> None:
         ranks = open_ranks(folder / "ranks", deepspeed=HAS_COMPILER)
@@ -79,29 +86,43 @@ def make_runs(inputs: Inputs, root: Path) -> Path:
 
 def plan(inputs: Inputs, folder: Path, world: int) -> list[list[str]]:
     """Flags of every run of one world size."""
-
-    def flags(run: str, strategy: tuple[str, ...], *more: str) -> list[str]:
-        given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(folder / run)]
-        given += ["--batch-size", "8", "--num-steps", str(STEPS), "--steps-per-epoch", str(HALF)]
-        given += ["--lr", "1e-3", "--warmup-steps", "2", "--checkpoint.keep-last", "9"]
-        return [*given, "--target-val-loss", "0.1", "--parallel.strategy", *strategy, *more]
-
-    def saved(run: str) -> str:
-        return str(folder / run / "steps" / f"{HALF:06d}")
-
     runs = []
     for name, strategy in STRATEGIES[world].items():
         if strategy[0].startswith("zero") and not HAS_COMPILER:
             continue
         run = f"{world}/{name}"
-        runs.append(flags(run, strategy))
+        runs.append(_flags(inputs, folder / run, strategy))
         if world == 2 or name == "hsdp":
-            runs.append(flags(f"{run}-resumed", strategy, "--resume", saved(run)))
+            runs.append(_flags(inputs, folder / f"{run}-resumed", strategy, "--resume", _saved(folder, run)))
         if world == 2 and name in BF16:
-            runs.append(flags(f"{run}-bf16", strategy, PRECISION, "bf16"))
+            runs.append(_flags(inputs, folder / f"{run}-bf16", strategy, PRECISION, "bf16"))
         if name in MOVED.get(world, {}):
             other_world, other = MOVED[world][name]
             if HAS_COMPILER or not other.startswith("zero"):
-                moved = ("--resume", saved(f"{other_world}/{other}"))
-                runs.append(flags(f"{run}-moved", strategy, *moved))
+                moved = ("--resume", _saved(folder, f"{other_world}/{other}"))
+                runs.append(_flags(inputs, folder / f"{run}-moved", strategy, *moved))
+    runs += _eight_bit(inputs, folder, world)
     return runs
+
+
+def _flags(inputs: Inputs, run_dir: Path, strategy: tuple[str, ...], *more: str) -> list[str]:
+    given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
+    given += ["--batch-size", "8", "--num-steps", str(STEPS), "--steps-per-epoch", str(HALF)]
+    given += ["--lr", "1e-3", "--warmup-steps", "2", "--checkpoint.keep-last", "9"]
+    return [*given, "--target-val-loss", "0.1", "--parallel.strategy", *strategy, *more]
+
+
+def _saved(folder: Path, run: str) -> str:
+    return str(folder / run / "steps" / f"{HALF:06d}")
+
+
+def _eight_bit(inputs: Inputs, folder: Path, world: int) -> Iterator[list[str]]:
+    for name in EIGHT_BIT.get(world, ()):
+        run, strategy = f"{world}/{name}-8bit", (*STRATEGIES[world][name], *STATE_BITS)
+        yield _flags(inputs, folder / run, strategy)
+        again = ("--resume", _saved(folder, run))
+        yield _flags(inputs, folder / f"{run}-resumed", strategy, *again)
+    for name, (other_world, other) in EIGHT_BIT_MOVED.get(world, {}).items():
+        strategy = (*STRATEGIES[world][name], *STATE_BITS)
+        moved = ("--resume", _saved(folder, f"{other_world}/{other}-8bit"))
+        yield _flags(inputs, folder / f"{world}/{name}-8bit-moved", strategy, *moved)

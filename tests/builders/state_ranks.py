@@ -38,6 +38,10 @@ CASES = [
 ]
 
 
+EIGHT_BIT = (Strategy.DDP, Strategy.FSDP2)
+"""Strategies that also run with optimizer state in 8 bits."""
+
+
 def held() -> dict[int, int]:
     """Bytes of every tensor's memory by its address; DeepSpeed's buckets, which no model fills, left out."""
     gc.collect()
@@ -47,7 +51,7 @@ def held() -> dict[int, int]:
     return {address: size for address, size in sizes.items() if size < 4 * BUCKET_ELEMENTS}
 
 
-def state_bytes(strategy: Strategy, offload: Offload) -> int:
+def state_bytes(strategy: Strategy, offload: Offload, state_bits: int = 32) -> int:
     """What one rank holds after a step, beside what was there before."""
     reset_state()
     runtime = processes.start(
@@ -63,7 +67,13 @@ def state_bytes(strategy: Strategy, offload: Offload) -> int:
     draw_weights(decoder, SHAPE, runtime, seed=0)
     offloaded = strategy.zero_stage > 0 and offload is not Offload.NONE
     optimizer = build_optimizer(
-        decoder, lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, offloaded=offloaded
+        decoder,
+        lr=1e-4,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        offloaded=offloaded,
+        state_bits=state_bits,
     )
     engine = prepare(decoder, optimizer, runtime, micro_batch=1, grad_clip=1.0)
     tokens = torch.randint(SHAPE.vocab_size, (1, 33))
@@ -79,6 +89,8 @@ def main() -> None:
         if strategy.zero_stage and "--no-deepspeed" in sys.argv:
             continue
         report[f"{strategy} {offload}"] = state_bytes(strategy, offload)
+    for strategy in EIGHT_BIT:
+        report[f"{strategy} 8 bits"] = state_bytes(strategy, Offload.NONE, 8)
     rank = torch.distributed.get_rank()
     (folder / f"state-{rank}.json").write_text(json.dumps(report))
     torch.distributed.barrier()
