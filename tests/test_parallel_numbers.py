@@ -76,6 +76,14 @@ def test_the_strategy_that_ran_is_the_one_that_was_asked_for(strategies: Path, w
         assert facts["optimizer"] == ("DeepSpeedCPUAdam" if offloaded else "AdamW")
 
 
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_forward_backward_and_update_are_told_apart(strategies: Path, world: int, name: str) -> None:
+    for line in steps_of(strategies / str(world) / name).values():
+        parts = [line[key] for key in ("forward_ms", "backward_ms", "update_ms")]
+        assert min(parts) > 0
+        assert sum(parts) <= line["wall_ms"]
+
+
 @pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-001")
 @pytest.mark.parametrize(("world", "name"), CASES)
 def test_the_weights_of_every_rank_were_proven_to_be_the_file_s(

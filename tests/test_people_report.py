@@ -133,30 +133,63 @@ def test_no_run_reaches_beyond_the_edge_of_a_figure(figure: Any, tmp_path: Path)
         assert low <= min(drawn.get_ydata()) <= max(drawn.get_ydata()) < high
 
 
-def test_phases_add_up_to_what_the_lines_took(tmp_path: Path) -> None:
+def phases_of(folder: Path) -> dict[str, float]:
+    """Its phases that took any time, in seconds."""
+    return {phase: took for phase, took in read_runs([folder])[0].phases_s.items() if took}
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({}, {"forward, backward, update": 0.0099, "waiting for data": 0.0001}),
+        (
+            {"forward_ms": 3.0, "backward_ms": 5.0, "update_ms": 1.0},
+            {
+                "forward": 0.003,
+                "backward": 0.005,
+                "update": 0.001,
+                "rest of the steps": 0.0009,
+                "waiting for data": 0.0001,
+            },
+        ),
+        (
+            {"forward_ms": 3.0, "backward_ms": 5.0, "update_ms": 2.0},
+            {"forward": 0.003, "backward": 0.005, "update": 0.002},
+        ),
+    ],
+    ids=["a version that did not tell them apart", "all parts", "a wait that hid behind computing"],
+)
+def test_phases_add_up_to_what_the_lines_took(
+    tmp_path: Path, parts: dict[str, float], expected: dict[str, float]
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    lines = [{"kind": "load", "step": 0, "wall_ms": 500.0}, {**STEP, "step": 1, "memory_bytes": 812_000_000}]
+    lines = [
+        {"kind": "load", "step": 0, "wall_ms": 500.0},
+        {**STEP, **parts, "step": 1, "memory_bytes": 812_000_000},
+    ]
     lines += [{"kind": "evaluation", "step": 1, "val_loss": 2.0, "wall_ms": 40.0}]
     lines += [{"kind": "save", "step": 1, "wall_ms": 60.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_runs([run])[0].phases_s == pytest.approx(
-        {
-            "forward, backward, optimizer": 0.0099,
-            "waiting for data": 0.0001,
-            "evaluating": 0.04,
-            "saving": 0.06,
-            "loading": 0.5,
-        }
-    )
+    expected = {**expected, "evaluating": 0.04, "saving": 0.06, "loading": 0.5}
+    assert phases_of(run) == pytest.approx(expected)
     page = page_of(run, output=tmp_path / "out.html")
     assert "<dt>peak memory</dt><dd>0.81 GB</dd>" in page
     assert (tmp_path / "out-memory.png").exists()
 
 
-def test_a_run_records_its_loads_and_saves(inputs: Inputs) -> None:
-    phases = read_runs([inputs.pretrained_run])[0].phases_s
-    assert all(took > 0 for took in phases.values())
+def test_a_run_records_where_its_time_went(inputs: Inputs, tmp_path: Path) -> None:
+    names = {"forward", "backward", "update", "rest of the steps", "waiting for data"}
+    assert set(phases_of(inputs.pretrained_run)) == {*names, "evaluating", "saving", "loading"}
+    old = copied(inputs, tmp_path / "old")
+    lines = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
+    for key in ("forward_ms", "backward_ms", "update_ms"):
+        assert all(line.pop(key) > 0 for line in lines if line["kind"] == "step")
+    (old / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    together = {"forward, backward, update", "waiting for data"}
+    assert set(phases_of(old)) == {*together, "evaluating", "saving", "loading"}
+    report((inputs.pretrained_run, old), output=tmp_path / "out.html", samples=0)
+    assert (tmp_path / "out-phases.png").exists()
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,19 @@ def test_figures_that_are_read_seldom_are_those_of_every_step(
         assert 0 <= line["data_wait_ms"] < line["wall_ms"]
 
 
+@pytest.mark.parametrize("flags", [(), ("--log-every", "3"), ("--micro-batch-size", "2")], ids=" ".join)
+def test_the_parts_of_a_step_fit_into_its_time(
+    inputs: Inputs, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    assert train(inputs, tmp_path / "run", *flags) == 0
+    for line in metrics(tmp_path / "run"):
+        parts = [line[key] for key in ("forward_ms", "backward_ms", "update_ms")]
+        assert min(parts) > 0
+        assert sum(parts) <= line["wall_ms"]
+        if not torch.cuda.is_available():  # there the host waits while the device computes
+            assert sum(parts) + line["data_wait_ms"] <= line["wall_ms"]
+
+
 @pytest.mark.falsifies("INV-TRAIN-007")
 def test_after_a_loss_that_is_no_number_nothing_moves_until_the_run_stops(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

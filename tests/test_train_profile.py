@@ -38,11 +38,11 @@ def test_a_profile_leaves_a_trace_and_a_page_whose_phases_add_up(
     shares = {name: float(share) for name, share in re.findall(r"\| (\w+) \| [\d.,]+ \| ([\d.]+) %", page)}
     assert list(shares) == list(PHASES)
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)
-    assert min(shares[name] for name in ("forward", "loss", "backward", "optimizer")) > 0
+    assert min(shares[name] for name in ("forward", "loss", "backward", "update")) > 0
     assert re.search(r"\| aten::\w+ \|", page)
     assert "MFU n/a" in page
     names = {event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
-    assert {"data", "backward", "optimizer"} <= names
+    assert {"data", "backward", "update"} <= names
 
 
 def test_a_profile_asks_the_gates_and_refuses_no_steps(

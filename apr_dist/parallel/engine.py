@@ -23,6 +23,7 @@ from apr_dist.model.transformer import Decoder, DecoderBlock
 from apr_dist.parallel.moments import flat_parts
 from apr_dist.parallel.runtime import Runtime, assert_wrapped
 from apr_dist.parallel.sharding import assert_spread
+from apr_dist.parallel.step_clock import StepClock, StepPart
 from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
 from apr_dist.parallel.zero import vector_elements, zero_config
 from apr_dist.parallel.zero_veto import Veto
@@ -35,11 +36,13 @@ class Engine(ABC):
         optimizer: AdamW whose ``param_groups`` carry the rate that is used.
         evaluated: the network to evaluate through, which reads the weights being trained.
         evidence: what was found in memory: elements of the model and of each rank's share.
+        clock: told here where a forward ends and its backward begins; who calls, tells it the rest.
     """
 
     optimizer: torch.optim.Optimizer
     evaluated: nn.Module
     evidence: dict[str, Any]
+    clock: StepClock
 
     @abstractmethod
     def accumulate(
@@ -87,7 +90,7 @@ class _TorchEngine(Engine):
         self, network: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime, grad_clip: float
     ) -> None:
         self._network, self._runtime, self.optimizer = network, runtime, optimizer
-        self._grad_clip = grad_clip
+        self._grad_clip, self.clock = grad_clip, StepClock(runtime.device)
 
     def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
         """See `Engine.step`."""
@@ -157,6 +160,7 @@ class ReplicaEngine(_TorchEngine):
         self._network.train()
         with contextlib.nullcontext() if last else self._runtime.accelerator.no_sync(self._network):
             loss_sum, _ = self._network(inputs, targets, document_ids=document_ids)
+            self.clock.enter(StepPart.BACKWARD)
             (loss_sum * scale).backward()
         return loss_sum.detach()  # type: ignore[no-any-return]
 
@@ -186,6 +190,7 @@ class FsdpEngine(_TorchEngine):
         self._fsdp.set_is_last_backward(last)
         with self._runtime.accelerator.autocast():
             loss_sum, _ = self._network(inputs, targets, document_ids=document_ids)
+        self.clock.enter(StepPart.BACKWARD)
         (loss_sum * scale).backward()
         return loss_sum.detach()  # type: ignore[no-any-return]
 
@@ -220,7 +225,7 @@ class ZeroEngine(Engine):
             # A block's weights come and go together, around its call: checkpointing and compiled code
             # inside it then see whole weights and no hook.
             deepspeed.utils.set_z3_leaf_modules(decoder, [DecoderBlock])
-        self._runtime = runtime
+        self._runtime, self.clock = runtime, StepClock(runtime.device)
         deepspeed.init_distributed(dist_backend="gloo" if runtime.device.type == "cpu" else "nccl")
         settings = zero_config(
             stage,
@@ -253,6 +258,7 @@ class ZeroEngine(Engine):
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
         loss_sum, _ = self._engine(inputs, targets, document_ids=document_ids)
+        self.clock.enter(StepPart.BACKWARD)
         self._engine.backward(loss_sum * scale)
         return loss_sum.detach()  # type: ignore[no-any-return]
 

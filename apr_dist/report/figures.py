@@ -113,7 +113,8 @@ def _phases(runs: Sequence[Run], theme: Theme) -> bytes:
         parts = [run.phases_s[phase] for run in runs]
         if not sum(parts):
             continue
-        colour, hatch = theme.series[index % len(theme.series)], _HATCHES[index % len(_HATCHES)]
+        colour = theme.series[index % len(theme.series)]
+        hatch = _HATCHES[(index + index // len(theme.series)) % len(_HATCHES)]  # no two phases look the same
         places = list(range(len(runs)))
         share = sum(parts) / max(sum(sum(run.phases_s.values()) for run in runs), 1e-9)
         label = f"{phase} {100 * share:.1f} %" if len(runs) == 1 else phase

@@ -13,6 +13,9 @@ from apr_dist.errors import UsageError
 from apr_dist.parsing import parse_json
 
 METRICS_NAME, VERDICT_NAME, CONFIG_NAME = "metrics.jsonl", "verdict.json", "config.yaml"
+STEP_PARTS = {"forward_ms": "forward", "backward_ms": "backward", "update_ms": "update"}
+UNDIVIDED = "forward, backward, update"
+"""What a step did besides waiting, where its line does not tell the parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +63,13 @@ class Run:
     @property
     def phases_s(self) -> dict[str, float]:
         """Seconds by what they were spent on, as far as the lines tell; the phases do not overlap."""
-        waited = sum(line.get("data_wait_ms", 0.0) for line in self.steps)
-        others = {"save": "saving", "load": "loading"}
-        found = {
-            "forward, backward, optimizer": sum(line.get("wall_ms", 0.0) for line in self.steps) - waited,
-            "waiting for data": waited,
-            "evaluating": sum(line.get("wall_ms", 0.0) for line in self.evaluations),
-        }
-        for kind, words in others.items():
+        names = (*STEP_PARTS.values(), UNDIVIDED, "rest of the steps", "waiting for data")
+        found = dict.fromkeys(names, 0.0)
+        for line in self.steps:
+            for phase, took in _parts_ms(line).items():
+                found[phase] += took
+        found["evaluating"] = sum(line.get("wall_ms", 0.0) for line in self.evaluations)
+        for kind, words in (("save", "saving"), ("load", "loading")):
             found[words] = sum(line.get("wall_ms", 0.0) for line in self.others if line.get("kind") == kind)
         return {words: took / 1e3 for words, took in found.items()}
 
@@ -95,6 +97,17 @@ def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     keys = dict.fromkeys(key for run in runs for key in run.values)
     rows = [(key, [run.values.get(key, "not recorded") for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _parts_ms(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a step's wall time went into. A wait for data that hid behind computing is none."""
+    wall, waited = line.get("wall_ms", 0.0), line.get("data_wait_ms", 0.0)
+    if any(key not in line for key in STEP_PARTS):  # of a version that did not tell
+        return {UNDIVIDED: wall - waited, "waiting for data": waited}
+    found = {words: line[key] for key, words in STEP_PARTS.items()}
+    rest = max(wall - sum(found.values()), 0.0)
+    found["waiting for data"] = min(waited, rest)
+    return {**found, "rest of the steps": rest - found["waiting for data"]}
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -29,7 +29,10 @@ class StepMetrics:
         tokens_per_sec: target tokens of the global batch over the step's wall time.
         gpu_util_pct: utilisation of this rank's GPU in percent; 0 on CPU.
         wall_ms: wall time of the step in milliseconds.
-        data_wait_ms: part of it spent waiting for the batch.
+        data_wait_ms: time the host waited for the batch.
+        forward_ms: part of it that this rank spent in forward and loss, over all its micro-batches.
+        backward_ms: part of it in their backward, with what ranks exchange meanwhile.
+        update_ms: part of it in gradient norm, clipping and optimizer.
         tokens_seen: target tokens trained on so far, this step included.
         data_epoch: passes over the training data begun so far, less one; of a mixture, over the source
             with most.
@@ -48,6 +51,9 @@ class StepMetrics:
     gpu_util_pct: float
     wall_ms: float
     data_wait_ms: float
+    forward_ms: float
+    backward_ms: float
+    update_ms: float
     tokens_seen: int
     data_epoch: int
     data_epochs: Mapping[str, int]

@@ -40,7 +40,7 @@ from apr_dist.training.stepping import BatchFeed, Stepper
 TRACE_NAME, SUMMARY_NAME = "trace.json", "summary.md"
 WARM_UP_STEPS, TRACED_STEPS = 2, 2
 TOP_OPERATORS = 12
-PHASES = ("data", "forward", "loss", "backward", "optimizer", "other")
+PHASES = ("data", "forward", "loss", "backward", "update", "other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,8 @@ class Profile:
             "",
             f"{self.formula}",
             "",
-            f"`loss` holds the head and its gradients. Open `{TRACE_NAME}` in Perfetto or chrome://tracing.",
+            "`loss` holds the head and its gradients; in a run's metrics.jsonl it is a part of `forward_ms`.",
+            f"Open `{TRACE_NAME}` in Perfetto or chrome://tracing.",
         ]
         return "\n".join(lines) + "\n"
 
@@ -190,6 +191,7 @@ class _TimedEngine(Engine):
     def __init__(self, inner: Engine, clock: _Clock) -> None:
         self._inner, self._clock = inner, clock
         self.optimizer, self.evaluated, self.evidence = inner.optimizer, inner.evaluated, inner.evidence
+        self.clock = inner.clock
 
     def accumulate(
         self,
@@ -210,7 +212,7 @@ class _TimedEngine(Engine):
 
     def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
         """See `Engine.step`."""
-        with self._clock.phase("optimizer"):
+        with self._clock.phase("update"):
             return self._inner.step(hold, norm_limit)
 
 

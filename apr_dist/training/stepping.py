@@ -21,6 +21,7 @@ from apr_dist.data.mixture import Progress as DataProgress
 from apr_dist.model.chunked_loss import IGNORE_INDEX
 from apr_dist.parallel.engine import Engine
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.step_clock import StepMarks, StepPart
 from apr_dist.parallel.whereabouts import HERE
 from apr_dist.training.evaluation import Batch, evaluate, split_sequences
 from apr_dist.training.optimizer import apply_lr
@@ -49,8 +50,11 @@ class Taken:
         targets: how many those are, in the global batch.
         grad_norm: global norm before clipping.
         lr: rate the optimizer used.
-        wall_s: its share of the seconds since the steps before it were read.
+        wall_s: its own seconds, and its share of what lay between the steps that were read together.
         data_wait_s: seconds the host waited for the batch.
+        forward_s: of ``wall_s``, in the forward of all micro-batches on this rank, the loss included.
+        backward_s: of ``wall_s``, in their backward, with what is exchanged meanwhile.
+        update_s: of ``wall_s``, in norm, clipping and optimizer.
         eval_loss: of the same batch through the evaluation path, where it was asked for.
         notes: sums over the ranks of what each had to tell.
     """
@@ -62,6 +66,9 @@ class Taken:
     lr: float
     wall_s: float
     data_wait_s: float
+    forward_s: float
+    backward_s: float
+    update_s: float
     eval_loss: float | None
     notes: tuple[float, ...]
 
@@ -74,6 +81,7 @@ class _Pending:
     lr: float
     data_wait_s: float
     eval_loss: float | None
+    marks: StepMarks
 
 
 class BatchFeed:
@@ -174,13 +182,17 @@ class Stepper:
         began = time.perf_counter()
         if not self._pending:
             self._began = began
+        clock = self._engine.clock
+        clock.begin()
         batches = self._feed.take(step)
         data_wait_s = time.perf_counter() - began
         eval_loss = None
         if compare:
+            clock.enter(StepPart.EVALUATION)
             evaluating = time.perf_counter()
             eval_loss = evaluate(self._engine.evaluated, batches, self._runtime).loss
             self._began += time.perf_counter() - evaluating  # not a part of any step
+            clock.enter(StepPart.OTHER)
         lr = apply_lr(self._engine.optimizer, self._lr_at(step))
         sums = self._forward_backward(batches)
         if more:
@@ -190,10 +202,20 @@ class Stepper:
         self._hold = self._hold | ~torch.isfinite(sums[0])
         loss_limit, norm_limit = self._limits()
         spike = sums[0] > loss_limit * sums[1]
+        clock.enter(StepPart.UPDATE)
         norm = self._engine.step(self._hold | spike, norm_limit)
+        marks = clock.end()
         self._hold = self._hold | ~torch.isfinite(norm)
         self._pending.append(
-            _Pending(step=step, sums=sums, norm=norm, lr=lr, data_wait_s=data_wait_s, eval_loss=eval_loss)
+            _Pending(
+                step=step,
+                sums=sums,
+                norm=norm,
+                lr=lr,
+                data_wait_s=data_wait_s,
+                eval_loss=eval_loss,
+                marks=marks,
+            )
         )
 
     def go_on(self) -> None:
@@ -213,7 +235,10 @@ class Stepper:
         if not pending:
             return []
         rows = torch.stack([torch.cat((one.sums, one.norm.double().view(1))) for one in pending]).tolist()
-        wall_s = (time.perf_counter() - self._began) / len(pending)
+        wall_s = time.perf_counter() - self._began
+        parts = [one.marks.seconds() for one in pending]
+        own_s = [sum(part.values()) - part[StepPart.EVALUATION] for part in parts]
+        between_s = max(wall_s - sum(own_s), 0.0) / len(pending)
         return [
             Taken(
                 step=one.step,
@@ -221,12 +246,15 @@ class Stepper:
                 targets=int(row[1]),
                 grad_norm=row[-1],
                 lr=one.lr,
-                wall_s=wall_s,
+                wall_s=own + between_s,
                 data_wait_s=one.data_wait_s,
+                forward_s=part[StepPart.FORWARD],
+                backward_s=part[StepPart.BACKWARD],
+                update_s=part[StepPart.UPDATE],
                 eval_loss=one.eval_loss,
                 notes=tuple(row[2:-1]),
             )
-            for one, row in zip(pending, rows, strict=True)
+            for one, row, part, own in zip(pending, rows, parts, own_s, strict=True)
         ]
 
     def _forward_backward(self, batches: list[Batch]) -> Tensor:
@@ -238,7 +266,9 @@ class Stepper:
         total = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
+            self._engine.clock.enter(StepPart.FORWARD)
             total += self._engine.accumulate(*batch, scale=scale, last=last).double()
+            self._engine.clock.enter(StepPart.OTHER)
             HERE.moved()
         # A signal to one rank stops all, and so does a save that failed on one: both travel with the loss,
         # at no further collective.
