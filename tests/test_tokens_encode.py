@@ -6,8 +6,11 @@ import json
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from builders.tokens import DOCUMENT_END, build_tiny_tokenizer, contents, ids_of, small_sources, write_jsonl
 from tokenizers import Tokenizer
@@ -17,8 +20,9 @@ from apr_dist.data.corpus import Problem
 from apr_dist.data.decode import decode_documents
 from apr_dist.data.encode import EncodeProgress, EosPolicy, Normalization, encode_corpus
 from apr_dist.data.encoding_pool import EncodingPool, cut
-from apr_dist.data.tokenizer import load_tokenizer
+from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import CorpusError, OutputError, TokenizerError, UsageError
+from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,90 @@ def test_long_texts_are_cut_where_it_changes_nothing(
     assert "".join(pieces) == text
     pool = EncodingPool(loaded, workers=1, normalization=Normalization.NONE)
     assert pool.encode([text, "short"])[0].ids.tolist() == whole.tolist()
+
+
+def edit_tokenizer(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> LoadedTokenizer:
+    """The tokenizer of ``folder`` with its JSON changed, opened."""
+    recorded = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    change(recorded)
+    target.mkdir()
+    (target / "tokenizer.json").write_text(json.dumps(recorded), "utf-8")
+    return load_tokenizer(target)
+
+
+def _merge_over_newlines(recorded: dict[str, Any]) -> None:
+    recorded["model"]["vocab"]["t\u010a"] = 9001
+    recorded["model"]["merges"].insert(0, ["t", "\u010a"])
+
+
+def _without_a_pattern(recorded: dict[str, Any]) -> None:
+    _merge_over_newlines(recorded)
+    recorded["pre_tokenizer"] = {**BYTES, "use_regex": False}
+
+
+def _space_in_front(recorded: dict[str, Any]) -> None:
+    recorded["pre_tokenizer"] = {**BYTES, "add_prefix_space": True}
+
+
+def _joined_lines(recorded: dict[str, Any]) -> None:
+    _merge_over_newlines(recorded)
+    split = {"type": "Split", "pattern": {"Regex": r"\w+\n?|\W"}, "behavior": "Isolated", "invert": False}
+    recorded["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split, {**BYTES, "use_regex": False}],
+    }
+
+
+def _token_with_a_newline(recorded: dict[str, Any]) -> None:
+    recorded["added_tokens"].append(ADDED | {"content": "import\n", "id": 9000})
+
+
+def _token_that_takes_what_follows(recorded: dict[str, Any]) -> None:
+    recorded["added_tokens"].append(ADDED | {"content": "import", "id": 9000, "rstrip": True})
+
+
+def _stripped(recorded: dict[str, Any]) -> None:
+    recorded["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+
+
+@pytest.mark.parametrize("family", sorted(PRE_TOKENIZERS))
+def test_long_texts_of_every_known_family_are_cut(family: str, tokenizer: Path, tmp_path: Path) -> None:
+    def as_family(recorded: dict[str, Any]) -> None:
+        steps = [dict(step) for step in PRE_TOKENIZERS[family].steps]
+        recorded["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        recorded["normalizer"] = {"type": "NFC"} if PRE_TOKENIZERS[family].nfc else None
+
+    assert edit_tokenizer(tokenizer, tmp_path / "changed", as_family).cuttable
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _without_a_pattern,
+        _space_in_front,
+        _joined_lines,
+        _token_with_a_newline,
+        _token_that_takes_what_follows,
+        _stripped,
+    ],
+)
+def test_long_texts_are_not_cut_where_it_would_change_something(
+    change: Callable[[dict[str, Any]], None],
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = edit_tokenizer(tokenizer, tmp_path / "changed", change)
+    text = "from a import\n\n  b\nimport\nword\n" * 200
+    monkeypatch.setattr(encoding_pool, "CALL_CHARACTERS", 100)
+    apart = np.concatenate([loaded.encode(piece) for piece in cut(text)])
+    assert apart.tolist() != loaded.encode(text).tolist(), "or it might have been cut"
+    pool = EncodingPool(loaded, workers=1, normalization=Normalization.NONE)
+    assert pool.encode([text])[0].ids.tolist() == loaded.encode(text).tolist()
 
 
 def test_a_limit_stops_after_the_document_that_reaches_it(

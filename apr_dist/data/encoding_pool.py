@@ -27,7 +27,7 @@ from apr_dist.data.tokenizer import LoadedTokenizer
 # One call's texts: enough to hide the cost of a call, little enough that the library's answer (about
 # 100 bytes a token) stays small.
 CALL_CHARACTERS = 1 << 18
-# Byte-level tokenizers never join a letter or digit with a newline after it.
+# Where a tokenizer that is `cuttable` never joins what stands on both sides.
 _CUT = re.compile(r"(?<=[A-Za-z0-9])\n")
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
@@ -109,7 +109,7 @@ class EncodingPool:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Pieces of ``text`` of about ``CALL_CHARACTERS``, cut where a byte-level tokenizer always cuts."""
+    """Pieces of ``text`` of about ``CALL_CHARACTERS``, cut where a cuttable tokenizer always cuts."""
     start = 0
     while len(text) - start > CALL_CHARACTERS:
         place = _CUT.search(text, start + CALL_CHARACTERS)

@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.normalizers import NFC
 
 from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.data.manifest_file import TokenizerIdentity
@@ -25,6 +27,14 @@ from apr_dist.parsing import parse_json
 
 TOKENIZER_NAME = "tokenizer.json"
 INFO_NAME = "tokenizer_info.json"
+
+_BEFORE_A_NEWLINE = ("a", "Z", "0", " word", "\n\tword", "x1", "1x", "12345", "don't", "\u00e9t\u00e9s", "(a")
+_FROM_A_NEWLINE = tuple(
+    newline + text
+    for newline in ("\n", "\n\n", "\n \n", "\n\r\n")
+    for text in ("", "a", "A", "1", " a", "  a", "\ta", "!", "'s", "\u00e9", "\u4e2d", "(x", "\r")
+)
+"""What may stand on both sides of a cut; see `_cuts_at_newlines`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class LoadedTokenizer:
         unencodable: bytes that occur in UTF-8 and that the vocabulary has no token for; text with them
             loses them when encoded, so the encoder counts such documents.
         cuttable: a text may be encoded in pieces cut between a letter or digit and a newline, with the
-            same ids (true of byte-level tokenizers).
+            same ids.
     """
 
     folder: Path
@@ -88,8 +98,26 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         identity=identity,
         tokenizer=tokenizer,
         unencodable=unencodable_bytes(facts),
-        cuttable=facts.byte_level,
+        cuttable=facts.byte_level and _cuts_at_newlines(tokenizer),
     )
+
+
+def _cuts_at_newlines(tokenizer: Tokenizer) -> bool:
+    """Whether nothing before BPE looks across the place between a letter or digit and a newline.
+
+    Patterns are arbitrary, so they are tried on every kind of neighbour instead of being understood.
+    """
+    if not isinstance(tokenizer.normalizer, NFC | None):
+        return False
+    added = tokenizer.get_added_tokens_decoder().values()  # special ones are plain text here
+    if any("\n" in token.content or token.rstrip for token in added if not token.special):
+        return False
+
+    def cut(text: str) -> list[str]:
+        return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    pairs = product(_BEFORE_A_NEWLINE, _FROM_A_NEWLINE)
+    return all(cut(before + after) == cut(before) + cut(after) for before, after in pairs)
 
 
 def import_tokenizer(
