@@ -161,3 +161,4 @@ def _accumulate(total: Tensor, d_logits: Tensor, rows: Tensor, *, first: bool) -
             total[block] = product
         else:
             total[block] += product
+        del logits, product  # or two blocks of each would be alive

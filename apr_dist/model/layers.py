@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from apr_dist.model.matmul import linear, mm
+from apr_dist.model.tied_gradient import TiedGradient, look_up
 
 
 class Linear(nn.Linear):
@@ -40,6 +41,10 @@ class Embedding(nn.Embedding):
         """Draw values, except on the meta device; see `Linear.reset_parameters`."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def forward(self, ids: Tensor, *, tied: TiedGradient | None = None) -> Tensor:
+        """Integers ``[...]`` to ``[..., hidden]``; with ``tied`` their gradient joins the head's."""
+        return look_up(self.weight, ids, tied)
 
 
 class RMSNorm(nn.Module):

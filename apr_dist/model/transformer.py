@@ -19,9 +19,10 @@ from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import Checkpointing, run_checkpointed
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.layers import Embedding, GatedMLP, Linear, RMSNorm, compute_dtype
-from apr_dist.model.loss import LossBackend, cross_entropy_parts
+from apr_dist.model.loss import LossBackend, choose_loss_backend, cross_entropy_parts
 from apr_dist.model.packing import Documents, find_documents
 from apr_dist.model.rotary import RotaryEmbedding, Rotation
+from apr_dist.model.tied_gradient import TiedGradient
 
 INITIAL_STD = 0.02
 """Standard deviation of embeddings and projections at the start (``initializer_range`` of all families)."""
@@ -84,6 +85,8 @@ class Backbone(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         caches: list[LayerCache] | None = None,
+        *,
+        tied: TiedGradient | None = None,
     ) -> Tensor:
         """Token ids ``[batch, seq]`` to hidden states ``[batch, seq, hidden]`` after the final norm.
 
@@ -92,12 +95,13 @@ class Backbone(nn.Module):
             position_ids: ``[1 or batch, seq]``; by default counted on from what the caches hold.
             document_ids: ``[batch, seq]``, runs of equal ids are documents that see only themselves.
             caches: one per block, for generating.
+            tied: where the embedding's gradient meets the head's.
         """
         if position_ids is None:
             first = caches[0].length if caches else 0
             position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
         rotation = self.rotary(position_ids)
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids, tied=tied)
         documents = None
         if document_ids is not None:
             documents = find_documents(document_ids, dtype=compute_dtype(x), window=self.sliding_window)
@@ -147,13 +151,28 @@ class Decoder(nn.Module):
             number of targets, int64)``. With ``z_loss`` set the sum is still the cross-entropy alone, and
             its gradient that of cross-entropy and z-loss together.
         """
-        hidden = self.model(input_ids, position_ids, document_ids, caches)
+        backend = self.loss_backend or choose_loss_backend(input_ids.device, z_loss=self.z_loss)
+        tied = TiedGradient() if targets is not None and self._gives_one_gradient(backend) else None
+        hidden = self.model(input_ids, position_ids, document_ids, caches, tied=tied)
         if targets is None:
             return self.logits(hidden)
+        weight = self.head_weight
+        if tied is not None:
+            hidden, weight = tied.catch(hidden, weight)
         total, penalty, count = cross_entropy_parts(
-            hidden, self.head_weight, targets, z_loss=self.z_loss, backend=self.loss_backend
+            hidden, weight, targets, z_loss=self.z_loss, backend=backend
         )
         return total - penalty, count
+
+    def _gives_one_gradient(self, backend: LossBackend) -> bool:
+        """Whether head and embedding share a gradient, which only our own loss lets go of."""
+        return (
+            self.lm_head is None
+            and backend is LossBackend.CHUNKED
+            and torch.is_grad_enabled()
+            and self.model.embed_tokens.weight.requires_grad
+            and not torch.compiler.is_compiling()
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` to logits ``[..., vocab]``."""

@@ -154,11 +154,10 @@ def estimate(
         "loss": head,
         "working": _backward_bytes(model, load) + again,
     }
-    # A tied embedding gets two gradients, the head's and the lookup's, and their sum beside both.
     at_end: dict[str, Any] = {
         "gradients": held.gradients,
         "loss": 0,
-        "working": 2 * head if model.tie_word_embeddings else 0,
+        "working": _embedding_gradient_bytes(model, load, is_cut=parts.gradients > 1),
     }
     count = F32 * model.parameter_count()
     moments = _moment_bytes(model, strategy, offload, state_bits)
@@ -341,8 +340,16 @@ def _logits_bytes(model: TransformerConfig, load: Load) -> int:
         # The chunk before is still there while the next, perhaps shorter, is computed.
         return min(load.tokens, 2 * chunk) * model.vocab_size * (load.compute_bytes + widened)
     # The head's gradient is computed some rows at a time; their logits are copied, and again by the library.
-    copied = 2 * min(HEAD_GRADIENT_ROWS, model.vocab_size)
-    return chunk * (model.vocab_size + copied) * load.compute_bytes
+    rows = min(HEAD_GRADIENT_ROWS, model.vocab_size)
+    return (chunk * (model.vocab_size + 2 * rows) + rows * model.hidden_size) * load.compute_bytes
+
+
+def _embedding_gradient_bytes(model: TransformerConfig, load: Load, *, is_cut: bool) -> int:
+    """Of the embedding's gradient, the last of a backward, what is beside the one that is kept."""
+    head = F32 * model.vocab_size * model.hidden_size
+    if load.cuda and model.tie_word_embeddings:
+        return 2 * head  # the loss may be Liger's, whose gradient autograd adds to the lookup's
+    return head if load.accumulates or is_cut else 0  # whole, until it was added or sent
 
 
 def _backward_bytes(model: TransformerConfig, load: Load) -> int:
