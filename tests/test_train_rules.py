@@ -46,6 +46,28 @@ def optimizer_for(model: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:
     return build_optimizer(model, lr=lr, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
 
 
+@pytest.mark.parametrize("held", [False, True], ids=["updated", "held"])
+def test_the_optimizer_of_a_single_process_is_pytorch_s_bit_for_bit(held: bool) -> None:
+    def trained(alone: bool) -> tuple[list[torch.Tensor], dict[str, object]]:
+        torch.manual_seed(0)
+        model = TiedPair()
+        options = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+        optimizer = build_optimizer(model, **options, alone=alone)  # type: ignore[arg-type]
+        for step in range(3):
+            model(torch.arange(6) % (step + 1)).square().sum().backward()
+            if held:
+                optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert type(optimizer).__name__ == "AdamW"
+        return [weight.detach() for weight in model.parameters()], optimizer.state_dict()
+
+    (found, state), (expected, known) = trained(alone=True), trained(alone=False)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert str(state) == str(known)
+
+
 class TiedPair(nn.Module):
     def __init__(self) -> None:
         super().__init__()

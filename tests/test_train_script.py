@@ -124,3 +124,21 @@ def test_running_as_a_script_shadows_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+_WHAT_IS_LOADED = """
+import sys
+from apr_dist.train import main
+code = main(sys.argv[1:])
+heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "triton", "deepspeed")
+print("LOADED", *[name for name in heavy if name in sys.modules])
+sys.exit(code)
+"""
+
+
+def test_one_process_loads_neither_a_compiler_nor_what_shards(inputs: Inputs, tmp_path: Path) -> None:
+    """Each takes most of a second of every start, and none of it is used."""
+    command = [sys.executable, "-c", _WHAT_IS_LOADED, *flags(inputs, tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["LOADED"]

@@ -33,12 +33,13 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self._config = config
         self.attention_factor = attention_factor(config.rope_scaling)
-        self.register_buffer("frequencies", inverse_frequencies(config), persistent=False)
+        # Computed on the meta device they would load PyTorch's compiler, for nothing (seconds).
+        frequencies = _frequencies_on_cpu(config).to(torch.get_default_device())
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def reset(self) -> None:
         """Compute the frequencies again, in place; needed after ``to_empty``."""
-        with torch.device("cpu"):
-            self.frequencies.copy_(inverse_frequencies(self._config))
+        self.frequencies.copy_(_frequencies_on_cpu(self._config))
 
     def forward(self, position_ids: Tensor) -> Rotation:
         """Integer positions ``[1 or batch, seq]`` to their rotations."""
@@ -58,6 +59,11 @@ def inverse_frequencies(config: TransformerConfig) -> Tensor:
     if scaling.rope_type is RopeScalingType.LLAMA3:
         return _llama3(frequencies, scaling)
     return _yarn(frequencies, scaling, config)
+
+
+def _frequencies_on_cpu(config: TransformerConfig) -> Tensor:
+    with torch.device("cpu"):
+        return inverse_frequencies(config)
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:

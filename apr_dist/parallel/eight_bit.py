@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from apr_dist.parallel.sharded import as_dtensor
 from apr_dist.parallel.state_bits import BLOCK
 
 
@@ -159,7 +159,8 @@ class AdamW8bit(torch.optim.Optimizer):
 def flat(parameter: Tensor | None) -> Tensor:
     """The elements of a parameter, or of its gradient, that this rank holds: a flat view."""
     assert parameter is not None
-    held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    sharded = as_dtensor(parameter)
+    held = parameter if sharded is None else sharded.to_local()
     return held.detach().view(-1)
 
 

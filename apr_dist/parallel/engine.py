@@ -11,22 +11,24 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from apr_dist.errors import DistributedError
 from apr_dist.model.transformer import Decoder, DecoderBlock
 from apr_dist.parallel.moments import flat_parts
 from apr_dist.parallel.runtime import Runtime, assert_wrapped
+from apr_dist.parallel.sharded import as_dtensor, as_fsdp
 from apr_dist.parallel.sharding import assert_spread
 from apr_dist.parallel.step_clock import StepClock, StepPart
 from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
 from apr_dist.parallel.zero import vector_elements, zero_config
 from apr_dist.parallel.zero_veto import Veto
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class Engine(ABC):
@@ -132,7 +134,8 @@ def global_norm(gradients: Sequence[Tensor], runtime: Runtime) -> Tensor:
 
 
 def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    sharded = as_dtensor(gradient)
+    return gradient if sharded is None else sharded.to_local()
 
 
 class ReplicaEngine(_TorchEngine):
@@ -141,7 +144,8 @@ class ReplicaEngine(_TorchEngine):
     def __init__(
         self, decoder: Decoder, optimizer: torch.optim.Optimizer, runtime: Runtime, grad_clip: float
     ) -> None:
-        network = runtime.accelerator.prepare_model(decoder)
+        # It lies where it is computed; asked to see to that, Accelerate would load DTensor to ask for it.
+        network = runtime.accelerator.prepare_model(decoder, device_placement=False)
         assert_wrapped(network, runtime.strategy)
         super().__init__(network, optimizer, runtime, grad_clip)
         self.evaluated = decoder
@@ -196,14 +200,14 @@ class FsdpEngine(_TorchEngine):
 
 
 def _as_fsdp(decoder: nn.Module) -> FSDPModule:
-    if not isinstance(decoder, FSDPModule):
+    if (managed := as_fsdp(decoder)) is None:
         raise DistributedError(
             f"the network is a {type(decoder).__name__}, which FSDP2 does not manage",
             expected="a module that fully_shard was applied to",
             remedy="check that the installed PyTorch is a supported version",
             falsifier=NOT_AS_ASKED,
         )
-    return decoder
+    return managed
 
 
 class ZeroEngine(Engine):

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.sharded import as_dtensor
 from apr_dist.parallel.strategy import Strategy
 from apr_dist.parallel.whereabouts import HERE
 
@@ -68,8 +68,8 @@ def span(shape: tuple[int, ...], runtime: Runtime, rank: int) -> tuple[int, int]
 
 def local(parameter: Tensor, runtime: Runtime) -> Tensor:
     """This rank's elements of a weight, or of a moment that lies like one: a flat view, without padding."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local().detach().view(-1)
+    if (sharded := as_dtensor(parameter)) is not None:
+        return sharded.to_local().detach().view(-1)
     part = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter.detach().view(-1)
@@ -79,10 +79,10 @@ def local(parameter: Tensor, runtime: Runtime) -> Tensor:
 
 def shard_group(parameter: Tensor) -> dist.ProcessGroup | None:
     """The ranks that together hold one copy of a sharded weight; None: all of them."""
-    if not isinstance(parameter, DTensor):
+    if (sharded := as_dtensor(parameter)) is None:
         return None
-    mesh = parameter.device_mesh
-    return mesh.get_group(parameter.placements.index(Shard(0)))
+    cut = [placement.is_shard(0) for placement in sharded.placements]
+    return sharded.device_mesh.get_group(cut.index(True))
 
 
 def whole_in_runs(parameter: Tensor, runtime: Runtime) -> Iterator[Tensor]:
@@ -131,8 +131,8 @@ def fill(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
         return
     if runtime.rank < runtime.shard_size:
         _scatter(parameter, values, runtime)
-    if runtime.strategy is Strategy.HSDP and isinstance(parameter, DTensor):
-        copies = parameter.device_mesh.get_group("replicate")
+    if runtime.strategy is Strategy.HSDP and (sharded := as_dtensor(parameter)) is not None:
+        copies = sharded.device_mesh.get_group("replicate")
         mine = _on_device(local(parameter, runtime), runtime)
         dist.broadcast(mine, src=runtime.rank % runtime.shard_size, group=copies)
         local(parameter, runtime).copy_(mine)

@@ -8,21 +8,22 @@ and proves their values is in ``weights``; how a step runs is in ``engine``.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from apr_dist.errors import DistributedError
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.pieces import whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.sharded import as_dtensor, as_fsdp
 from apr_dist.parallel.strategy import NOT_AS_ASKED, Offload, Strategy
 from apr_dist.parallel.zero import zero_init
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def build_decoder(config: TransformerConfig, runtime: Runtime) -> Decoder:
@@ -46,7 +47,10 @@ def build_decoder(config: TransformerConfig, runtime: Runtime) -> Decoder:
 
 def _materialise(decoder: Decoder, runtime: Runtime) -> None:
     if runtime.offload is Offload.NONE:
-        decoder.to_empty(device=runtime.device)
+        if runtime.strategy.is_fsdp:
+            decoder.to_empty(device=runtime.device)
+        else:
+            _allocate(decoder, runtime.device)
         return
     decoder.to_empty(device="cpu")  # FSDP2 fetches offloaded parameters, but not the rotations
     for module in decoder.modules():
@@ -54,7 +58,22 @@ def _materialise(decoder: Decoder, runtime: Runtime) -> None:
             setattr(module, name, torch.empty_like(buffer, device=runtime.device))
 
 
+def _allocate(decoder: Decoder, device: torch.device) -> None:
+    """As ``to_empty``, which asks the meta device and so loads a computer algebra (most of a second)."""
+
+    def empty(like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
+
+    for module in decoder.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(empty(weight), requires_grad=weight.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, empty(buffer))
+
+
 def _shard(decoder: Decoder, runtime: Runtime) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard  # noqa: PLC0415
+
     # Embedding, final norm and head stay in the root's group: a tied pair is one parameter of one group.
     # Autocast governs the arithmetic, so a block's inputs (the f32 rotations) are left as they are.
     options: dict[str, Any] = {
@@ -73,6 +92,8 @@ def _shard(decoder: Decoder, runtime: Runtime) -> None:
 
 
 def _mesh(runtime: Runtime) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415  (see ``sharded``)
+
     kind, world = runtime.device.type, runtime.world_size
     if runtime.strategy is not Strategy.HSDP:
         return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
@@ -83,8 +104,8 @@ def _mesh(runtime: Runtime) -> DeviceMesh:
 def reshard(model: nn.Module) -> None:
     """Give back what an FSDP2 forward without a backward left gathered; nothing elsewhere."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if (managed := as_fsdp(module)) is not None:
+            managed.reshard()
 
 
 def assert_spread(model: nn.Module, runtime: Runtime) -> dict[str, Any]:
@@ -114,8 +135,8 @@ def assert_spread(model: nn.Module, runtime: Runtime) -> dict[str, Any]:
 
 
 def _local(parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return parameter.to_local()
+    if (sharded := as_dtensor(parameter)) is not None:
+        return sharded.to_local()
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
     return part
 
@@ -126,7 +147,7 @@ def _is_share(parameter: Tensor, runtime: Runtime) -> bool:
     if runtime.strategy.is_fsdp:
         rows = -(-shape[0] // size)
         mine = min(max(shape[0] - (runtime.rank % size) * rows, 0), rows)
-        return isinstance(parameter, DTensor) and _local(parameter).shape == (mine, *shape[1:])
+        return as_dtensor(parameter) is not None and _local(parameter).shape == (mine, *shape[1:])
     if runtime.strategy is Strategy.ZERO3:  # flat, the last part padded
         return hasattr(parameter, "ds_id") and _local(parameter).numel() == -(-math.prod(shape) // size)
     return type(parameter) is nn.Parameter and _local(parameter) is parameter

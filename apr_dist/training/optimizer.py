@@ -11,6 +11,7 @@ from apr_dist.errors import DistributedError, UsageError, WeightsRefused
 from apr_dist.parallel.eight_bit import AdamW8bit
 from apr_dist.parallel.pieces import whole_shape
 from apr_dist.parallel.state_bits import FLAG, LEAST_ELEMENTS, is_eligible
+from apr_dist.training.adamw import AdamW
 
 
 def build_optimizer(
@@ -22,12 +23,14 @@ def build_optimizer(
     eps: float,
     offloaded: bool = False,
     state_bits: int = 32,
+    alone: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on tensors of two or more dimensions only.
 
     Uses torch's fused kernel, which exists for CPU and CUDA and updates each element in one pass; for
     an optimizer that ZeRO keeps in host memory, DeepSpeed's vectorised one, which it compiles at first use;
-    with ``state_bits`` 8 the moments of large matrices in 8 bits, see ``parallel.eight_bit``.
+    with ``state_bits`` 8 the moments of large matrices in 8 bits, see ``parallel.eight_bit``; in a process
+    that trains ``alone`` the same fused kernel without loading PyTorch's compiler, see ``adamw``.
 
     Raises:
         WeightsRefused: a trainable parameter is in no group or in two.
@@ -43,7 +46,9 @@ def build_optimizer(
     elif offloaded:
         optimizer = _on_host(groups, lr=lr, betas=betas, eps=eps)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        # DeepSpeed takes PyTorch's own class only, and DDP and FSDP2 load the compiler anyway.
+        kind = AdamW if alone else torch.optim.AdamW
+        optimizer = kind(groups, lr=lr, betas=betas, eps=eps, fused=True)
     assert_each_parameter_once(model, optimizer)
     return optimizer
 

@@ -21,7 +21,7 @@ from apr_dist.gates.result import GateResult
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.strategy import Offload
+from apr_dist.parallel.strategy import Offload, Strategy
 from apr_dist.parallel.weights import model_digest
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.checkpoint import perplexity
@@ -114,6 +114,7 @@ class Trainer:
             weight_decay=options.weight_decay,
             betas=(options.beta1, options.beta2),
             eps=options.eps,
+            alone=runtime.strategy is Strategy.SINGLE,
             offloaded=runtime.strategy.zero_stage > 0 and runtime.offload is not Offload.NONE,
             state_bits=options.state_bits,
         )
