@@ -71,10 +71,16 @@ def test_values_and_gradients_are_those_of_the_formula(length: int, dtype: torch
 
 
 @pytest.mark.usefixtures("_onednn")
-def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "blocks",
+    [{"APART_LENGTH": 1, "BLOCK_ROWS": 12}, {"SPAN": 4}, {"SPAN": 7, "SCORES": 1}],
+    ids=["heads apart", "heads together", "sequences apart"],
+)
+def test_blocks_change_nothing_but_rounding(blocks: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = heads(45)
     whole = cpu_attention.causal_attention(*tensors)
-    monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 12)
+    for name, value in blocks.items():
+        monkeypatch.setattr(cpu_attention, name, value)
     found = cpu_attention.causal_attention(*tensors)
     upstream = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
     assert apart(found, whole) < 1e-6
@@ -85,7 +91,7 @@ def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("_onednn")
 def test_it_is_chosen_where_sequences_are_long_and_only_for_whole_sequences() -> None:
-    long, short = heads(1024), heads(300)
+    long, short = heads(1024), heads(200)
     assert cpu_attention.has_causal_attention(*long[:2])
     assert not cpu_attention.has_causal_attention(*short[:2])
     assert not cpu_attention.has_causal_attention(long[0][:, -200:], long[1])
@@ -117,7 +123,7 @@ def test_f32_products_stay_f32_under_autocast() -> None:
 @pytest.mark.usefixtures("_onednn")
 @pytest.mark.parametrize("mode", [Checkpointing.FULL, Checkpointing.SELECTIVE])
 def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(cpu_attention, "SPAN", 8)
     monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
     model = tiny_decoder(tiny_config())
     tokens = random_tokens(model.config, (2, 33))
@@ -137,7 +143,7 @@ def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: 
 def test_selective_checkpointing_keeps_its_result(
     mode: Checkpointing, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(cpu_attention, "SPAN", 8)
     monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
     model = tiny_decoder(tiny_config(num_layers=1))
     model.set_checkpointing(mode)

@@ -2,7 +2,8 @@
 
 PyTorch's kernel for the CPU multiplies through MKL, in tiles too small for 16-bit types. Here the query heads
 that share a KV head are rows of one product, some positions at a time, so scores of the whole sequence are
-never held. Scores, softmax and its gradient are f32. Nothing but query, key and value is kept for backward.
+never held; of short sequences all heads are multiplied in one batch. Scores, softmax and its gradient are
+f32. Nothing but query, key and value is kept for backward.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apr_dist.model.matmul import MatmulBackend, cpu_matmul_backend, linear, mm
+from apr_dist.model.matmul import MatmulBackend, cpu_matmul_backend, mm
 
 BLOCK_ROWS: Final = 1024
 """Queries of one KV head worked on at once; with fewer, threads wait for each other."""
 
-LEAST_LENGTH: Final = 1024
-"""Positions from which on this was measured to be faster than PyTorch's kernel; at 256 both take as long."""
+APART_LENGTH: Final = 512
+"""Positions from which on a head is worked on alone: its products are then large enough to be fast."""
+
+SPAN: Final = 64
+"""Positions of shorter sequences whose scores are computed together, for all heads."""
+
+SCORES: Final = 4 << 20
+"""Scores that are held at once where heads are worked on together."""
+
+LEAST_LENGTH: Final = 256
+"""Positions from which on this was measured to be faster than PyTorch's kernel."""
 
 
 def has_causal_attention(query: Tensor, key: Tensor) -> bool:
@@ -58,35 +68,44 @@ class _CausalAttention(torch.autograd.Function):
         return _backward(query, key, value, gradient)
 
 
-class _Head(NamedTuple):
-    """One KV head of one sequence, and the query heads that read it.
+class _Heads(NamedTuple):
+    """Some KV heads of some sequences, and the query heads that read them; ``n`` heads in all.
 
-    A query's row ``position * group + head`` belongs to a position; ``where`` finds it in a
-    ``[batch, seq, kv_heads, group, head_dim]`` tensor.
+    ``where`` finds them in a ``[batch, kv_heads, seq, group, head_dim]`` tensor.
     """
 
-    where: tuple[int, slice, int]
-    query: Tensor  # [seq, group, head_dim]
-    key: Tensor  # [seq, head_dim]
-    value: Tensor  # [seq, head_dim]
+    where: tuple[slice, slice]
+    query: Tensor  # [n, seq, group, head_dim]
+    key: Tensor  # [n, seq, head_dim]
+    value: Tensor  # [n, seq, head_dim]
 
 
 def _grouped(tensor: Tensor, key: Tensor) -> Tensor:
-    """``[batch, seq, heads, head_dim]`` as ``[batch, seq, kv_heads, group, head_dim]``."""
-    return tensor.view(*tensor.shape[:2], key.shape[2], -1, tensor.shape[3])
+    """``[batch, seq, heads, head_dim]`` as ``[batch, kv_heads, seq, group, head_dim]``."""
+    return tensor.view(*tensor.shape[:2], key.shape[2], -1, tensor.shape[3]).transpose(1, 2)
 
 
-def _heads(query: Tensor, key: Tensor, value: Tensor) -> Iterator[_Head]:
-    grouped = _grouped(query, key)
-    for row in range(key.shape[0]):
-        for head in range(key.shape[2]):
-            where = (row, slice(None), head)
-            yield _Head(where, *(tensor[where].contiguous() for tensor in (grouped, key, value)))
+def _packed(part: Tensor) -> Tensor:
+    """``[batch, kv_heads, ...]`` as ``[batch * kv_heads, ...]``, contiguous."""
+    return part.reshape(-1, *part.shape[2:]).contiguous()
+
+
+def _heads(query: Tensor, key: Tensor, value: Tensor) -> Iterator[_Heads]:
+    """All heads of some sequences where these are short, else one after another."""
+    parts = (_grouped(query, key), key.transpose(1, 2), value.transpose(1, 2))
+    batch, kv_heads, length, group, _ = parts[0].shape
+    rows, heads = 1, 1
+    if length < APART_LENGTH:
+        rows, heads = max(1, SCORES // (kv_heads * group * SPAN * length)), kv_heads
+    for row in range(0, batch, rows):
+        for head in range(0, kv_heads, heads):
+            where = (slice(row, row + rows), slice(head, head + heads))
+            yield _Heads(where, *(_packed(part[where]) for part in parts))
 
 
 def _spans(length: int, group: int) -> list[slice]:
     """Positions whose scores are worked on together; the first span is as long as any."""
-    step = max(1, BLOCK_ROWS // group)
+    step = SPAN if length < APART_LENGTH else max(1, BLOCK_ROWS // group)
     step = math.ceil(length / math.ceil(length / step))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -97,55 +116,65 @@ def _later(spans: list[slice]) -> Tensor:
     return torch.full((longest, longest), -torch.inf).triu_(1).unsqueeze(1)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``[n, m, k]`` and ``[n, k, l]`` to ``[n, m, l]``."""
+    return mm(left[0], right[0])[None] if left.shape[0] == 1 else torch.bmm(left, right)
+
+
 def _probabilities(rows: Tensor, key: Tensor, later: Tensor) -> Tensor:
-    """f32 softmax ``[positions * group, seq]`` of ``[positions, group, head_dim]``, the sequence's last."""
-    positions = rows.shape[0]
-    scores = linear(rows.flatten(0, 1), key)
-    last = scores.view(positions, -1, key.shape[0])[:, :, key.shape[0] - positions :]
+    """f32 softmax ``[n, positions * group, seq]``.
+
+    ``rows`` ``[n, positions, group, head_dim]`` are the last positions of ``key`` ``[n, seq, head_dim]``.
+    """
+    count, positions = rows.shape[:2]
+    scores = _product(rows.flatten(1, 2), key.mT)
+    last = scores.view(count, positions, -1, key.shape[1])[..., key.shape[1] - positions :]
     last += later[:positions, :, :positions]
-    return torch.softmax(scores, dim=1, out=scores)
+    return torch.softmax(scores, dim=2, out=scores)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     mixed = query.new_empty(query.shape)
     grouped = _grouped(mixed, key)
-    spans = _spans(query.shape[1], grouped.shape[3])
-    later = _later(spans)
     with torch.autocast("cpu", enabled=False):
-        for head in _heads(query, key, value):
-            rows, keys = head.query.float() * query.shape[3] ** -0.5, head.key.float()
-            out, transposed = grouped[head.where], head.value.t()
+        spans = _spans(query.shape[1], grouped.shape[3])
+        later = _later(spans)
+        for heads in _heads(query, key, value):
+            rows, keys = heads.query.float() * query.shape[3] ** -0.5, heads.key.float()
+            out = grouped[heads.where]
             for span in spans:
-                part = rows[span]
-                shares = _probabilities(part, keys[: span.stop], later)
-                product = linear(shares.to(query.dtype), transposed[:, : span.stop])
-                out[span] = product.view(part.shape)
+                part = rows[:, span]
+                shares = _probabilities(part, keys[:, : span.stop], later)
+                product = _product(shares.to(query.dtype), heads.value[:, : span.stop])
+                out[:, :, span] = product.view(*out.shape[:2], *part.shape[1:])
     return mixed
 
 
 def _backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale, dtype = query.shape[3] ** -0.5, query.dtype
     d_query, d_key, d_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-    d_grouped = _grouped(d_query, key)
-    given = _grouped(gradient, key)
+    d_grouped, given = _grouped(d_query, key), _grouped(gradient, key)
     spans = _spans(query.shape[1], given.shape[3])
     later = _later(spans)
-    for head in _heads(query, key, value):
-        rows, keys, values = head.query.float() * scale, head.key.float(), head.value.float()
-        upstream, d_rows = given[head.where].contiguous(), d_grouped[head.where]
+    for heads in _heads(query, key, value):
+        rows, keys, values = heads.query.float() * scale, heads.key.float(), heads.value.float()
+        upstream, d_rows = _packed(given[heads.where]), d_grouped[heads.where]
         # Their transposes: the product that would give them as they are copies all scores first.
-        d_keys, d_values = keys.new_zeros(keys.t().shape), keys.new_zeros(keys.t().shape)
+        d_keys, d_values = (keys.new_zeros(keys.mT.shape) for _ in range(2))
         for span in spans:
-            part, end = rows[span], span.stop
-            shares = _probabilities(part, keys[:end], later)
-            flat = upstream[span].flatten(0, 1)
-            d_values[:, :end] += mm(flat.t(), shares.to(dtype))
+            part, end = rows[:, span], span.stop
+            shares = _probabilities(part, keys[:, :end], later)
+            flat = upstream[:, span].flatten(1, 2)
+            d_values[..., :end] += _product(flat.mT, shares.to(dtype))
             d_scores = torch.ops.aten._softmax_backward_data(
-                linear(flat.float(), values[:end]), shares, 1, torch.float32
+                _product(flat.float(), values[:, :end].mT), shares, 2, torch.float32
             ).to(dtype)
-            d_keys[:, :end] += mm(head.query[span].flatten(0, 1).t(), d_scores)
-            d_rows[span] = mm(d_scores, head.key[:end]).view(part.shape).mul_(scale)
-        d_key[head.where], d_value[head.where] = d_keys.mul_(scale).t(), d_values.t()
+            d_keys[..., :end] += _product(heads.query[:, span].flatten(1, 2).mT, d_scores)
+            d_part = _product(d_scores, heads.key[:, :end]).mul_(scale)
+            d_rows[:, :, span] = d_part.view(*d_rows.shape[:2], *part.shape[1:])
+        for target, transposed in ((d_key, d_keys.mul_(scale)), (d_value, d_values)):
+            part = target.transpose(1, 2)[heads.where]
+            part.copy_(transposed.mT.view(part.shape))
     return d_query, d_key, d_value
 
 
