@@ -74,7 +74,7 @@ def test_a_tracker_that_fails_in_mid_run_warns_once_and_training_goes_on(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Failing)
-    monkeypatch.setattr("apr_dist.train.check_installed", lambda _: None)
+    monkeypatch.setattr("apr_dist.train.trackers.check_installed", lambda _: None)
     assert run_here(*flags(inputs, tmp_path / "run", "--track", "wandb")) == 0
     out = capsys.readouterr().out
     assert out.count("warning: the tracker wandb failed and is told no more") == 1
