@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch.nn.attention import flex_attention as flex
+from torch.nn.attention import varlen
 
 from apr_dist.model import packing
 from apr_dist.model.attention import causal_attention
@@ -75,6 +79,53 @@ def test_boundaries_of_the_variable_length_kernel_are_the_documents() -> None:
     assert documents.boundaries.tolist() == [0, 7, 8, 19, 22, 31, 38]
     assert documents.boundaries.dtype is torch.int32
     assert documents.longest == 19
+
+
+def dense_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: object = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """PyTorch 2.11's signature, computed on the CPU; like that one it says nothing of fewer KV heads."""
+    assert query.shape == key.shape == value.shape
+    assert query.dtype == key.dtype == value.dtype
+    assert window_size[1] == 0
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    edges = zip(cu_seq_q.tolist(), cu_seq_k.tolist()[1:], strict=False)
+    parts = ([tensor[None, a:b] for tensor in (query, key, value)] for a, b in edges)
+    return torch.cat([causal_attention(*part, window=window)[0] for part in parts])
+
+
+def dense_varlen_of_groups(*args: Any, enable_gqa: bool = False, **options: Any) -> torch.Tensor:
+    """The signature since: KV heads may be fewer, but only when it is said."""
+    query, key, value, *others = args
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return dense_varlen(query, key, value, *others, **options)
+
+
+@WINDOWS
+@pytest.mark.parametrize("kernel", [dense_varlen, dense_varlen_of_groups])
+def test_the_variable_length_kernel_is_called_as_its_signature_has_it(
+    window: int | None, kernel: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    tensors = inputs()
+    found, expected = attend(PackedKernel.VARLEN, window, *tensors), dense(*tensors, window)
+    assert torch.allclose(found, expected, atol=1e-6)
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_rows_never_join_even_with_equal_ids() -> None:

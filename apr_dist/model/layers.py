@@ -59,7 +59,8 @@ class RMSNorm(nn.Module):
         """``[..., size]`` to the same shape, in the type products are computed in."""
         if _own_backward(x):
             return _RMSNorm.apply(x, self.weight, self.eps, compute_dtype(x))  # type: ignore[no-any-return,no-untyped-call]
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # Autocast on CUDA makes this f32; cast here, it is read as it is by all maps behind the norm.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(compute_dtype(x))
 
     def extra_repr(self) -> str:
         """Size and eps, for printing the network."""

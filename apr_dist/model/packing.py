@@ -9,6 +9,7 @@ compute capability 8.0 and later), flex attention elsewhere.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Documents:
         spans: ``(row, start, stop)`` of each document (spans).
         boundaries: int32 ``[documents + 1]``, first token of each in the flattened batch (varlen).
         longest: tokens of the longest document, or of a row as its bound (varlen).
+        shares_heads: whether the kernel takes fewer KV heads than query heads (varlen).
         block_mask: which blocks of the score matrix exist (flex).
     """
 
@@ -49,6 +51,7 @@ class Documents:
     spans: tuple[tuple[int, int, int], ...] = ()
     boundaries: Tensor | None = None
     longest: int = 0
+    shares_heads: bool = True
     block_mask: BlockMask | None = None
 
 
@@ -81,7 +84,8 @@ def find_documents(
     starts = begins.flatten().nonzero().flatten()
     if kernel is PackedKernel.VARLEN:
         end = torch.tensor([batch * length], device=starts.device)
-        return Documents(kernel=kernel, boundaries=torch.cat((starts, end)).int(), longest=length)
+        boundaries = torch.cat((starts, end)).int()
+        return Documents(kernel=kernel, boundaries=boundaries, longest=length, shares_heads=_shares_heads())
     edges = [*starts.tolist(), batch * length]
     spans = tuple((a // length, a % length, a % length + b - a) for a, b in itertools.pairwise(edges))
     return Documents(kernel=kernel, spans=spans)
@@ -133,9 +137,15 @@ def _attend_spans(
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (loads the compiler, for seconds)
+    from torch.nn.attention import varlen  # noqa: PLC0415  (loads the compiler, for seconds)
 
-    mixed = varlen_attn(
+    groups = query.shape[2] // key.shape[2]
+    options: dict[str, Any] = {}
+    if groups > 1 and documents.shares_heads:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
+    mixed = varlen.varlen_attn(
         query.flatten(0, 1),
         key.flatten(0, 1),
         value.flatten(0, 1),
@@ -144,7 +154,7 @@ def _attend_varlen(
         documents.longest,
         documents.longest,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=key.shape[2] != query.shape[2],
+        **options,
     )
     return mixed.view(query.shape)  # type: ignore[union-attr]
 
@@ -159,6 +169,13 @@ def _block_mask(document_ids: Tensor, window: int | None) -> BlockMask:
 
     batch, length = document_ids.shape
     return create_block_mask(visible, batch, None, length, length, device=document_ids.device)
+
+
+def _shares_heads() -> bool:
+    """Whether the variable-length kernel takes fewer KV heads than query heads (not in PyTorch 2.11)."""
+    from torch.nn.attention import varlen  # noqa: PLC0415  (loads the compiler, for seconds)
+
+    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 @functools.cache
