@@ -115,6 +115,11 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether `temporary_beside` gave the name: a file of a process at work, or of a killed one."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Make ``path`` hold ``content``, whatever was there before.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from apr_dist.atomic_files import temporary_beside
 from apr_dist.data.manifest import Manifest, Shard
 from apr_dist.errors import (
     ArchitectureRefused,
@@ -257,6 +258,14 @@ def test_an_occupied_run_folder_is_refused_unless_told_otherwise(tmp_path: Path)
     check_run_dir(tmp_path, overwrite=True, needed_bytes=0)
     with pytest.raises(OutputError, match="is a file"):
         check_run_dir(tmp_path / "checkpoint.apr", overwrite=True, needed_bytes=0)
+
+
+def test_what_a_killed_process_left_unfinished_does_not_occupy_a_run_folder(tmp_path: Path) -> None:
+    temporary_beside(tmp_path / "config.yaml").write_text("mo")
+    check_run_dir(tmp_path, overwrite=False, needed_bytes=0)
+    (tmp_path / ".hidden").write_text("somebody's own")
+    with pytest.raises(OutputError, match="already holds files"):
+        check_run_dir(tmp_path, overwrite=False, needed_bytes=0)
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-004")

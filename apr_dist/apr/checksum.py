@@ -6,13 +6,14 @@ zlib's tables; the values are the same everywhere.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from zlib_ng.zlib_ng import crc32 as crc32_of
 from zlib_ng.zlib_ng import crc32_combine as combine
+
+from apr_dist.cores import usable_cores
 
 __all__ = ["RESIDUE", "combine", "crc32", "crc32_of"]
 
@@ -29,7 +30,7 @@ def crc32(
 
     ``done`` is called with each piece that was read, from any thread: a map can let go of its pages.
     """
-    cores = threads or _usable_cores()
+    cores = threads or usable_cores()
     pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
 
     def one(piece: memoryview) -> int:
@@ -47,9 +48,3 @@ def crc32(
     for piece, value in zip(pieces, sums, strict=True):
         total = combine(total, value, len(piece))
     return total
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

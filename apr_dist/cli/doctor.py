@@ -18,6 +18,7 @@ from typing import Annotated
 import psutil
 import tyro
 
+from apr_dist.cores import usable_cores
 from apr_dist.errors import ExitCode
 
 REQUIRED = ("torch", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy", "pydantic")
@@ -143,8 +144,9 @@ def _devices() -> Iterator[Finding]:
     import torch  # noqa: PLC0415  (takes seconds, after the quick findings are printed)
 
     count = torch.cuda.device_count()
-    cores = len(psutil.Process().cpu_affinity() or []) or os.cpu_count()
-    yield Finding("CPU", f"{cores} core(s) for this process, {torch.backends.cpu.get_cpu_capability()}")
+    yield Finding(
+        "CPU", f"{usable_cores()} core(s) for this process, {torch.backends.cpu.get_cpu_capability()}"
+    )
     for index in range(count):
         facts = torch.cuda.get_device_properties(index)
         yield Finding(f"GPU {index}", f"{facts.name}, {facts.total_memory / 2**30:,.1f} GiB")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -20,6 +19,7 @@ import tokenizers
 
 from apr_dist import __version__
 from apr_dist.atomic_files import write_atomically, writing_to
+from apr_dist.cores import usable_cores
 from apr_dist.data.corpus import STDIN, Problem, Source, list_sources
 from apr_dist.data.encode_facts import (
     EncodeProgress,
@@ -112,7 +112,7 @@ def encode_corpus(
         if not journal.publishing:
             with (
                 _dropping_what_cannot_go_on(journal.folder, new_output=new_output),
-                EncodingPool(loaded, workers=workers or _cpus(), normalization=normalization) as pool,
+                EncodingPool(loaded, workers=workers or usable_cores(), normalization=normalization) as pool,
             ):
                 run.encode(pool, progress)
                 _describe(run, settings, loaded, listed, sources)
@@ -145,10 +145,6 @@ def _dropping_what_cannot_go_on(work: Path, *, new_output: bool) -> Iterator[Non
                 with suppress(OSError):  # not empty: someone put something there meanwhile
                     work.parent.rmdir()
         raise
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _load_with_document_end(folder: Path, policy: EosPolicy) -> LoadedTokenizer:

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from apr_dist.atomic_files import is_temporary
 from apr_dist.errors import OutputError
 
 OCCUPIED = "FALSIFY-APR-DIST-CHECKPOINT-003"
@@ -14,6 +15,8 @@ NO_ROOM = "FALSIFY-APR-DIST-CHECKPOINT-004"
 
 def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
     """Refuse before anything is trained what would fail after; creates nothing.
+
+    What a process that was killed left unfinished does not make a folder occupied.
 
     Args:
         folder: the run folder, which may not exist yet.
@@ -27,7 +30,7 @@ def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
         raise OutputError(
             "is a file", where=folder, expected="a folder or nothing", remedy="choose another --run-dir"
         )
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and not all(map(is_temporary, folder.iterdir())) and not overwrite:
         raise OutputError(
             "already holds files",
             where=folder,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from apr_dist.atomic_files import writing_to
+from apr_dist.atomic_files import temporary_beside, writing_to
 from apr_dist.errors import OutputError
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.whereabouts import HERE
@@ -68,8 +68,7 @@ def prove_shared(folder: Path, runtime: Runtime) -> None:
 
 
 def _leave_word(folder: Path) -> dict[str, str]:
-    word = secrets.token_hex(16)
-    name = f".seen-by-all-{word[:8]}"
+    word, name = secrets.token_hex(16), temporary_beside(folder / "seen-by-all").name
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(word, encoding="utf-8")
@@ -85,7 +84,7 @@ def _look(path: Path, word: str, rank: int) -> str:
             return f"{here} does not find in {path.parent.absolute()} what rank 0 wrote there"
         time.sleep(0.1)
         HERE.moved()
-    mine = path.with_name(f"{path.name}-{rank}")
+    mine = temporary_beside(path)
     try:
         mine.touch(exist_ok=False)
         mine.unlink()

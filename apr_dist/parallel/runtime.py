@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -26,6 +25,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from apr_dist.cores import usable_cores
 from apr_dist.errors import AprDistError, DistributedError, UsageError
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.state_bits import refuse_state_bits
@@ -253,8 +253,7 @@ def reset_state() -> None:
 def _set_threads(cpu_threads: int | None) -> int:
     # Launchers export OMP_NUM_THREADS=1 even for a single process, which halves a 2-core machine.
     local = read_launch().local_world_size
-    cores = len(psutil.Process().cpu_affinity() or []) or os.cpu_count() or 1
-    threads = cpu_threads if cpu_threads is not None else max(1, cores // local)
+    threads = cpu_threads if cpu_threads is not None else max(1, usable_cores() // local)
     torch.set_num_threads(threads)
     return threads
 

@@ -11,7 +11,7 @@ from apr_dist.config_sections import ScheduleKind
 from apr_dist.errors import UsageError
 
 LR_FLOOR: Final = 1e-7
-"""No schedule ends below this."""
+"""No schedule ends below this, unless it never was above."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def schedule_of(config: TrainConfig) -> Schedule:
         peak_lr=config.peak_lr,
         warmup_steps=config.warmup,
         total_steps=config.num_steps,
-        lr_min=max(config.peak_lr * options.lr_min_ratio, LR_FLOOR),
+        lr_min=min(config.peak_lr, max(config.peak_lr * options.lr_min_ratio, LR_FLOOR)),
         kind=options.schedule,
         decay_steps=options.decay_steps,
     )

@@ -159,7 +159,7 @@ MUTANTS: tuple[Change, ...] = (
         CHECKPOINT + "003",
         "an occupied folder is free",
         OUTPUT_GATE,
-        "    if folder.is_dir() and any(folder.iterdir()) and not overwrite:",
+        "    if folder.is_dir() and not all(map(is_temporary, folder.iterdir())) and not overwrite:",
         "    if folder.is_dir() and not folder.exists() and not overwrite:",
     ),
     Change(
