@@ -1,4 +1,4 @@
-"""How many processors this process may really use: its affinity, and the quota of its control groups.
+"""What processors this process has: how many it may really use, by affinity and quota, and what they can.
 
 A container with two processors' worth of time on a machine of 64 sees 64 of them; 64 threads would then take
 turns in being stopped.
@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 _GROUPS = Path("/sys/fs/cgroup")
 _MINE = Path("/proc/self/cgroup")
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def usable_cores() -> int:
@@ -50,6 +51,13 @@ def _quota(parts: list[str]) -> Iterator[float]:
     """Time and period in microseconds; ``max``, or -1 in the older form, is no limit."""
     if len(parts) == 2 and all(part.isdecimal() for part in parts) and int(parts[1]):
         yield int(parts[0]) / int(parts[1])
+
+
+def has_bf16_arithmetic() -> bool:
+    """Whether the processor multiplies bf16, by AVX-512, AMX or on Arm; True where nothing tells."""
+    about = _read(Path("/proc/cpuinfo")).splitlines()
+    lines = [line for line in about if line.startswith(("flags", "Features"))]
+    return not lines or not _BF16.isdisjoint(lines[0].split())
 
 
 def _read(path: Path) -> str:

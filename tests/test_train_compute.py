@@ -24,6 +24,7 @@ from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode
 from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
+from apr_dist.training import run
 from apr_dist.training.metrics import MetricsFile, StepMetrics
 from apr_dist.training.stepping import Stepper
 
@@ -251,3 +252,21 @@ def test_a_machine_without_a_compiler_is_told_so(
     monkeypatch.delenv("CXX", raising=False)
     assert train(inputs, tmp_path / "run", "--compute.compile", "block") == ExitCode.USAGE
     assert "C++ compiler" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_without_bf16_arithmetic_is_warned_of(
+    has: bool,
+    inputs: Inputs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "has_bf16_arithmetic", lambda: has)
+    given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "run")]
+    assert run_here(*given, "--num-steps", "1", "--target-val-loss", "9", "--parallel.precision", "bf16") == 0
+    said = capsys.readouterr()
+    assert ("no bf16 arithmetic" in said.out + said.err) is not has
+    assert re.search(
+        r"running on cpu as single over 1 process\(es\), bf16; loss chunked, .*1 thread\(s\)", said.out
+    )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from apr_dist.config import TrainConfig
 from apr_dist.config_sections import GuardsSection, ScheduleKind
 from apr_dist.errors import (
     Divergence,
@@ -27,7 +28,7 @@ from apr_dist.training.optimizer import (
     assert_each_parameter_once,
     build_optimizer,
 )
-from apr_dist.training.schedule import Schedule
+from apr_dist.training.schedule import Schedule, schedule_of
 from apr_dist.training.step_guard import GuardState, StepGuard
 from apr_dist.training.verdict import (
     Agreement,
@@ -40,6 +41,15 @@ from apr_dist.training.verdict import (
 )
 
 SCHEDULE = Schedule(peak_lr=1e-3, warmup_steps=10, total_steps=110, lr_min=1e-5)
+
+
+def test_a_rate_below_the_floor_never_rises_above_its_peak() -> None:
+    tiny = schedule_of(TrainConfig(lr=2e-8, num_steps=10, warmup_steps=2))
+    rates = [tiny.lr_at(step) for step in range(12)]
+    assert rates[:2] == [1e-8, 2e-8]
+    assert max(rates) == 2e-8
+    usual = schedule_of(TrainConfig(lr=1e-6, num_steps=10, warmup_steps=2))
+    assert usual.lr_at(10) == 1e-7
 
 
 def optimizer_for(model: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:

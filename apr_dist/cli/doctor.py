@@ -18,7 +18,7 @@ from typing import Annotated
 import psutil
 import tyro
 
-from apr_dist.cores import usable_cores
+from apr_dist.cores import has_bf16_arithmetic, usable_cores
 from apr_dist.errors import ExitCode
 
 REQUIRED = ("torch", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy", "pydantic")
@@ -144,9 +144,9 @@ def _devices() -> Iterator[Finding]:
     import torch  # noqa: PLC0415  (takes seconds, after the quick findings are printed)
 
     count = torch.cuda.device_count()
-    yield Finding(
-        "CPU", f"{usable_cores()} core(s) for this process, {torch.backends.cpu.get_cpu_capability()}"
-    )
+    bf16 = "bf16" if has_bf16_arithmetic() else "no bf16"
+    kind = f"{torch.backends.cpu.get_cpu_capability()}, {bf16}"
+    yield Finding("CPU", f"{usable_cores()} core(s) for this process, {kind}")
     for index in range(count):
         facts = torch.cuda.get_device_properties(index)
         yield Finding(f"GPU {index}", f"{facts.name}, {facts.total_memory / 2**30:,.1f} GiB")

@@ -11,8 +11,12 @@ from apr_dist.config import TrainConfig
 from apr_dist.config_sections import Compile, Documents, Precision
 from apr_dist.errors import UsageError
 from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.model.host_memory import keep_freed_memory
+from apr_dist.model.loss import choose_loss_backend
+from apr_dist.model.matmul import cpu_matmul_backend
 from apr_dist.model.packing import packed_kernel
 from apr_dist.model.transformer import Decoder
+from apr_dist.parallel.runtime import Runtime
 
 
 def set_up_compute(model: Decoder, config: TrainConfig, device: torch.device) -> None:
@@ -30,6 +34,22 @@ def set_up_compute(model: Decoder, config: TrainConfig, device: torch.device) ->
     if options.compile is Compile.BLOCK:
         _assert_can_compile(device)
         model.compile_blocks()
+
+
+def set_up_machine(config: TrainConfig, runtime: Runtime) -> str:
+    """Let a CPU process keep the memory it frees, and say in one line where and how the run computes."""
+    how = f"loss {choose_loss_backend(runtime.device, z_loss=config.compute.z_loss)}"
+    if runtime.device.type == "cpu":
+        kept = "kept" if keep_freed_memory() else "returned"
+        how += f", products {cpu_matmul_backend()}, freed memory {kept}, {runtime.cpu_threads} thread(s) each"
+    if config.optimizer.state_bits == 8:
+        how += ", AdamW's state in 8 bits"
+    if described := describe_compute(config, runtime.device):
+        how += f", {described}"
+    return (
+        f"{runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"
+        f" {config.parallel.precision}; {how}"
+    )
 
 
 def describe_compute(config: TrainConfig, device: torch.device) -> str:

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Precision
+from apr_dist.config_sections import Documents, Precision
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
 from apr_dist.parallel.runtime import Runtime
@@ -28,6 +28,7 @@ class Efficiency:
         devices: how many there are.
         device_name: as its maker calls it.
         precision: type of the products.
+        isolated: whether attention stays inside documents, of which the formula knows nothing.
     """
 
     flops_per_token: int
@@ -35,6 +36,7 @@ class Efficiency:
     devices: int
     device_name: str
     precision: Precision
+    isolated: bool = False
 
     def mfu(self, tokens_per_sec: float) -> float | None:
         """Model FLOPs utilisation at this speed of the whole run, between 0 and 1; None: unknown peak."""
@@ -45,6 +47,8 @@ class Efficiency:
     def describe(self) -> str:
         """The formula with its numbers, in one line."""
         work = f"{self.flops_per_token / 1e9:,.3g} GFLOP per token ({FORMULA})"
+        if self.isolated:
+            work += ", of whole sequences: less is computed where documents are isolated"
         if self.peak_flops is None:
             return f"{work}; MFU n/a: the peak of {self.device_name} is not known"
         peak = f"{self.devices} x {self.peak_flops / 1e12:g} TFLOP/s ({self.device_name}, {self.precision})"
@@ -62,6 +66,7 @@ def efficiency_of(model: TransformerConfig, config: TrainConfig, runtime: Runtim
         devices=runtime.world_size,
         device_name=name,
         precision=config.parallel.precision,
+        isolated=config.loader.documents is Documents.ISOLATE,
     )
 
 

@@ -10,7 +10,6 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,18 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from apr_dist.atomic_files import write_atomically
 from apr_dist.config import TrainConfig
+from apr_dist.config_sections import Documents
 from apr_dist.gates.preflight import Preflight
-from apr_dist.model.host_memory import keep_freed_memory
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.engine import Engine, prepare
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights
-from apr_dist.training.compute import set_up_compute
+from apr_dist.training.compute import set_up_compute, set_up_machine
 from apr_dist.training.display import Display
 from apr_dist.training.efficiency import Efficiency, efficiency_of, peak_bytes
 from apr_dist.training.evaluation import Batch
+from apr_dist.training.garbage import collected_on_request
 from apr_dist.training.optimizer import build_optimizer
 from apr_dist.training.run_data import open_data
 from apr_dist.training.schedule import schedule_of
@@ -117,16 +117,18 @@ def profile_run(config: TrainConfig, preflight: Preflight, *, steps: int, displa
         precision=options.precision,
         cpu_threads=options.cpu_threads,
         timeout_s=options.timeout_s,
+        state_bits=config.optimizer.state_bits,
     )
-    if runtime.device.type == "cpu":
-        keep_freed_memory()
+    about = set_up_machine(config, runtime)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(collected_on_request())
         work = _Work(config, preflight, runtime, stack, display)
         work.take(WARM_UP_STEPS)
         work.clock.seconds.clear()
         wall_s = work.take(steps)
         seconds = {name: work.clock.seconds[name] / steps for name in PHASES}
         seconds["other"] = wall_s / steps - sum(seconds.values())
+        most = peak_bytes(runtime.device)  # before the profiler takes its own
         display(f"measured {steps} steps; tracing {TRACED_STEPS} more")
         traced = work.trace(config.run_dir / TRACE_NAME)
     speed = config.batch_size * config.seq_length * steps / wall_s
@@ -135,58 +137,67 @@ def profile_run(config: TrainConfig, preflight: Preflight, *, steps: int, displa
         operators=traced,
         tokens_per_sec=speed,
         mfu=work.efficiency.mfu(speed),
-        peak_bytes=peak_bytes(runtime.device),
+        peak_bytes=most,
         steps=steps,
-        about=_about(config, runtime, work.model),
+        about=_about(config, work.model, about),
         formula=work.efficiency.describe(),
     )
     write_atomically(config.run_dir / SUMMARY_NAME, found.page().encode())
     return found
 
 
-def _about(config: TrainConfig, runtime: Runtime, model: nn.Module) -> str:
+def _about(config: TrainConfig, model: nn.Module, machine: str) -> str:
     count = sum(weight.numel() for weight in model.parameters())
     return (
-        f"{count / 1e6:,.0f} M parameters, {config.batch_size} x {config.seq_length} tokens a step,"
-        f" {config.parallel.precision}, {runtime.device} ({torch.get_num_threads()} host threads), PyTorch"
-        f" {torch.__version__}; checkpointing {config.compute.activation_checkpointing}, compile"
-        f" {config.compute.compile}"
+        f"{count:,} parameters, {config.batch_size} x {config.seq_length} tokens a step in micro-batches of"
+        f" {config.micro_batch(1)}, PyTorch {torch.__version__}; {machine}"
     )
 
 
 class _Clock:
-    """Seconds by phase; waits for the device at both ends, so that its work is counted where it was asked."""
+    """Seconds by phase, one at a time, each a range of the trace too.
+
+    Waits for the device between phases, so that its work is counted where it was asked.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self.seconds: dict[str, float] = defaultdict(float)
+        self._phase, self._began = "", 0.0
+        self._range: record_function | None = None
 
     def now(self) -> float:
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = self.now()
-        with record_function(name):
-            yield
-        self.seconds[name] += self.now() - began
+    def enter(self, phase: str) -> None:
+        """End the phase before, and begin this one; none for an empty name."""
+        now = self.now()
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self.seconds[self._phase] += now - self._began
+        self._phase, self._began = phase, now
+        self._range = record_function(phase) if phase else None
+        if self._range is not None:
+            self._range.__enter__()  # type: ignore[no-untyped-call]
 
 
 class _TimedFeed(BatchFeed):
     clock: _Clock
 
     def take(self, k: int) -> list[Batch]:
-        with self.clock.phase("data"):
-            return super().take(k)
+        self.clock.enter("data")
+        batches = super().take(k)
+        self.clock.enter("")
+        return batches
 
     def send_ahead(self, k: int) -> None:
         """Nothing: copies would hide in another phase."""
 
 
 class _TimedEngine(Engine):
-    """An engine whose calls are timed; what is not the network's forward is backward."""
+    """An engine whose calls are timed; what follows the network's forward is backward."""
 
     def __init__(self, inner: Engine, clock: _Clock) -> None:
         self._inner, self._clock = inner, clock
@@ -203,17 +214,17 @@ class _TimedEngine(Engine):
         last: bool,
     ) -> Tensor:
         """See `Engine.accumulate`."""
-        seconds = self._clock.seconds
-        before = seconds["forward"] + seconds["loss"]
-        with self._clock.phase("backward"):
-            loss = self._inner.accumulate(inputs, targets, document_ids, scale=scale, last=last)
-        seconds["backward"] -= seconds["forward"] + seconds["loss"] - before
+        self._clock.enter("forward")
+        loss = self._inner.accumulate(inputs, targets, document_ids, scale=scale, last=last)
+        self._clock.enter("")
         return loss
 
     def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
         """See `Engine.step`."""
-        with self._clock.phase("update"):
-            return self._inner.step(hold, norm_limit)
+        self._clock.enter("update")
+        norm = self._inner.step(hold, norm_limit)
+        self._clock.enter("")
+        return norm
 
 
 class _Work:
@@ -243,11 +254,13 @@ class _Work:
             weight_decay=options.weight_decay,
             betas=(options.beta1, options.beta2),
             eps=options.eps,
+            state_bits=options.state_bits,
         )
         micro_batch = config.micro_batch_size or config.batch_size
         engine = prepare(self.model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
         _time_forward(self.model, self.clock)
-        feed = _TimedFeed(data, runtime.device, ignored_ids=config.loader.ignored_ids)
+        ignored, isolate = config.loader.ignored_ids, config.loader.documents is Documents.ISOLATE
+        feed = _TimedFeed(data, runtime.device, ignored_ids=ignored, isolate=isolate)
         feed.clock = self.clock
         self._done, self._cuda = 0, runtime.device.type == "cuda"
         self._stepper = Stepper(
@@ -255,7 +268,7 @@ class _Work:
             runtime=runtime,
             feed=feed,
             lr_at=schedule_of(config).lr_at,
-            global_tokens=config.batch_size * config.seq_length,
+            global_tokens=None if ignored else config.batch_size * config.seq_length,
             notes=lambda: torch.zeros(0, dtype=torch.float64, device=runtime.device),
         )
 
@@ -275,7 +288,13 @@ class _Work:
             self.take(TRACED_STEPS)
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        rows: list[Any] = [row for row in profiler.key_averages() if row.key not in PHASES]
+        # On a GPU the kernels alone: an operator's row holds the time of those it launched once more.
+        kind = "CUDA" if self._cuda else "CPU"
+        rows: list[Any] = [
+            row
+            for row in profiler.key_averages()
+            if row.key not in PHASES and row.device_type.name == kind and not row.is_user_annotation
+        ]
 
         def itself(row: Any) -> float:
             return float(row.self_device_time_total if self._cuda else row.self_cpu_time_total)
@@ -288,21 +307,14 @@ class _Work:
 
 
 def _time_forward(model: nn.Module, clock: _Clock) -> None:
-    """Time the network up to its last hidden states as forward, the rest of its call as loss."""
-    marks: list[float] = []
-
-    def entered(*_: Any) -> None:
-        marks.append(clock.now())
+    """The network's last hidden states end forward, the rest of its call is loss, and then comes backward."""
 
     def left(*_: Any) -> None:
-        marks.append(clock.now())
-        clock.seconds["forward"] += marks[-1] - marks[-2]
+        clock.enter("loss")
 
     def lost(*_: Any) -> None:
-        clock.seconds["loss"] += clock.now() - marks[-1]
-        marks.clear()
+        clock.enter("backward")
 
     backbone: Any = model.model
-    backbone.register_forward_pre_hook(entered)
     backbone.register_forward_hook(left)
     model.register_forward_hook(lost)

@@ -13,15 +13,14 @@ import torch
 from apr_dist import __version__
 from apr_dist.atomic_files import write_atomically
 from apr_dist.config import TrainConfig
+from apr_dist.config_sections import Precision
 from apr_dist.contracts.evidence import package_digest
+from apr_dist.cores import has_bf16_arithmetic
 from apr_dist.errors import AprDistError, DistributedError, OutputError
 from apr_dist.gates.output import create_run_dir
 from apr_dist.gates.preflight import Preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import Family, TransformerConfig
-from apr_dist.model.host_memory import keep_freed_memory
-from apr_dist.model.loss import choose_loss_backend
-from apr_dist.model.matmul import cpu_matmul_backend
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
@@ -33,7 +32,7 @@ from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.aborts import AbortRecord
 from apr_dist.training.arrival import Weights, build_model
 from apr_dist.training.checkpoint import json_bytes
-from apr_dist.training.compute import describe_compute
+from apr_dist.training.compute import set_up_machine
 from apr_dist.training.display import Display
 from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.progress import Start
@@ -149,18 +148,10 @@ def _watch_all(watch: Watch, runtime: Runtime, *, hang_s: float) -> None:
 
 def _say_how(config: TrainConfig, runtime: Runtime, say: Display) -> None:
     """The choices that were made for this machine, in one line."""
-    how = f"loss {choose_loss_backend(runtime.device, z_loss=config.compute.z_loss)}"
-    if runtime.device.type == "cpu":
-        kept = "kept" if keep_freed_memory() else "returned"
-        how += f", products {cpu_matmul_backend()}, freed memory {kept}, {runtime.cpu_threads} thread(s) each"
-    if config.optimizer.state_bits == 8:
-        how += ", AdamW's state in 8 bits"
-    if described := describe_compute(config, runtime.device):
-        how += f", {described}"
-    say(
-        f"running on {runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"
-        f" {config.parallel.precision}; {how}"
-    )
+    say(f"running on {set_up_machine(config, runtime)}")
+    bf16 = config.parallel.precision is Precision.BF16
+    if bf16 and runtime.device.type == "cpu" and not has_bf16_arithmetic():
+        say.warn("this processor has no bf16 arithmetic: a step takes longer in bf16 than in f32")
 
 
 @dataclass(frozen=True, kw_only=True)
