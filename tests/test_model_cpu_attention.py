@@ -94,6 +94,9 @@ def test_it_is_chosen_where_sequences_are_long_and_only_for_whole_sequences() ->
     long, short = heads(1024), heads(200)
     assert cpu_attention.has_causal_attention(*long[:2])
     assert not cpu_attention.has_causal_attention(*short[:2])
+    middle = heads(300)
+    assert not cpu_attention.has_causal_attention(*middle[:2])
+    assert cpu_attention.has_causal_attention(*(tensor.bfloat16() for tensor in middle[:2]))
     assert not cpu_attention.has_causal_attention(long[0][:, -200:], long[1])
     assert not cpu_attention.has_causal_attention(*(tensor.half() for tensor in long[:2]))
     own = attention.causal_attention(*long)
@@ -124,7 +127,7 @@ def test_f32_products_stay_f32_under_autocast() -> None:
 @pytest.mark.parametrize("mode", [Checkpointing.FULL, Checkpointing.SELECTIVE])
 def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_attention, "SPAN", 8)
-    monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
+    monkeypatch.setitem(cpu_attention.LEAST_LENGTH, torch.float32, 8)
     model = tiny_decoder(tiny_config())
     tokens = random_tokens(model.config, (2, 33))
 
@@ -144,7 +147,7 @@ def test_selective_checkpointing_keeps_its_result(
     mode: Checkpointing, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_attention, "SPAN", 8)
-    monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
+    monkeypatch.setitem(cpu_attention.LEAST_LENGTH, torch.float32, 8)
     model = tiny_decoder(tiny_config(num_layers=1))
     model.set_checkpointing(mode)
     tokens = random_tokens(model.config, (1, 33))
