@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 from bench_loss import chunked, peak_bytes, plain
-from train_rivals import Setting, ours, plain_loop
+from train_ours import OurStep
+from train_rivals import Setting, plain_loop
 
 from apr_dist.model.config import preset
 from apr_dist.model.host_memory import keep_freed_memory
@@ -43,7 +44,7 @@ def step_ratios(rounds: int) -> Ratios:
             dtype=dtype,
             device=torch.device("cpu"),
         )
-        first = ours(setting)
+        first = OurStep(setting)
         second = plain_loop(setting, first.model.state_dict())
         pairs = [(first.step()[1], second.step()[1]) for _ in range(rounds + 2)][2:]
         found[f"step, {name}"] = [one / other for one, other in pairs]

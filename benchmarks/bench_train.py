@@ -1,9 +1,10 @@
 """A training step beside what a user would pick instead: same shape, data, type and optimizer, one run.
 
-The contenders alternate, step by step; the figure is the median of paired ratios to the plain loop over
-``transformers``, with its range. Activation memory is the largest sum of live tensors during forward and
-backward beyond weights, gradients and optimizer state. On a GPU: MFU. With ``--compile`` all are compiled,
-from an empty cache, and the first step, which waits for the compiler, is told too.
+Ours is the trainer's own step: its engine, optimizer, feed and guards, read after every step. The contenders
+alternate, step by step; the figure is the median of paired ratios to the plain loop over ``transformers``,
+with its range. Activation memory is the largest sum of live tensors during forward and backward beyond
+weights, gradients and optimizer state. On a GPU: MFU. With ``--compile`` all are compiled, from an empty
+cache, and the first step, which waits for the compiler, is told too.
 
     python benchmarks/bench_train.py --shape smollm2-135m --batch 2 --seq 256
     python benchmarks/bench_train.py --shape qwen2.5-0.5b --layers 8 --batch 1 --seq 1024 --skip trainer
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_rivals import HeldTrainer, Loop, Setting, litgpt_loop, ours, plain_loop
+from train_ours import OurStep
+from train_rivals import HeldTrainer, Loop, Setting, litgpt_loop, plain_loop
 
 from apr_dist.model.config import preset
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
@@ -56,9 +58,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def contenders(setting: Setting, skip: list[str]) -> tuple[Loop, list[Any]]:
-    """The plain loop, and all of them in the order they take turns."""
-    first = ours(setting)
+def contenders(setting: Setting, skip: list[str]) -> tuple[OurStep, Loop, list[Any]]:
+    """Ours, the plain loop, and all of them in the order they take turns."""
+    first = OurStep(setting)
     state = first.model.state_dict()
     second = plain_loop(setting, state)
     found: list[Any] = [first, second]
@@ -69,7 +71,7 @@ def contenders(setting: Setting, skip: list[str]) -> tuple[Loop, list[Any]]:
             found.append(litgpt_loop(setting, state))
         except ImportError as error:
             print(f"litgpt left out: {error}")
-    return second, found
+    return first, second, found
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         device=torch.device(options.device),
         compiled=options.compile,
     )
-    second, found = contenders(setting, options.skip)
+    first, second, found = contenders(setting, options.skip)
     times = measure(found, options.repeats)
     seconds = times.seconds
+    waited = sum(first.data_wait_s[WARM_UP:]) / sum(seconds[first.name])
     for one in found:
         if isinstance(one, HeldTrainer):
             one.close()
     memory = {}
     if "memory" not in options.skip:
-        memory = {one.name: one.activation_bytes() for one in found if isinstance(one, Loop)}
+        memory = {one.name: one.activation_bytes() for one in found if isinstance(one, OurStep | Loop)}
     base = seconds[second.name]
     ratios = {
         name: spread([a / b for a, b in zip(took, base, strict=True)]) for name, took in seconds.items()
@@ -141,7 +144,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cuda = setting.device.type == "cuda"
     peak = peak_flops(torch.cuda.get_device_name(), setting.dtype) if cuda else None
     work = flops_per_token(config, setting.seq) * tokens
-    del found, second
+    del found, first, second
     gc.collect()
     return {
         "setting": f"{options.shape}, {config.num_layers} layers, {setting.batch} x {setting.seq}, "
@@ -157,6 +160,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             name: None if peak is None else work / statistics.median(took) / peak
             for name, took in seconds.items()
         },
+        "data_wait_share": waited,
         "loss_apart": times.apart,
     }
 
@@ -181,7 +185,11 @@ def table(facts: dict[str, Any]) -> str:
             f"{facts['tokens'] / took['median']:,.0f} | {'n/a' if mfu is None else f'{100 * mfu:.1f} %'} | "
             f"{kept} | {facts['first_step_seconds'][name]:.1f} |"
         )
-    lines += ["", f"losses of all that tell theirs at most {facts['loss_apart']:.1e} apart; MFU by {FORMULA}"]
+    lines += [
+        "",
+        f"losses of all that tell theirs at most {facts['loss_apart']:.1e} apart; MFU by {FORMULA}",
+        f"of our steps the host waited {100 * facts['data_wait_share']:.3f} % for their batches",
+    ]
     return "\n".join(lines)
 
 

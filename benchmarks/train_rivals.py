@@ -1,8 +1,8 @@
 """The same model trained by others: what ``bench_train`` and ``bench_quick`` measure, one step at a time.
 
-Every contender has the same weights, tokens, AdamW and clipping. Ours is the decoder as the trainer steps
-it. ``transformers`` is a plain PyTorch loop over the same model of that library; ``Trainer`` is that
-library's own loop, held between its steps so that contenders can alternate; litgpt is a plain loop over
+Every contender has the same weights, tokens, AdamW and clipping; ours is in ``train_ours``. ``transformers``
+is a plain PyTorch loop over the same model of that library, without the cache for generation; ``Trainer`` is
+that library's own loop, held between its steps so that contenders can alternate; litgpt is a plain loop over
 litgpt's model and its chunked loss. litgpt 0.5.13 pins other versions than ``constraints.txt`` has; it runs
 with those beside it in an environment of its own, as ``pip install --no-deps litgpt; pip install lightning``
 make it.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,8 @@ from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.interop.hf_config import config_from_metadata
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.transformer import Decoder, init_weights
 
-LR, WEIGHT_DECAY, GRAD_CLIP = 1e-4, 0.01, 1.0
+LR, WEIGHT_DECAY, BETAS, EPS, GRAD_CLIP = 1e-4, 0.01, (0.9, 0.999), 1e-8, 1.0
 
 Batches = Callable[[], torch.Tensor]
 """Gives the next tokens ``[batch, seq + 1]``, on the device; every contender has its own, of one seed."""
@@ -77,7 +77,12 @@ class Loop:
     ) -> None:
         self.name, self.model = name, model
         self._setting, self._loss, self._tokens = setting, loss, setting.batches()
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+        weights = list(model.parameters())
+        groups = [  # Trainer decays no vector either
+            {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+            {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
 
     def step(self) -> tuple[float, float]:
         """One optimizer step: the loss before it, and its seconds."""
@@ -93,15 +98,8 @@ class Loop:
 
     def activation_bytes(self) -> int:
         """Peak of live bytes in one forward and backward, beyond weights, gradients and optimizer state."""
-        self._forward_backward(self._tokens())
         tokens = self._tokens()
-        if self._setting.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self._forward_backward(tokens)
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            peak = _peak_on_cpu(lambda: self._forward_backward(tokens))
+        peak = activation_peak(lambda: self._forward_backward(tokens), self._setting.device)
         self._optimizer.zero_grad(set_to_none=True)
         return peak
 
@@ -110,24 +108,6 @@ class Loop:
             loss = self._loss(tokens)
         loss.backward()
         return loss.detach()
-
-
-def ours(setting: Setting) -> Loop:
-    """The decoder of this project."""
-    with torch.device("meta"):
-        model = Decoder(setting.config)
-    model.to_empty(device="cpu")
-    model.reset_buffers()
-    init_weights(model, seed=0)
-    model.to(setting.device)
-    if setting.compiled:
-        model.compile_blocks()
-
-    def loss(tokens: torch.Tensor) -> torch.Tensor:
-        total, count = model(tokens[:, :-1], tokens[:, 1:])
-        return total / count
-
-    return Loop("apr-dist", setting, model, loss)
 
 
 def plain_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
@@ -235,16 +215,24 @@ class HeldTrainer:
             remove_unused_columns=False,
             disable_tqdm=True,
         )
+        if arguments.n_gpu > 1:
+            print(
+                f"{arguments.n_gpu} GPUs are visible: Trainer is held to one, else it would be DataParallel"
+            )
+            arguments._n_gpu = 1
         model = hugging_face_model(setting.config, state)
+        self._setting, self._rows = setting, _Rows(setting)
         self._trainer = transformers.Trainer(
-            model=model, args=arguments, train_dataset=_Rows(setting), callbacks=[_Gate(self)]
+            model=model, args=arguments, train_dataset=self._rows, callbacks=[_Gate(self)]
         )
         self._thread = threading.Thread(target=self._trainer.train, daemon=True)
         self._thread.start()
         self._done.acquire()  # set up, before its first step
 
     def step(self) -> tuple[float | None, float]:
-        """One step of its loop, fetching the batch included; it does not tell the loss."""
+        """One step of its loop, collating the batch included; it does not tell the loss."""
+        self._rows.draw_ahead()
+        self._setting.synchronize()
         began = time.perf_counter()
         self._go.release()
         self._done.acquire()
@@ -278,14 +266,22 @@ class _Gate(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class _Rows(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    """Sequence after sequence, drawn between the steps."""
+
     def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+        self._draw, self._batch = setting.batches(), setting.batch
+        self._drawn: deque[torch.Tensor] = deque()
+
+    def draw_ahead(self) -> None:
+        """Have at hand what a step may take: its batch, and the next one, which Accelerate fetches early."""
+        while len(self._drawn) < 2 * self._batch:
+            self._drawn.extend(self._draw().cpu())
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        draw = self._setting.batches()
         while True:
-            for row in draw().cpu():
-                yield _inputs(row)
+            self.draw_ahead()
+            for _ in range(2 * self._batch):
+                yield _inputs(self._drawn.popleft())
 
 
 def hugging_face_model(config: TransformerConfig, state: dict[str, torch.Tensor]) -> Any:
@@ -297,6 +293,7 @@ def hugging_face_model(config: TransformerConfig, state: dict[str, torch.Tensor]
     metadata = AprMetadata.from_mapping(config.to_metadata())
     values = config_from_metadata(metadata, tied=tied, dtype=DType.F32, token_ids={})
     settings = transformers.AutoConfig.for_model(**values)
+    settings.use_cache = False  # or every layer would copy its keys and values, for nothing
     model = transformers.AutoModelForCausalLM.from_config(settings)
     found = model.load_state_dict({name: value.cpu() for name, value in state.items()}, strict=False)
     if found.unexpected_keys or found.missing_keys != (["lm_head.weight"] if tied else []):
@@ -308,6 +305,17 @@ def hugging_face_model(config: TransformerConfig, state: dict[str, torch.Tensor]
 def _inputs(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     targets = tokens[..., 1:].contiguous()
     return {"input_ids": tokens[..., :-1].contiguous(), "labels": targets, "shift_labels": targets}
+
+
+def activation_peak(compute: Callable[[], Any], device: torch.device) -> int:
+    """Peak of live bytes in a forward and backward, beyond what is live when its gradients exist."""
+    compute()
+    if device.type != "cuda":
+        return _peak_on_cpu(compute)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    compute()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _peak_on_cpu(compute: Callable[[], Any]) -> int:
