@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders.runs import metrics, verdict
-from builders.several import BF16, HALF, HAS_COMPILER, MOVED, STEPS, STRATEGIES
+from builders.several import BF16, HALF, HAS_COMPILER, MOVED, STEPS, STRATEGIES, Z_LOSS
 
 from apr_dist.apr.reader import AprReader
 
@@ -58,6 +58,19 @@ def test_losses_and_norms_are_those_of_one_process(strategies: Path, world: int,
         assert found[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-6), step
     ends = [metrics(one, "evaluation")[-1]["val_loss"] for one in (strategies / "1" / "single", run)]
     assert ends[1] == pytest.approx(ends[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", Z_LOSS[2])
+def test_z_loss_and_ignored_targets_are_those_of_one_process(strategies: Path, name: str) -> None:
+    if name.startswith("zero") and not HAS_COMPILER:
+        pytest.skip("DeepSpeed builds its CPU modules with a C++ compiler, and there is none")
+    alone, found = steps_of(strategies / "1" / "single-z"), steps_of(strategies / "2" / f"{name}-z")
+    without = steps_of(strategies / "1" / "single")
+    assert sorted(found) == sorted(alone) == list(range(1, STEPS + 1))
+    for step, line in alone.items():
+        assert found[step]["train_loss"] == pytest.approx(line["train_loss"], rel=1e-6), step
+        assert found[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-6), step
+        assert abs(line["grad_norm"] / without[step]["grad_norm"] - 1) > 1e-4, "or it added nothing"
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)

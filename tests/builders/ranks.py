@@ -45,8 +45,8 @@ CASES = (
 )
 """Strategies and how many ranks share a copy."""
 
-COMPILED = (Strategy.FSDP2, Strategy.ZERO3)
-"""Strategies whose blocks are also compiled and checkpointed."""
+COMPILED = ((Strategy.DDP, 1), (Strategy.FSDP2, 2), (Strategy.ZERO3, 2))
+"""The same for those whose blocks are also compiled and checkpointed."""
 
 STEPS, BATCH, LENGTH = 2, 4, 16
 
@@ -201,7 +201,8 @@ def main() -> None:
             reader.metadata.to_mapping(), family=Family.QWEN2, where=model, tie_word_embeddings=True
         )
     report["drawn"] = drawn(fsdp, config)
-    compiled = [replace(runtime, strategy=one, shard_size=2) for one in dict(cases) if one in COMPILED]
+    possible = {Strategy.DDP, *dict(cases)}
+    compiled = [replace(runtime, strategy=one, shard_size=size) for one, size in COMPILED if one in possible]
     report["compiled"] = {view.strategy.value: compiled_steps(view, config) for view in compiled}
     report["damage"] = damage(model, fsdp)
     (folder / f"report-{runtime.rank}.json").write_text(json.dumps(report))

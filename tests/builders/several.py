@@ -23,6 +23,7 @@ HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 
 OFFLOAD, PRECISION, SHARD_SIZE = "--parallel.offload", "--parallel.precision", "--parallel.shard-size"
 STATE_BITS = ("--optimizer.state-bits", "8")
+WITH_Z = ("--compute.z-loss", "1e-2", "--loader.ignored-ids", "200,201,202,203,204,205")
 
 STRATEGIES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
     1: {"single": ("single", "--micro-batch-size", "2")},
@@ -49,6 +50,9 @@ STRATEGIES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
     },
 }
 """World size to name to strategy and flags: every strategy, and several splits of the global batch."""
+
+Z_LOSS = {1: ("single",), 2: ("ddp", "fsdp2", "zero3")}
+"""World size to strategies that are also run with z-loss and with targets that do not count."""
 
 EIGHT_BIT = {1: ("single",), 2: ("ddp", "fsdp2")}
 """World size to strategies that are also run, and resumed, with optimizer state in 8 bits."""
@@ -102,6 +106,9 @@ def plan(inputs: Inputs, folder: Path, world: int) -> list[list[str]]:
                 moved = ("--resume", _saved(folder, f"{other_world}/{other}"))
                 runs.append(_flags(inputs, folder / f"{run}-moved", strategy, *moved))
     runs += _eight_bit(inputs, folder, world)
+    for name in Z_LOSS.get(world, ()):
+        if HAS_COMPILER or not name.startswith("zero"):
+            runs.append(_flags(inputs, folder / f"{world}/{name}-z", STRATEGIES[world][name], *WITH_Z))
     return runs
 
 
