@@ -6,11 +6,15 @@ import pytest
 import torch
 from builders.cuda import Operators, imagined_cuda
 from builders.models import tiny_config
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from apr_dist.model import packing
+from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import Family
-from apr_dist.model.packing import PackedKernel
+from apr_dist.model.packing import Boundaries, PackedKernel, find_documents
 from apr_dist.model.transformer import Decoder
+from apr_dist.parallel import engine
+from apr_dist.parallel.runtime import start
 
 VARLEN = "torch_attn::_varlen_attn"
 
@@ -25,13 +29,60 @@ def test_under_autocast_the_attention_of_packed_documents_gets_one_16_bit_type(f
     with imagined_cuda():
         model = Decoder(tiny_config(family))
         tokens = torch.zeros(2, 19, dtype=torch.int32)
-        boundaries = torch.zeros(4, dtype=torch.int32)
-        documents = packing.Documents(kernel=PackedKernel.VARLEN, boundaries=boundaries, longest=19)
-        with pytest.MonkeyPatch.context() as patch, Operators() as operators:
-            patch.setattr("apr_dist.model.transformer.find_documents", lambda *_, **__: documents)
-            model.model(tokens, document_ids=tokens)
+        documents = Boundaries(torch.zeros(4, dtype=torch.int32), (2, 19))
+        with Operators() as operators:
+            model.model(tokens, document_ids=documents)
     calls = operators.named(VARLEN)
     assert [call.types[:3] for call in calls] == [[torch.bfloat16] * 3] * 2
+
+
+def test_a_sliding_window_is_the_kernels_and_no_mask() -> None:
+    with imagined_cuda():
+        model = Decoder(tiny_config(Family.MISTRAL, sliding_window=4))
+        tokens = torch.zeros(2, 50, dtype=torch.int32)
+        with Operators() as operators:
+            model.model(tokens)
+    assert [call.args[9] for call in operators.named(VARLEN)] == [[3, 0]] * 2
+    assert all(made[-2:] != (50, 50) for call in operators.calls for made in call.made)
+
+
+@pytest.mark.parametrize("kernel", [PackedKernel.VARLEN, PackedKernel.FLEX])
+def test_documents_known_beforehand_are_prepared_without_a_wait(kernel: PackedKernel) -> None:
+    # A tensor that is only imagined has no value to wait for: asking for one is an error.
+    with imagined_cuda():
+        documents = Boundaries(torch.zeros(9, dtype=torch.int32), (2, 300))
+        find_documents(documents, dtype=torch.bfloat16, kernel=kernel)
+        with pytest.raises(DynamicOutputShapeException):
+            find_documents(torch.zeros(2, 300, dtype=torch.int32), dtype=torch.bfloat16, kernel=kernel)
+
+
+def test_selective_checkpointing_keeps_the_attention_of_packed_documents() -> None:
+    tokens = torch.zeros(2, 19, dtype=torch.int32, device="meta")
+    documents = Boundaries(torch.zeros(4, dtype=torch.int32, device="meta"), (2, 19))
+    with torch.device("meta"):
+        model = Decoder(tiny_config())
+    found = {}
+    for mode in (Checkpointing.FULL, Checkpointing.SELECTIVE):
+        model.set_checkpointing(mode)
+        with Operators() as operators:
+            model.model(tokens, document_ids=documents).sum().backward()
+        found[mode] = len(operators.named(VARLEN))
+    assert found == {Checkpointing.FULL: 4, Checkpointing.SELECTIVE: 2}
+
+
+def test_the_norm_of_all_gradients_is_a_handful_of_operators() -> None:
+    shapes = [(64, 32), (32,), (0,), (97, 32), (5000,)] * 60
+    here = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k, shape in enumerate(shapes)]
+    runtime = start(device="cpu", strategy="auto", precision="f32", cpu_threads=1, timeout_s=60)
+    exact = float(engine.global_norm(here, runtime))
+    assert float(engine._squares_at_once(here).sqrt()) == pytest.approx(exact, rel=1e-6)
+    with imagined_cuda(autocast=False):
+        gradients = [torch.zeros(shape) for shape in shapes]
+        with Operators() as operators:
+            norm = engine.global_norm(gradients, runtime)
+    assert norm.device.type == "cuda"
+    assert norm.dtype is torch.float64
+    assert len([call for call in operators.calls if call.name != "aten::detach"]) < 10
 
 
 def test_under_autocast_a_norm_is_cast_once_for_all_maps_that_read_it() -> None:

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from builders.cuda import Operators
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention import varlen
 
-from apr_dist.model import packing
+from apr_dist.model import packing, transformer
 from apr_dist.model.attention import causal_attention
 from apr_dist.model.config import Family
-from apr_dist.model.packing import PackedKernel, attend_documents, find_documents, packed_kernel
+from apr_dist.model.packing import Boundaries, PackedKernel, attend_documents, find_documents, packed_kernel
 
 IDS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 11, [4] * 3 + [5] * 9 + [3] * 7])
 WINDOWS = pytest.mark.parametrize("window", [None, 4])
@@ -71,6 +72,43 @@ def test_the_flex_mask_equals_the_dense_mask(window: int | None, monkeypatch: py
     tensors = [tensor.detach() for tensor in inputs()]
     found = attend(PackedKernel.FLEX, window, *tensors)
     assert torch.allclose(found, dense(*tensors, window), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [128, 300, 512, 77])
+@pytest.mark.parametrize("window", [None, 1, 90, 128, 200])
+def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(length: int, window: int | None) -> None:
+    begins = torch.rand(3, length, generator=torch.Generator().manual_seed(0)) < 0.01
+    ids = begins.cumsum(1)
+
+    def visible(row: torch.Tensor, _: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        near = (query >= key) & (query - key < (window or length))
+        return (ids[row, query] == ids[row, key]) & near
+
+    expected = flex.create_block_mask(visible, 3, None, length, length, device="cpu")
+    found = find_documents(ids, dtype=torch.float32, window=window, kernel=PackedKernel.FLEX).block_mask
+    assert found is not None
+    assert found.shape == expected.shape
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts = getattr(found, f"{name}_num_blocks")
+        assert torch.equal(counts, getattr(expected, f"{name}_num_blocks"))
+        listed = torch.arange(counts.shape[-1]) < counts[..., None]
+        blocks = getattr(found, f"{name}_indices"), getattr(expected, f"{name}_indices")
+        assert torch.equal(blocks[0].where(listed, -1), blocks[1].where(listed, -1))
+
+
+def test_documents_for_flex_attention_are_found_without_a_mask() -> None:
+    ids = torch.arange(4096).expand(2, -1) // 700
+    with Operators() as operators:
+        find_documents(ids, dtype=torch.float32, kernel=PackedKernel.FLEX)
+    assert max(made.numel() for call in operators.calls for made in call.made) <= 2 * 4096
+
+
+def test_boundaries_may_be_known_beforehand() -> None:
+    boundaries = Boundaries.from_ids(IDS)
+    assert find_documents(boundaries, dtype=torch.float32) == find_documents(IDS, dtype=torch.float32)
+    assert boundaries.row(1).edges.tolist() == [0, 3, 12, 19]
+    assert boundaries.row(0).shape == (1, 19)
+    assert Boundaries.of_rows(2, 19, IDS.device).edges.tolist() == [0, 19, 38]
 
 
 def test_boundaries_of_the_variable_length_kernel_are_the_documents() -> None:
@@ -145,6 +183,19 @@ def test_a_packed_row_gives_each_document_the_logits_it_has_alone(family: Family
     for row, start, stop in find_documents(IDS, dtype=torch.float32).spans:
         alone = model(tokens[row : row + 1, start:stop])
         assert torch.allclose(packed[row, start:stop], alone[0], atol=1e-4)
+
+
+def test_a_sliding_window_is_one_mask_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_decoder(tiny_config(Family.MISTRAL, sliding_window=4))
+    tokens = random_tokens(model.config, (2, 19))
+    with Operators() as operators:
+        found = model(tokens)
+    assert len(operators.named("aten::triu_")) == 1
+    compiled = tiny_decoder(model.config)
+    compiled.compile_blocks(backend="eager")
+    assert torch.allclose(compiled(tokens), found, atol=1e-5)
+    monkeypatch.setattr(transformer, "find_windows", lambda *_, **__: None)
+    assert torch.equal(model(tokens), found)
 
 
 def test_one_document_is_plain_causal_attention() -> None:

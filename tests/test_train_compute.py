@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,9 +24,11 @@ from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode
 from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
+from apr_dist.parallel.engine import ReplicaEngine
 from apr_dist.training import run
 from apr_dist.training.metrics import MetricsFile, StepMetrics
-from apr_dist.training.stepping import Stepper
+from apr_dist.training.stepping import BatchFeed, Stepper
+from apr_dist.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -157,6 +159,56 @@ def test_after_a_loss_that_is_no_number_nothing_moves_until_the_run_stops(
     assert not torch.equal(heads[0], heads[1])
     assert len(heads) == 6
     assert all(torch.equal(head, heads[1]) for head in heads[2:])
+
+
+def test_the_next_batch_is_sent_while_the_step_before_it_computes(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def noted(owner: type, name: str, what: str) -> None:
+        call = getattr(owner, name)
+
+        def noting(self: Any, *args: Any, **options: Any) -> Any:
+            asked.append(what)
+            return call(self, *args, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    noted(BatchFeed, "take", "take")
+    noted(ReplicaEngine, "accumulate", "compute")
+    noted(Trainer, "_notes", "tell")
+    noted(BatchFeed, "send_ahead", "send the next")
+    noted(ReplicaEngine, "step", "update")
+    noted(Stepper, "read", "wait")
+    flags = ("--log-every", "2", "--num-steps", "6", "--steps-per-epoch", "6")
+    assert train(inputs, tmp_path / "run", *flags) == 0
+    step = ["take", "compute", "tell", "send the next", "update"]
+    last = [what for what in step if what != "send the next"]
+    assert asked == [*step, "wait", *step, *step, "wait", *step, *step, "wait", *last, "wait"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", [(), ("--loader.documents", "isolate")])
+def test_no_step_waits_for_the_gpu(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    take, strict = Stepper.take, []
+
+    def taking(self: Stepper, step: int, *, compare: bool, more: bool) -> None:
+        if step > 1 and not compare:  # the first steps make what is kept: kernels, the optimizer's state
+            torch.cuda.set_sync_debug_mode("error")
+            strict.append(step)
+        try:
+            take(self, step, compare=compare, more=more)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Stepper, "take", taking)
+    options = ("--device", "cuda", "--parallel.precision", "bf16", "--log-every", "8", *flags)
+    assert train(inputs, tmp_path / "run", "--num-steps", "6", "--steps-per-epoch", "6", *options) == 0
+    assert strict == [2, 3, 4]
 
 
 def test_isolated_documents_attend_to_themselves_alone(

@@ -92,4 +92,7 @@ def document_begins(rows: torch.Tensor, places: Sequence[tuple[Manifest, Shard, 
 
 def loss_mask(targets: torch.Tensor, *, ignored_ids: Sequence[int]) -> torch.Tensor:
     """Bool like ``targets``, false where the loss must not count: padding, or any ids you name."""
-    return ~torch.isin(targets, torch.tensor(list(ignored_ids), dtype=targets.dtype, device=targets.device))
+    counts = torch.ones_like(targets, dtype=torch.bool)
+    for ignored in ignored_ids:  # a tensor of them would be a copy to the device that the host waits for
+        counts &= targets != ignored
+    return counts

@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from apr_dist.model import cpu_attention
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.layers import Linear, RMSNorm, project_normed
-from apr_dist.model.packing import Documents, attend_documents
+from apr_dist.model.packing import Documents, attend_documents, band
 from apr_dist.model.rotary import Rotation, rotate
 
 
@@ -74,7 +73,7 @@ class Attention(nn.Module):
         Args:
             x: hidden states, before their norm.
             rotation: of the positions of ``x``.
-            documents: keep positions within their document.
+            documents: keep positions within their document or window.
             cache: positions before those of ``x``, which are appended to it.
             norm: what the projections read ``x`` through.
         """
@@ -90,12 +89,14 @@ class Attention(nn.Module):
         if documents is None:
             mixed = causal_attention(query, key, value, window=window)
         else:
-            causal = functools.partial(causal_attention, window=window)
+            causal = functools.partial(causal_attention, window=window, mask=documents.band)
             mixed = attend_documents(query, key, value, documents=documents, causal=causal, window=window)
         return self.o_proj(mixed.flatten(2))  # type: ignore[no-any-return]
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Causal attention of ``[batch, new, heads, head_dim]`` over keys and values with fewer heads.
 
     Args:
@@ -104,6 +105,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int |
             ``h // (heads / kv_heads)``.
         value: like ``key``.
         window: a position sees only the last ``window`` positions up to its own.
+        mask: that window as ``[new, seq]``, where it was made before.
 
     Returns:
         ``[batch, new, heads, head_dim]``.
@@ -115,18 +117,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int |
     masked = windowed or 1 < new < length
     if not masked and cpu_attention.has_causal_attention(query, key):
         return cpu_attention.causal_attention(query, key, value)
+    if masked and mask is None:
+        mask = band(new, length, window or length, query.device)
     mixed = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=_band(new, length, window or length, query.device) if masked else None,
+        attn_mask=mask if masked else None,
         is_causal=not masked and new > 1,
         enable_gqa=key.shape[2] != query.shape[2],
     )
     return mixed.transpose(1, 2)
-
-
-def _band(new: int, length: int, window: int, device: torch.device) -> Tensor:
-    """``[new, length]``, true where a query may look: the last ``window`` positions up to its own."""
-    full = torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
-    return full[length - new :]

@@ -49,6 +49,9 @@ _ATTENTION = _operators(
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
 ) | _operators(torch.ops.apr_dist, "causal_attention")
+_ATTENTION_NAMES = {"torch_attn::_varlen_attn", "flex_attention"}
+"""Attention that is known only once it was used, because its module loads the compiler. Flex attention is
+seen where blocks are compiled; by itself it is compiled code, which is computed again."""
 
 
 def _every_second() -> Callable[..., CheckpointPolicy]:
@@ -56,7 +59,7 @@ def _every_second() -> Callable[..., CheckpointPolicy]:
     seen = {"forward": 0, "recompute": 0}
 
     def policy(context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        keep = operator in _ATTENTION
+        keep = operator in _ATTENTION or operator.name() in _ATTENTION_NAMES
         if operator in _PRODUCTS:
             phase = "recompute" if context.is_recompute else "forward"
             seen[phase] += 1

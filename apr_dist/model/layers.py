@@ -98,7 +98,8 @@ def project_normed(x: Tensor, norm: RMSNorm, maps: Sequence[Linear]) -> tuple[Te
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Type in which a product with ``x`` is computed: autocast's where it is on, else that of ``x``."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _own_backward(x: Tensor) -> bool:

@@ -20,7 +20,7 @@ from apr_dist.model.checkpointing import Checkpointing, run_checkpointed
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.layers import Embedding, GatedMLP, Linear, RMSNorm, compute_dtype
 from apr_dist.model.loss import LossBackend, choose_loss_backend, cross_entropy_parts
-from apr_dist.model.packing import Documents, find_documents
+from apr_dist.model.packing import Boundaries, Documents, find_documents, find_windows
 from apr_dist.model.rotary import RotaryEmbedding, Rotation
 from apr_dist.model.tied_gradient import TiedGradient
 
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | Boundaries | None = None,
         caches: list[LayerCache] | None = None,
         *,
         tied: TiedGradient | None = None,
@@ -93,7 +93,8 @@ class Backbone(nn.Module):
         Args:
             input_ids: the tokens.
             position_ids: ``[1 or batch, seq]``; by default counted on from what the caches hold.
-            document_ids: ``[batch, seq]``, runs of equal ids are documents that see only themselves.
+            document_ids: ``[batch, seq]``, runs of equal ids are documents that see only themselves; or
+                where documents begin, which on CUDA saves a wait.
             caches: one per block, for generating.
             tied: where the embedding's gradient meets the head's.
         """
@@ -102,9 +103,11 @@ class Backbone(nn.Module):
             position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
         rotation = self.rotary(position_ids)
         x = self.embed_tokens(input_ids, tied=tied)
-        documents = None
+        documents, window, dtype = None, self.sliding_window, compute_dtype(x)
         if document_ids is not None:
-            documents = find_documents(document_ids, dtype=compute_dtype(x), window=self.sliding_window)
+            documents = find_documents(document_ids, dtype=dtype, window=window)
+        elif window is not None and caches is None:
+            documents = find_windows(input_ids, window, dtype=dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, documents, caches[index] if caches else None)
         return self.norm(x)  # type: ignore[no-any-return]
@@ -134,7 +137,7 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | Boundaries | None = None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or with targets the summed loss; the head is only ever used inside this call.
@@ -143,7 +146,7 @@ class Decoder(nn.Module):
             input_ids: int32 or int64 ``[batch, seq]``.
             targets: next tokens ``[batch, seq]``, -100 where there is none.
             position_ids: ``[1 or batch, seq]``; counted from 0 (or the caches' length) when absent.
-            document_ids: ``[batch, seq]``; runs of equal ids are documents that see only themselves.
+            document_ids: as `Backbone.forward`.
             caches: see `empty_caches`; the tokens are appended to what they hold.
 
         Returns:

@@ -2,7 +2,8 @@
 
 An engine holds the prepared network and optimizer. The trainer sees only this face; every engine
 averages gradients over the ranks, returns the global norm before clipping, and leaves the weights
-alone when that norm is not a number, or when it is told to. Nothing here waits for a GPU.
+alone when that norm is not a number, or when it is told to. Nothing here waits for a GPU, except where the
+decision to update is the host's: in ZeRO's step, as DeepSpeed has it, and in that of moments in 8 bits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from apr_dist.errors import DistributedError
+from apr_dist.model.packing import Boundaries
 from apr_dist.model.transformer import Decoder, DecoderBlock
 from apr_dist.parallel.moments import flat_parts
 from apr_dist.parallel.runtime import Runtime, assert_wrapped
@@ -51,7 +53,7 @@ class Engine(ABC):
         self,
         inputs: Tensor,
         targets: Tensor,
-        document_ids: Tensor | None = None,
+        document_ids: Boundaries | None = None,
         *,
         scale: float | Tensor,
         last: bool,
@@ -61,7 +63,7 @@ class Engine(ABC):
         Args:
             inputs: token ids ``[batch, seq]``.
             targets: next tokens ``[batch, seq]``.
-            document_ids: ``[batch, seq]``; runs of equal ids attend to themselves only.
+            document_ids: where documents begin, which then attend to themselves only.
             scale: factor of the loss sum before backward; gradients are averaged over the ranks.
             last: whether it is the step's last one; its gradients are then complete over all ranks.
 
@@ -117,20 +119,34 @@ NORM_BLOCK = 1024
 def global_norm(gradients: Sequence[Tensor], runtime: Runtime) -> Tensor:
     """L2 norm of all gradients over all ranks, each giving its parts; f64, on their device; a collective.
 
-    Squares are added in f32 within short blocks and in f64 between them, so that the norm does not
-    depend on how tensors are cut (DeepSpeed adds in f64 too); no f64 copy of a gradient is made.
+    On the CPU squares are added in f32 within short blocks and in f64 between them, so that the norm does not
+    depend on how tensors are cut (DeepSpeed adds in f64 too); no f64 copy of a gradient is made. On a GPU
+    they are added in f32 within a tensor, by few kernels for all of them.
     """
+    on_cpu = gradients[0].device.type == "cpu"
+    squares = _squares_in_blocks(gradients) if on_cpu else _squares_at_once(gradients)
+    # Ranks that hold copies of the same parts all add them.
+    copies = runtime.world_size // runtime.shard_size
+    if runtime.shard_size > 1:
+        squares = runtime.sum(squares.to(runtime.device)).to(squares.device) / copies
+    return squares.sqrt()
+
+
+def _squares_in_blocks(gradients: Sequence[Tensor]) -> Tensor:
     squares = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     for gradient in gradients:
         flat = gradient.detach().view(-1)
         blocks = flat.numel() // NORM_BLOCK * NORM_BLOCK
         for part in (flat[:blocks].view(-1, NORM_BLOCK), flat[blocks:].view(1, -1)):
             squares += torch.linalg.vector_norm(part, dim=1).double().square().sum()
-    # Ranks that hold copies of the same parts all add them.
-    copies = runtime.world_size // runtime.shard_size
-    if runtime.shard_size > 1:
-        squares = runtime.sum(squares.to(runtime.device)).to(squares.device) / copies
-    return squares.sqrt()
+    return squares
+
+
+def _squares_at_once(gradients: Sequence[Tensor]) -> Tensor:
+    filled = [gradient.detach() for gradient in gradients if gradient.numel()]  # a shard may be empty
+    if not filled:
+        return torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    return torch.stack(torch._foreach_norm(filled)).double().square().sum()
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -155,7 +171,7 @@ class ReplicaEngine(_TorchEngine):
         self,
         inputs: Tensor,
         targets: Tensor,
-        document_ids: Tensor | None = None,
+        document_ids: Boundaries | None = None,
         *,
         scale: float | Tensor,
         last: bool,
@@ -184,7 +200,7 @@ class FsdpEngine(_TorchEngine):
         self,
         inputs: Tensor,
         targets: Tensor,
-        document_ids: Tensor | None = None,
+        document_ids: Boundaries | None = None,
         *,
         scale: float | Tensor,
         last: bool,
@@ -253,7 +269,7 @@ class ZeroEngine(Engine):
         self,
         inputs: Tensor,
         targets: Tensor,
-        document_ids: Tensor | None = None,
+        document_ids: Boundaries | None = None,
         *,
         scale: float | Tensor,
         last: bool,

@@ -11,9 +11,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from apr_dist.data.documents import loss_mask
+from apr_dist.data.documents import Documents, loss_mask
 from apr_dist.errors import DataError
 from apr_dist.model.chunked_loss import IGNORE_INDEX
+from apr_dist.model.packing import Boundaries
+from apr_dist.model.sending import send
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.whereabouts import HERE
 
@@ -54,18 +56,23 @@ class Evaluation:
 
 
 class Batch(NamedTuple):
-    """One micro-batch on the device, each [batch, seq]; document ids where documents are kept apart."""
+    """One micro-batch on the device, each [batch, seq]; where documents begin, if they are kept apart."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    document_ids: torch.Tensor | None = None
+    document_ids: Boundaries | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All there is on the device."""
+        here = [self.inputs, self.targets]
+        return here if self.document_ids is None else [*here, self.document_ids.edges]
 
 
 def split_sequences(
     tokens: torch.Tensor,
     device: torch.device,
     ignored_ids: Sequence[int] = (),
-    document_ids: torch.Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Batch:
     """[batch, seq + 1] token ids to inputs and targets, each [batch, seq], on the device.
 
@@ -76,9 +83,10 @@ def split_sequences(
     targets = moved[:, 1:].long()
     if ignored_ids:
         targets = targets.where(loss_mask(targets, ignored_ids=ignored_ids), IGNORE_INDEX)
-    if document_ids is not None:
-        document_ids = document_ids.to(device, non_blocking=True)
-    return Batch(moved[:, :-1], targets, document_ids)
+    boundaries = None
+    if documents is not None:
+        boundaries = Boundaries(send(documents.cu_seqlens, device), (targets.shape[0], targets.shape[1]))
+    return Batch(moved[:, :-1], targets, boundaries)
 
 
 def evaluate(

@@ -22,6 +22,7 @@ from apr_dist.atomic_files import write_atomically
 from apr_dist.config import TrainConfig
 from apr_dist.config_sections import Documents
 from apr_dist.gates.preflight import Preflight
+from apr_dist.model.packing import Boundaries
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.engine import Engine, prepare
 from apr_dist.parallel.runtime import Runtime
@@ -208,7 +209,7 @@ class _TimedEngine(Engine):
         self,
         inputs: Tensor,
         targets: Tensor,
-        document_ids: Tensor | None = None,
+        document_ids: Boundaries | None = None,
         *,
         scale: float | Tensor,
         last: bool,

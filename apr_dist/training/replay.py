@@ -237,7 +237,7 @@ def _each_sequence(trainer: Trainer, text: Callable[[torch.Tensor], str | None])
 def _row(batch: Batch, index: int) -> Batch:
     """One sequence of a micro-batch, as a micro-batch."""
     one, ids = slice(index, index + 1), batch.document_ids
-    return Batch(batch.inputs[one], batch.targets[one], None if ids is None else ids[one])
+    return Batch(batch.inputs[one], batch.targets[one], None if ids is None else ids.row(index))
 
 
 def _reader_of_text(config: TrainConfig) -> Callable[[torch.Tensor], str | None]:

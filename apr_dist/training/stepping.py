@@ -114,7 +114,7 @@ class BatchFeed:
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
-            for tensor in (tensor for batch in batches for tensor in batch if tensor is not None):
+            for tensor in (tensor for batch in batches for tensor in batch.tensors()):
                 tensor.record_stream(current)
         return batches
 
@@ -125,13 +125,11 @@ class BatchFeed:
 
     def _sent(self, k: int) -> list[Batch]:
         rows = self._data.batch(k)
-        ids: list[Tensor | None] = [None] * len(rows)
-        if self._isolate:
-            ids = [documents.ids for documents in self._data.documents(k)]
+        apart = self._data.documents(k) if self._isolate else [None] * len(rows)
         with torch.cuda.stream(self._stream):  # of no effect without a stream
             return [
                 split_sequences(row, self._device, self._ignored_ids, one)
-                for row, one in zip(rows, ids, strict=True)
+                for row, one in zip(rows, apart, strict=True)
             ]
 
 

@@ -18,6 +18,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.config_sections import Documents
 from apr_dist.errors import AprDistError
 from apr_dist.gates.result import GateResult
+from apr_dist.model.sending import send
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
@@ -241,12 +242,12 @@ class Trainer:
     def _signals(self) -> torch.Tensor:
         """One for each signal that came to this rank, to be summed over all ranks."""
         asked = [float(self.stop_request.received == number) for number in SIGNALS]
-        return torch.tensor(asked, dtype=torch.float64, device=self.runtime.device)
+        return send(torch.tensor(asked, dtype=torch.float64), self.runtime.device)
 
     def _notes(self) -> torch.Tensor:
         """What each rank has to tell all others: that a save failed here, and which signals came."""
-        failed = torch.tensor([float(self.saver.failed)], dtype=torch.float64, device=self.runtime.device)
-        return torch.cat((failed, self._signals()))
+        failed = torch.tensor([float(self.saver.failed)], dtype=torch.float64)
+        return torch.cat((send(failed, self.runtime.device), self._signals()))
 
     def _step(self, *, last: int) -> int:
         """One optimizer step; returns the number of a signal that came to any rank, or 0.

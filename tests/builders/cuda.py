@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class Call:
-    """An operator that ran: its name, and its tensors' types and shapes."""
+    """An operator that ran: its arguments, the types of the tensors among them, the shapes that it made."""
 
     name: str
+    args: Sequence[Any] = ()
     types: list[torch.dtype] = field(default_factory=list)
     made: list[torch.Size] = field(default_factory=list)
 
@@ -37,6 +38,7 @@ class Operators(TorchDispatchMode):
         self.calls.append(
             Call(
                 name=function.name(),
+                args=args,
                 types=[one.dtype for one in args if isinstance(one, torch.Tensor)],
                 made=[one.shape for one in made if isinstance(one, torch.Tensor)],
             )
