@@ -1,8 +1,10 @@
 """The regression guard: paired ratios, compared with the last ones recorded. Under three minutes.
 
 Each figure is a ratio of two things measured alternately in one run, so a slow or busy machine moves both.
-A ratio whose median lies above the recorded range is a regression, and the exit code is 1; below it, the
-table says that it improved. Bytes are counted, not timed, and may grow by one percent.
+A ratio whose median lies above the recorded range is a regression, and the exit code is 1, as when a
+recorded ratio is no longer measured; below it, the table says that it improved. Bytes are counted, not
+timed, and may grow by one percent. On another processor, with other threads or another PyTorch than were
+recorded, the table is shown and nothing judged. Without a usable record the exit code is 2.
 
     python benchmarks/bench_quick.py                # compare
     python benchmarks/bench_quick.py --record       # measure longer, and write recorded.json
@@ -11,8 +13,6 @@ table says that it improved. Bytes are counted, not timed, and may grow by one p
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,16 +21,12 @@ from pathlib import Path
 
 import torch
 from bench_loss import chunked, peak_bytes, plain
+from recorded_ratios import Ratios, guard
 from train_ours import OurStep
 from train_rivals import Setting, plain_loop
 
 from apr_dist.model.config import preset
 from apr_dist.model.host_memory import keep_freed_memory
-
-RECORDED = Path(__file__).with_name("recorded.json")
-"""Ratio by name: median, smallest, largest."""
-
-Ratios = dict[str, list[float]]
 
 
 def step_ratios(rounds: int) -> Ratios:
@@ -81,41 +77,13 @@ def main() -> int:
     )
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    if not options.record and not RECORDED.exists():
-        print(f"{RECORDED.name} is not there: run with --record on a quiet machine first", file=sys.stderr)
-        return 1
     keep_freed_memory()
     rounds = 9 if options.record else 5
-    found = step_ratios(rounds) | loss_ratios(rounds)
-    if options.record:
-        facts = {
-            name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-            for name, values in found.items()
-        }
-        RECORDED.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        print(f"recorded {len(facts)} ratios in {RECORDED.name}")
-        return 0
-    return compare(found, json.loads(RECORDED.read_text(encoding="utf-8")))
-
-
-def compare(found: Ratios, recorded: dict[str, dict[str, float]]) -> int:
-    """Say what moved; 1 when something is slower or larger than it ever was while recording, and a little."""
-    worse = []
-    print(f"{'ratio to the plain way':28}{'now':>8}{'recorded (range)':>26}  ")
-    for name, values in found.items():
-        before, now = recorded[name], statistics.median(values)
-        slack = 1.01 if name.startswith("bytes") else 1.05  # a few pairs do not show the whole range
-        verdict = "as before"
-        if now > before["max"] * slack:
-            verdict = "WORSE"
-            worse.append(name)
-        elif now < before["min"] / slack:
-            verdict = "better: record it"
-        known = f"{before['median']:.3f} ({before['min']:.3f}-{before['max']:.3f})"
-        print(f"{name:28}{now:8.3f}{known:>26}  {verdict}")
-    if worse:
-        print(f"regression: {', '.join(worse)}", file=sys.stderr)
-    return 1 if worse else 0
+    return guard(
+        lambda: step_ratios(rounds) | loss_ratios(rounds),
+        Path(__file__).with_name("recorded.json"),
+        record=options.record,
+    )
 
 
 if __name__ == "__main__":
