@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders.cuda import Operators, imagined_cuda
 from builders.models import tiny_config
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from apr_dist.model import packing
@@ -54,6 +55,21 @@ def test_documents_known_beforehand_are_prepared_without_a_wait(kernel: PackedKe
         find_documents(documents, dtype=torch.bfloat16, kernel=kernel)
         with pytest.raises(DynamicOutputShapeException):
             find_documents(torch.zeros(2, 300, dtype=torch.int32), dtype=torch.bfloat16, kernel=kernel)
+
+
+def test_a_compiled_block_takes_any_number_of_documents() -> None:
+    torch.compiler.reset()
+    with torch.device("meta"):
+        model = Decoder(tiny_config())
+        model.compile_blocks(backend="aot_eager")
+        tokens = torch.zeros(2, 19, dtype=torch.int32)
+        graphs = []
+        for count in range(2, 14):
+            documents = Boundaries(torch.zeros(count + 1, dtype=torch.int32), (2, 19))
+            model.model(tokens, document_ids=documents).sum().backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+    torch.compiler.reset()
+    assert len(set(graphs)) == 1
 
 
 def test_selective_checkpointing_keeps_the_attention_of_packed_documents() -> None:

@@ -216,3 +216,19 @@ def test_cuda_kernels_equal_the_dense_mask(kernel: PackedKernel, window: int | N
     assert torch.allclose(found.float().cpu(), exact, atol=3e-2)
     found.float().sum().backward()
     assert all(torch.isfinite(tensor.grad).all() for tensor in tensors)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", [Family.MISTRAL, Family.QWEN3])
+def test_on_cuda_a_window_and_packed_documents_are_near_those_of_the_cpu(family: Family) -> None:
+    model = tiny_decoder(tiny_config(family, sliding_window=4 if family is Family.MISTRAL else None))
+    tokens = random_tokens(model.config, (2, 19))
+    expected = model(tokens), model(tokens, document_ids=IDS)
+    model.cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = model(tokens.cuda()), model(tokens.cuda(), document_ids=IDS.cuda())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.float().cpu(), other, atol=0.1, rtol=0.1)
+    (found[0].float().sum() + found[1].float().sum()).backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)

@@ -128,6 +128,8 @@ def find_documents(
     if kernel is PackedKernel.FLEX:
         return Documents(kernel=kernel, block_mask=_block_mask(found, window))
     if kernel is PackedKernel.VARLEN:
+        # Every batch has another number of documents: one compiled block for all of them.
+        torch._dynamo.mark_dynamic(found.edges, 0)
         return Documents(kernel=kernel, boundaries=found.edges, longest=length, shares_heads=_shares_heads())
     edges = itertools.pairwise(found.edges.tolist())
     spans = tuple((a // length, a % length, a % length + b - a) for a, b in edges)
