@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import Family
+from apr_dist.model.loss import LossBackend, cross_entropy_sum, plain_cross_entropy_sum
 from apr_dist.model.transformer import Decoder
 
 KEEPING_LESS = [Checkpointing.FULL, Checkpointing.SELECTIVE]
@@ -68,6 +69,36 @@ def test_each_mode_keeps_less_than_the_one_before() -> None:
         kept[mode] = kept_bytes(model, tokens)
     assert kept[Checkpointing.FULL] < 0.3 * kept[Checkpointing.OFF]
     assert kept[Checkpointing.FULL] < kept[Checkpointing.SELECTIVE] < 0.8 * kept[Checkpointing.OFF]
+
+
+def peak_bytes(compute: Callable[[], torch.Tensor]) -> int:
+    """Largest sum of live bytes that forward and backward add."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        compute().backward()
+    live = peak = 0
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def test_the_loss_of_qwens_vocabulary_takes_a_tenth_of_the_plain_ones_memory() -> None:
+    vocab, hidden_size, tokens = 151_936, 16, 1536
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, hidden_size, generator=generator).requires_grad_()
+    head = torch.randn(vocab, hidden_size, generator=generator).mul_(0.02).requires_grad_()
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    peaks = []
+    for compute in (
+        lambda: cross_entropy_sum(hidden, head, targets, backend=LossBackend.CHUNKED)[0],
+        lambda: plain_cross_entropy_sum(hidden, head, targets)[0],
+    ):
+        hidden.grad = head.grad = None
+        peaks.append(peak_bytes(compute) - 4 * (tokens + vocab) * hidden_size)  # the gradients stay
+    assert peaks[0] <= 0.1 * peaks[1]
+    assert peaks[1] > 4 * tokens * vocab
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
