@@ -172,6 +172,12 @@ def test_sharded_blocks_compile_to_one_graph_with_any_checkpointing_and_change_n
                     assert step == pytest.approx(expected, rel=1e-5), (strategy, mode)
 
 
+def test_gradients_under_ddp_lie_in_what_they_are_sent_from(ranks: list[dict[str, Any]]) -> None:
+    for report in ranks:
+        memories, gradients = report["gradient memories"]
+        assert memories < gradients / 4, "each has memory of its own, beside the bucket it was sent from"
+
+
 @pytest.mark.falsifies("INV-TRAIN-007")
 def test_a_gradient_that_is_not_finite_touches_no_weight_under_any_strategy(
     ranks: list[dict[str, Any]],

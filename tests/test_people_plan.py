@@ -99,6 +99,7 @@ def test_sharding_cuts_the_state_and_ddp_adds_its_buckets() -> None:
     by = {s: estimate(model, one, strategy=s, world_size=8, shard_size=4) for s in StrategyChoice}
     whole = 4 * model.parameter_count()
     assert by[StrategyChoice.DDP].buckets == whole
+    assert by[StrategyChoice.DDP].gradients == 0
     assert by[StrategyChoice.ZERO1].optimizer == 2 * whole // 8
     assert by[StrategyChoice.FSDP2].optimizer == 2 * whole // 8
     assert by[StrategyChoice.HSDP].optimizer == 2 * whole // 4

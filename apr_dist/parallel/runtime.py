@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -172,7 +172,10 @@ def start(
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[limits] if read_launch().world_size > 1 else [],
+        # Gradients that are sent are views of what they are sent from: one copy of them less.
+        kwargs_handlers=[limits, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        if read_launch().world_size > 1
+        else [],
         step_scheduler_with_optimizer=False,
     )
     threads = _set_threads(cpu_threads)

@@ -34,7 +34,8 @@ class Memory:
         gradients: of every parameter that has one at that moment.
         optimizer: AdamW's two moments.
         masters: the f32 weights that DeepSpeed updates, beside those that compute.
-        buckets: DDP's own copy of the gradients, which it sends; the largest one, where ZeRO offloads.
+        buckets: from which DDP sends gradients, and where they are once sent; the largest one, where ZeRO
+            offloads.
         activations: what forward keeps for backward.
         loss: the logits chunk and the head's gradient.
         working: what a backward step computes on the way.
@@ -154,8 +155,10 @@ def estimate(
         "loss": head,
         "working": _backward_bytes(model, load) + again,
     }
+    # DDP's gradients are views of its buckets, except those of micro-batches that are not sent.
+    are_buckets = _is_ddp(strategy, world_size) and not load.accumulates
     at_end: dict[str, Any] = {
-        "gradients": held.gradients,
+        "gradients": 0 if are_buckets else held.gradients,
         "loss": 0,
         "working": _embedding_gradient_bytes(model, load, is_cut=parts.gradients > 1),
     }

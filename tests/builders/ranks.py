@@ -159,6 +159,19 @@ def compiled_steps(view: Runtime, config: TransformerConfig) -> dict[str, Any]:
     return found
 
 
+def gradient_memories(view: Runtime, config: TransformerConfig) -> list[int]:
+    """How many pieces of memory DDP's gradients lie in after a backward, and how many gradients there are."""
+    decoder = build_decoder(config, view)
+    draw_weights(decoder, config, view, seed=5)
+    optimizer = build_optimizer(decoder, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    engine = prepare(decoder, optimizer, view, micro_batch=1, grad_clip=0.5)
+    tokens = torch.arange(LENGTH + 1)[None]
+    for last in (False, True):
+        engine.accumulate(tokens[:, :-1], tokens[:, 1:], scale=1.0, last=last)
+    gradients = [weight.grad for weight in decoder.parameters() if weight.grad is not None]
+    return [len({gradient.untyped_storage().data_ptr() for gradient in gradients}), len(gradients)]
+
+
 def damage(model: Path, view: Runtime) -> str:
     """Alter one element of rank 1's shard after loading, and let every rank look."""
     reader = AprReader(model)
@@ -204,6 +217,8 @@ def main() -> None:
     possible = {Strategy.DDP, *dict(cases)}
     compiled = [replace(runtime, strategy=one, shard_size=size) for one, size in COMPILED if one in possible]
     report["compiled"] = {view.strategy.value: compiled_steps(view, config) for view in compiled}
+    ddp = replace(runtime, strategy=Strategy.DDP, shard_size=1)
+    report["gradient memories"] = gradient_memories(ddp, config)
     report["damage"] = damage(model, fsdp)
     (folder / f"report-{runtime.rank}.json").write_text(json.dumps(report))
     runtime.barrier()
