@@ -25,6 +25,9 @@ Ratios = dict[str, list[float]]
 AS_BEFORE, WORSE, UNUSABLE = 0, 1, 2
 """Exit codes: nothing is worse (or nothing was judged), something is, there is nothing to compare with."""
 
+STALLED = 2.0
+"""Times the median above which a pair is not of what it measures."""
+
 RANGE = ("median", "min", "max")
 
 
@@ -65,10 +68,10 @@ def guard(measure: Callable[[], Ratios], path: Path, *, record: bool) -> int:
         path: the record.
         record: write what was measured there instead of comparing.
     """
-    if record:
-        write(measure(), path)
-        return AS_BEFORE
     try:
+        if record:
+            write(measure(), path)
+            return AS_BEFORE
         recorded = read(path)
     except NotUsable as error:
         print(error, file=sys.stderr)
@@ -95,11 +98,20 @@ def read(path: Path) -> Recorded:
 
 
 def write(found: Ratios, path: Path) -> None:
-    """Write what was measured, and on what."""
+    """Write what was measured, and on what.
+
+    Raises:
+        NotUsable: something stalled, so that nothing would ever be worse than the record; it stays as it was.
+    """
     ratios = {
         name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for name, values in found.items()
     }
+    stalled = [name for name, row in ratios.items() if row["max"] > STALLED * row["median"]]
+    if stalled:
+        raise NotUsable(
+            f"{', '.join(stalled)} stalled meanwhile: record on a quiet machine; nothing is written"
+        )
     facts = {"measured_on": asdict(Machine.this()), "ratios": ratios}
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     print(f"recorded {len(ratios)} ratios in {path.name}")

@@ -167,3 +167,13 @@ def test_the_record_beside_the_benchmark_can_be_compared_with() -> None:
     slower = as_recorded | {STEP: [2 * shipped.ratios[STEP]["max"]]}
     assert recorded_ratios.compare(slower, shipped, shipped.machine) == 1
     assert recorded_ratios.compare(slower, shipped, replace(shipped.machine, threads=99)) == 0
+
+
+def test_a_record_that_a_stall_stretched_is_not_written(
+    record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = record.read_bytes()
+    stalled = {**MEASURED, STEP: [0.5, 0.6, 13.0]}
+    assert recorded_ratios.guard(lambda: stalled, record, record=True) == 2
+    assert f"{STEP} stalled" in capsys.readouterr().err
+    assert record.read_bytes() == before

@@ -234,6 +234,7 @@ def test_every_strategy_that_can_be_configured_exists() -> None:
 
 
 def test_a_shard_size_must_divide_the_processes_and_belongs_to_hsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert group_size(Strategy.HSDP, 16, None) == 4
     assert group_size(Strategy.HSDP, 16, 8) == 8
@@ -251,12 +252,14 @@ def test_a_shard_size_must_divide_the_processes_and_belongs_to_hsdp(monkeypatch:
         ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'. Expected an integer of at least 1"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
         ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
         ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is 1"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is 4 and WORLD_SIZE is 1"),
         ({"WORLD_SIZE": "2", "RANK": "5"}, "RANK is 5 and WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR and MASTER_PORT not set"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "and MASTER_PORT not set"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_a_launch_that_makes_no_sense_is_refused_at_once(
     variables: dict[str, str],

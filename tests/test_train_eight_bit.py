@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from builders.models import tiny_decoder
-from builders.runs import metrics, run_here, verdict
+from builders.runs import REPOSITORY, metrics, run_here, verdict
 from builders.several import EIGHT_BIT, EIGHT_BIT_MOVED, HALF, STATE_BITS, STEPS
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.parallel import state_bits
 from apr_dist.parallel.eight_bit import AdamW8bit, Quantized, code_values
+from apr_dist.parallel.state import file_digest
 from apr_dist.parallel.state_bits import BLOCK, is_eligible
 from apr_dist.training.optimizer import build_optimizer
 
@@ -183,6 +187,56 @@ def test_a_missing_library_is_named_with_the_command_before_anything_is_loaded(
     assert run_here(*flags(inputs, tmp_path / "run", *STATE_BITS)) == ExitCode.USAGE
     assert "pip install 'apr-dist[bitsandbytes]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def without_scales(folder: Path, moment: str) -> None:
+    """Take one moment's scales out of a saved state, and let every digest say it was so written."""
+    (path,) = folder.glob("optimizer-*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    places = json.loads(metadata["places"])
+    del places[moment + SCALE], tensors[moment + SCALE]
+    save_file(tensors, path, metadata={**metadata, "places": json.dumps(places)})
+    index = json.loads((folder / "optimizer.json").read_text())
+    index["files"] = {path.name: file_digest(path)}
+    (folder / "optimizer.json").write_text(json.dumps(index))
+    state = json.loads((folder / "state.json").read_text())
+    state["optimizer_digest"] = file_digest(folder / "optimizer.json")
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_codes_without_their_scales_are_a_damaged_state(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert run_here(*flags(inputs, run, *STATE_BITS)) == 0
+    halfway = run / "steps" / "000002"
+    without_scales(halfway, "model.layers.0.mlp.up_proj.weight.exp_avg")
+    again = ("--resume", str(halfway))
+    assert run_here(*flags(inputs, tmp_path / "other", *STATE_BITS, *again)) == ExitCode.MODEL_FILE
+    said = capsys.readouterr().err
+    assert "up_proj.weight.exp_avg is in 8 bits without a scale for each of its 32 blocks" in said
+    assert "FALSIFY-APR-DIST-CHECKPOINT-006" in said
+
+
+def test_a_library_that_cannot_be_imported_is_named_with_the_cause(inputs: Inputs, tmp_path: Path) -> None:
+    broken = tmp_path / "packages" / "bitsandbytes"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text('raise OSError("libcudart.so.12: cannot open shared object file")\n')
+    command = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from apr_dist.train import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(broken.parent), *flags(inputs, tmp_path / "run", *STATE_BITS)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == ExitCode.DISTRIBUTED, done.stderr
+    assert "bitsandbytes cannot be imported (OSError: libcudart.so.12: cannot open" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("steps/*"))
 
 
 def test_a_model_without_a_large_matrix_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""AdamW whose moments take a byte and a quarter of a percent each: bitsandbytes' kernels over local elements.
+"""AdamW whose moments take a byte an element, and four for 256 of them: bitsandbytes over local elements.
 
 A moment of a large matrix is kept as codes of a byte, each standing for a share of the largest magnitude in
 its block of 256 elements (Dettmers et al. 2021, arXiv:2110.02861). bitsandbytes computes the update; this
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apr_dist.parallel.sharded import as_dtensor
-from apr_dist.parallel.state_bits import BLOCK
+from apr_dist.errors import DistributedError
+from apr_dist.parallel.sharded import held_here
+from apr_dist.parallel.state_bits import BLOCK, FLAG
 
 
 @dataclass(frozen=True)
@@ -159,20 +160,29 @@ class AdamW8bit(torch.optim.Optimizer):
 def flat(parameter: Tensor | None) -> Tensor:
     """The elements of a parameter, or of its gradient, that this rank holds: a flat view."""
     assert parameter is not None
-    sharded = as_dtensor(parameter)
-    held = parameter if sharded is None else sharded.to_local()
-    return held.detach().view(-1)
+    return held_here(parameter).detach().view(-1)
 
 
 @cache
 def _library() -> Any:
-    """bitsandbytes; with the package ``kernels`` it would fetch others from a hub while it is imported."""
+    """bitsandbytes; with the package ``kernels`` it would fetch others from a hub while it is imported.
+
+    Raises:
+        DistributedError: it is installed and cannot be imported.
+    """
     told, missing = logging.getLogger("bitsandbytes"), object()
     level, kernels = told.level, sys.modules.get("kernels", missing)
     told.setLevel(logging.ERROR)  # it warns that they are not there
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
         return importlib.import_module("bitsandbytes")
+    except Exception as error:  # a library of another machine or version raises whatever it likes
+        raise DistributedError(
+            f"bitsandbytes cannot be imported ({type(error).__name__}: {error})",
+            where=FLAG,
+            expected="the library that updates 8-bit state and reads it",
+            remedy="install it anew (pip install 'apr-dist[bitsandbytes]'), or use 32 bits",
+        ) from error
     finally:
         told.setLevel(level)
         del sys.modules["kernels"]

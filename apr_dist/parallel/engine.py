@@ -22,7 +22,7 @@ from apr_dist.model.packing import Boundaries
 from apr_dist.model.transformer import Decoder, DecoderBlock
 from apr_dist.parallel.moments import flat_parts
 from apr_dist.parallel.runtime import Runtime, assert_wrapped
-from apr_dist.parallel.sharded import as_dtensor, as_fsdp
+from apr_dist.parallel.sharded import as_fsdp, held_here
 from apr_dist.parallel.sharding import assert_spread
 from apr_dist.parallel.step_clock import StepClock, StepPart
 from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
@@ -99,7 +99,7 @@ class _TorchEngine(Engine):
     def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
         """See `Engine.step`."""
         parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        gradients = [_local(weight.grad) for weight in parameters if weight.grad is not None]
+        gradients = [held_here(weight.grad) for weight in parameters if weight.grad is not None]
         norm = global_norm(gradients, self._runtime)
         share = (self._grad_clip / (norm + 1e-6)).clamp_(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         if share.device.type != "cpu" or share < 1:  # to ask a GPU would be to wait for it
@@ -147,11 +147,6 @@ def _squares_at_once(gradients: Sequence[Tensor]) -> Tensor:
     if not filled:
         return torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     return torch.stack(torch._foreach_norm(filled)).double().square().sum()
-
-
-def _local(gradient: Tensor) -> Tensor:
-    sharded = as_dtensor(gradient)
-    return gradient if sharded is None else sharded.to_local()
 
 
 class ReplicaEngine(_TorchEngine):

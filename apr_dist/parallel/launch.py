@@ -6,6 +6,7 @@ Imports no PyTorch: a refusal of it takes a moment.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from apr_dist.errors import UsageError
@@ -45,7 +46,7 @@ def read_launch() -> Launch:
     """This process's place in its launch.
 
     Raises:
-        UsageError: a variable is no integer, or the rank is none of the world's.
+        UsageError: a variable is no integer, or they contradict each other.
     """
     launch = Launch(
         rank=_integer("RANK", 0),
@@ -57,13 +58,18 @@ def read_launch() -> Launch:
         raise _refusal(
             f"RANK is {launch.rank} and WORLD_SIZE is {launch.world_size}", "a rank below the size"
         )
+    if launch.local_world_size > launch.world_size:
+        raise _refusal(
+            f"LOCAL_WORLD_SIZE is {launch.local_world_size} and WORLD_SIZE is {launch.world_size}",
+            "no more processes on one machine than in all",
+        )
     return launch
 
 
 def _integer(name: str, default: int, *, least: int = 0) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise _refusal(f"{name} is {text!r}", f"an integer of at least {least}")
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise _refusal(f"{name} is {text[:100]!r}", f"an integer of at least {least}")
     return int(text)
 
 

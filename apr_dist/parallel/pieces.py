@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharded import as_dtensor
+from apr_dist.parallel.sharded import as_dtensor, held_here
 from apr_dist.parallel.strategy import Strategy
 from apr_dist.parallel.whereabouts import HERE
 
@@ -68,11 +68,9 @@ def span(shape: tuple[int, ...], runtime: Runtime, rank: int) -> tuple[int, int]
 
 def local(parameter: Tensor, runtime: Runtime) -> Tensor:
     """This rank's elements of a weight, or of a moment that lies like one: a flat view, without padding."""
-    if (sharded := as_dtensor(parameter)) is not None:
-        return sharded.to_local().detach().view(-1)
     part = getattr(parameter, "ds_tensor", None)
     if part is None:
-        return parameter.detach().view(-1)
+        return held_here(parameter).detach().view(-1)
     begin, end = span(whole_shape(parameter), runtime, runtime.rank)
     return part.detach()[: end - begin]  # type: ignore[no-any-return]
 

@@ -25,6 +25,12 @@ def as_dtensor(tensor: Tensor) -> DTensor | None:
     return tensor if isinstance(tensor, DTensor) else None
 
 
+def held_here(tensor: Tensor) -> Tensor:
+    """This rank's part of one of FSDP2's tensors; any other as it is."""
+    sharded = as_dtensor(tensor)
+    return tensor if sharded is None else sharded.to_local()
+
+
 def as_fsdp(module: nn.Module) -> FSDPModule | None:
     """The module, where ``fully_shard`` was applied to it; else None."""
     if "torch.distributed.fsdp" not in sys.modules:

@@ -18,7 +18,7 @@ from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.pieces import whole_shape
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharded import as_dtensor, as_fsdp
+from apr_dist.parallel.sharded import as_dtensor, as_fsdp, held_here
 from apr_dist.parallel.strategy import NOT_AS_ASKED, Offload, Strategy
 from apr_dist.parallel.zero import zero_init
 
@@ -135,10 +135,8 @@ def assert_spread(model: nn.Module, runtime: Runtime) -> dict[str, Any]:
 
 
 def _local(parameter: Tensor) -> Tensor:
-    if (sharded := as_dtensor(parameter)) is not None:
-        return sharded.to_local()
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
-    return part
+    return held_here(part)
 
 
 def _is_share(parameter: Tensor, runtime: Runtime) -> bool:

@@ -243,10 +243,12 @@ class _Parts:
             if name not in places:
                 continue
             begin, held = places[name][0], file.get_slice(name)  # type: ignore[no-untyped-call]
-            first = max(start, begin)
+            first, codes = max(start, begin), held.get_dtype() == "U8"
             last = min(start + count, begin + held.get_shape()[0])
             if first < last:
-                yield _Run(file, begin, first, last, codes=held.get_dtype() == "U8")
+                if codes:
+                    _check_scales(file, path, name, blocks=-(-held.get_shape()[0] // BLOCK))
+                yield _Run(file, begin, first, last, codes=codes)
                 missing -= last - first
         if missing:
             raise _damaged(self._paths[0].parent, f"{missing} elements of {name} are in no file")
@@ -287,6 +289,13 @@ class _Run:
         """What the codes stand for, f32."""
         values = code_values(signed=name.endswith(MOMENTS[0]))
         return values[self.read(name).long()] * self.scales(name)
+
+
+def _check_scales(file: safe_open, path: Path, name: str, *, blocks: int) -> None:
+    scales = name + SCALES
+    held = file.get_slice(scales) if scales in file.keys() else None  # type: ignore[no-untyped-call]  # noqa: SIM118
+    if held is None or (held.get_dtype(), held.get_shape()) != ("F32", [blocks]):
+        raise _damaged(path, f"{name} is in 8 bits without a scale for each of its {blocks} blocks")
 
 
 def file_digest(path: Path) -> str:
