@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -73,10 +74,14 @@ def test_values_and_gradients_are_those_of_the_formula(length: int, dtype: torch
 @pytest.mark.usefixtures("_onednn")
 @pytest.mark.parametrize(
     "blocks",
-    [{"APART_LENGTH": 1, "BLOCK_ROWS": 12}, {"SPAN": 4}, {"SPAN": 7, "SCORES": 1}],
+    [
+        {"APART_LENGTH": 1, "BLOCK_ROWS": 12},
+        {"SPAN": {torch.float32: 4}},
+        {"SPAN": {torch.float32: 7}, "SCORES": 1},
+    ],
     ids=["heads apart", "heads together", "sequences apart"],
 )
-def test_blocks_change_nothing_but_rounding(blocks: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_change_nothing_but_rounding(blocks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = heads(45)
     whole = cpu_attention.causal_attention(*tensors)
     for name, value in blocks.items():
@@ -91,12 +96,11 @@ def test_blocks_change_nothing_but_rounding(blocks: dict[str, int], monkeypatch:
 
 @pytest.mark.usefixtures("_onednn")
 def test_it_is_chosen_where_sequences_are_long_and_only_for_whole_sequences() -> None:
-    long, short = heads(1024), heads(200)
+    long, short = heads(1024), heads(100)
     assert cpu_attention.has_causal_attention(*long[:2])
+    assert cpu_attention.has_causal_attention(*(tensor.bfloat16() for tensor in long[:2]))
     assert not cpu_attention.has_causal_attention(*short[:2])
-    middle = heads(300)
-    assert not cpu_attention.has_causal_attention(*middle[:2])
-    assert cpu_attention.has_causal_attention(*(tensor.bfloat16() for tensor in middle[:2]))
+    assert not cpu_attention.has_causal_attention(*(tensor.bfloat16() for tensor in short[:2]))
     assert not cpu_attention.has_causal_attention(long[0][:, -200:], long[1])
     assert not cpu_attention.has_causal_attention(*(tensor.half() for tensor in long[:2]))
     own = attention.causal_attention(*long)
@@ -126,8 +130,8 @@ def test_f32_products_stay_f32_under_autocast() -> None:
 @pytest.mark.usefixtures("_onednn")
 @pytest.mark.parametrize("mode", [Checkpointing.FULL, Checkpointing.SELECTIVE])
 def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "SPAN", 8)
-    monkeypatch.setitem(cpu_attention.LEAST_LENGTH, torch.float32, 8)
+    monkeypatch.setitem(cpu_attention.SPAN, torch.float32, 8)
+    monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
     model = tiny_decoder(tiny_config())
     tokens = random_tokens(model.config, (2, 33))
 
@@ -146,8 +150,8 @@ def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: 
 def test_selective_checkpointing_keeps_its_result(
     mode: Checkpointing, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_attention, "SPAN", 8)
-    monkeypatch.setitem(cpu_attention.LEAST_LENGTH, torch.float32, 8)
+    monkeypatch.setitem(cpu_attention.SPAN, torch.float32, 8)
+    monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
     model = tiny_decoder(tiny_config(num_layers=1))
     model.set_checkpointing(mode)
     tokens = random_tokens(model.config, (1, 33))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apr_dist.model import matmul
 from apr_dist.model.config import Family, preset
-from apr_dist.model.flops import flops_per_token, peak_flops
+from apr_dist.model.flops import LOGITS_CHUNK_BYTES, flops_per_token, logits_chunk, peak_flops
 from apr_dist.model.matmul import cpu_matmul_backend
 
 
@@ -72,3 +72,20 @@ def test_the_figure_of_a_known_model() -> None:
 )
 def test_a_device_has_its_published_peak_or_none(name: str, dtype: torch.dtype, peak: float | None) -> None:
     assert peak_flops(name, dtype) == peak
+
+
+@pytest.mark.parametrize("vocab_size", [1_000, 49_152, 151_936, 10**9])
+@pytest.mark.parametrize("tokens", [0, 1, 100, 1_024, 16_384, 16_385])
+def test_chunks_of_logits_are_alike_and_as_few_as_fit(tokens: int, vocab_size: int) -> None:
+    chunk = logits_chunk(tokens, vocab_size, 4)
+    most = max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size))
+    assert 1 <= chunk <= most
+    sizes = [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
+    assert not sizes or sizes[0] - sizes[-1] < 16 * len(sizes)
+    # Only what the whole multiples leave of the limit may cost a chunk more.
+    assert len(sizes) <= -(-tokens // max(1, most - most % 16 if most >= 16 else most))
+
+
+def test_a_batch_that_needs_two_chunks_is_halved() -> None:
+    assert logits_chunk(1_024, 49_152, 4) == 512
+    assert logits_chunk(1_024, 49_152, 2) == 1_024

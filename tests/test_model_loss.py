@@ -16,6 +16,7 @@ from apr_dist.model import chunked_loss
 from apr_dist.model.loss import (
     LossBackend,
     choose_loss_backend,
+    cross_entropy_parts,
     cross_entropy_sum,
     plain_cross_entropy_sum,
 )
@@ -50,6 +51,17 @@ def test_value_and_gradients_equal_the_plain_loss(chunk: int, z_loss: float) -> 
     assert total.dtype is torch.float32
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_without_gradients_the_value_has_the_same_bits(dtype: torch.dtype, z_loss: float) -> None:
+    hidden, head, targets = problem(dtype=dtype)
+    trained = cross_entropy_parts(hidden, head, targets, z_loss=z_loss, chunk_tokens=7)
+    with torch.no_grad():
+        evaluated = cross_entropy_parts(hidden, head, targets, z_loss=z_loss, chunk_tokens=7)
+    for one, other in zip(trained, evaluated, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_many_blocks_of_the_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apr_dist.model.flops import HEAD_GRADIENT_ROWS, LOGITS_CHUNK_BYTES
+from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
 from apr_dist.model.matmul import mm, uses_onednn
 
 IGNORE_INDEX: Final = -100
@@ -35,7 +35,7 @@ def chunked_cross_entropy(
     Returns:
         (summed loss, z-loss included; the z-loss part of it, without a graph), both f32.
     """
-    chunk = chunk_tokens or max(1, LOGITS_CHUNK_BYTES // (rows.element_size() * weight.shape[0]))
+    chunk = chunk_tokens or logits_chunk(rows.shape[0], weight.shape[0], rows.element_size())
     plan = _Plan(z_loss=z_loss, chunk_tokens=chunk, gradients=torch.is_grad_enabled())
     return _ChunkedCrossEntropy.apply(rows, weight, targets, plan)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -92,7 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _chunk_loss(logits: Tensor, targets: Tensor, *, z_loss: float, gradient_in_place: bool) -> Tensor:
     """Summed f32 cross-entropy and z-loss ``[2]`` of ``[tokens, vocab]`` logits.
 
-    The logits become their own gradient where asked.
+    The logits become their own gradient where asked; else nothing is left of them.
 
     On the CPU the rows are worked on a few at a time, so that every pass but the first finds them in
     the cache, and bf16 logits are never held in f32 all at once.
@@ -109,24 +109,28 @@ def _chunk_loss(logits: Tensor, targets: Tensor, *, z_loss: float, gradient_in_p
             if wide is not part:
                 part.copy_(wide)
         else:
-            total += _sum_loss(
-                wide.logsumexp(dim=1), _target_logits(wide, part_targets), part_targets, z_loss
-            )
+            chosen = _target_logits(wide, part_targets)
+            total += _sum_loss(_log_sum_exp(wide), chosen, part_targets, z_loss)
     return total
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
     """As `_sum_loss`; the f32 logits become its gradient in place: ``softmax (1 + 2 z lse) - onehot``."""
     chosen = _target_logits(logits, targets)
-    largest = logits.amax(dim=1)
-    torch.softmax(logits, dim=1, out=logits)
-    # The largest probability is at least 1 / vocab, so its logarithm is exact where the target's may not be.
-    lse = largest - logits.amax(dim=1).log_()
+    lse = _log_sum_exp(logits)
     counts = targets != IGNORE_INDEX
     if z_loss or logits.device.type != "cpu" or not bool(counts.all()):
         logits.mul_((counts * (1.0 + 2.0 * z_loss * lse)).unsqueeze(1))
     logits.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -counts.to(logits.dtype).unsqueeze(1))
     return _sum_loss(lse, chosen, targets, z_loss)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """``[tokens]``; the f32 logits become their softmax in place, in fewer passes than `torch.logsumexp`."""
+    largest = logits.amax(dim=1)
+    torch.softmax(logits, dim=1, out=logits)
+    # The largest probability is at least 1 / vocab, so its logarithm is exact where the target's may not be.
+    return largest - logits.amax(dim=1).log_()
 
 
 def _target_logits(logits: Tensor, targets: Tensor) -> Tensor:

@@ -24,14 +24,14 @@ BLOCK_ROWS: Final = 1024
 APART_LENGTH: Final = 512
 """Positions from which on a head is worked on alone: its products are then large enough to be fast."""
 
-SPAN: Final = 64
-"""Positions of shorter sequences whose scores are computed together, for all heads."""
+SPAN: Final = {torch.float32: 32, torch.bfloat16: 64}
+"""Positions of shorter sequences whose scores are computed together, for all heads; no other types."""
 
 SCORES: Final = 4 << 20
 """Scores that are held at once where heads are worked on together."""
 
-LEAST_LENGTH: Final = {torch.float32: 512, torch.bfloat16: 256}
-"""Positions from which on this is faster than PyTorch's kernel, measured; in f32 at 256 both take as long."""
+LEAST_LENGTH: Final = 128
+"""Positions from which on this is faster than PyTorch's kernel, measured; at 64 both take as long in f32."""
 
 
 def has_causal_attention(query: Tensor, key: Tensor) -> bool:
@@ -41,7 +41,8 @@ def has_causal_attention(query: Tensor, key: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and cpu_matmul_backend() is MatmulBackend.ONEDNN
         and query.shape[1] == key.shape[1]
-        and query.shape[1] >= LEAST_LENGTH.get(query.dtype, math.inf)
+        and query.dtype in SPAN
+        and query.shape[1] >= LEAST_LENGTH
     )
 
 
@@ -95,16 +96,16 @@ def _heads(query: Tensor, key: Tensor, value: Tensor) -> Iterator[_Heads]:
     batch, kv_heads, length, group, _ = parts[0].shape
     rows, heads = 1, 1
     if length < APART_LENGTH:
-        rows, heads = max(1, SCORES // (kv_heads * group * SPAN * length)), kv_heads
+        rows, heads = max(1, SCORES // (kv_heads * group * SPAN[query.dtype] * length)), kv_heads
     for row in range(0, batch, rows):
         for head in range(0, kv_heads, heads):
             where = (slice(row, row + rows), slice(head, head + heads))
             yield _Heads(where, *(_packed(part[where]) for part in parts))
 
 
-def _spans(length: int, group: int) -> list[slice]:
+def _spans(length: int, group: int, dtype: torch.dtype) -> list[slice]:
     """Positions whose scores are worked on together; the first span is as long as any."""
-    step = SPAN if length < APART_LENGTH else max(1, BLOCK_ROWS // group)
+    step = SPAN[dtype] if length < APART_LENGTH else max(1, BLOCK_ROWS // group)
     step = math.ceil(length / math.ceil(length / step))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
@@ -136,7 +137,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     mixed = query.new_empty(query.shape)
     grouped = _grouped(mixed, key)
     with torch.autocast("cpu", enabled=False):
-        spans = _spans(query.shape[1], grouped.shape[3])
+        spans = _spans(query.shape[1], grouped.shape[3], query.dtype)
         later = _later(spans)
         for heads in _heads(query, key, value):
             rows, keys = heads.query.float() * query.shape[3] ** -0.5, heads.key.float()
@@ -153,7 +154,7 @@ def _backward(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> tu
     scale, dtype = query.shape[3] ** -0.5, query.dtype
     d_query, d_key, d_value = (torch.empty_like(tensor) for tensor in (query, key, value))
     d_grouped, given = _grouped(d_query, key), _grouped(gradient, key)
-    spans = _spans(query.shape[1], given.shape[3])
+    spans = _spans(query.shape[1], given.shape[3], dtype)
     later = _later(spans)
     for heads in _heads(query, key, value):
         rows, keys, values = heads.query.float() * scale, heads.key.float(), heads.value.float()

@@ -5,6 +5,7 @@ Model FLOPs utilisation (MFU) is ``flops_per_token * tokens_per_second / (device
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 from apr_dist.model.config import TransformerConfig
@@ -18,8 +19,23 @@ HEAD_GRADIENT_ROWS: Final = 8192
 LOGITS_CHUNK_BYTES: Final = 128 << 20
 """Largest chunk of logits the loss holds at once."""
 
+LOGITS_CHUNK_MULTIPLE: Final = 16
+"""Tokens of such a chunk are a multiple of this, as vector units and matrix units like them."""
+
 FORMULA: Final = "6 * matrix parameters + 12 * layers * heads * head_dim * sequence length"
 """`flops_per_token` in words, to print beside an MFU."""
+
+
+def logits_chunk(tokens: int, vocab_size: int, element_bytes: int) -> int:
+    """Tokens whose logits the loss holds at once: chunks of one size, as few as the limit allows.
+
+    A last chunk much smaller than the others would be multiplied at a lower rate.
+    """
+    most = max(1, LOGITS_CHUNK_BYTES // (element_bytes * vocab_size))
+    multiple = min(LOGITS_CHUNK_MULTIPLE, most)
+    most -= most % multiple
+    share = math.ceil(tokens / max(1, math.ceil(tokens / most)))
+    return max(1, math.ceil(share / multiple) * multiple)
 
 
 def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: bool = True) -> int:

@@ -60,7 +60,7 @@ def cross_entropy_sum(
         head_weight: ``[vocab, hidden]``.
         targets: integers ``[...]``; -100 does not count.
         z_loss: weight of ``logsumexp(logits)^2``, added per token (PaLM, arXiv:2204.02311, section 5).
-        chunk_tokens: tokens per chunk; by default as many as fit in 128 MB.
+        chunk_tokens: tokens per chunk; by default equal chunks of at most 128 MB (`flops.logits_chunk`).
         backend: who computes; by default `choose_loss_backend` decides.
 
     Returns:

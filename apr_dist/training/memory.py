@@ -14,7 +14,7 @@ from typing import Any
 
 from apr_dist.config_sections import ActivationCheckpointing, Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.flops import HEAD_GRADIENT_ROWS, LOGITS_CHUNK_BYTES
+from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
 from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
 from apr_dist.parallel.strategy import Offload, Strategy, possible_offloads
 
@@ -337,7 +337,7 @@ def _end_bytes(model: TransformerConfig, load: Load) -> int:
 
 
 def _logits_bytes(model: TransformerConfig, load: Load) -> int:
-    chunk = min(load.tokens, max(1, LOGITS_CHUNK_BYTES // (load.compute_bytes * model.vocab_size)))
+    chunk = min(load.tokens, logits_chunk(load.tokens, model.vocab_size, load.compute_bytes))
     if load.cuda:
         widened = F32 if load.precision is Precision.BF16 else 0
         # The chunk before is still there while the next, perhaps shorter, is computed.
