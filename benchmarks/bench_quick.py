@@ -42,7 +42,7 @@ def step_ratios(rounds: int) -> Ratios:
         )
         first = OurStep(setting)
         second = plain_loop(setting, first.model.state_dict())
-        pairs = [(first.step()[1], second.step()[1]) for _ in range(rounds + 2)][2:]
+        pairs = [(first.step().seconds, second.step().seconds) for _ in range(rounds + 2)][2:]
         found[f"step, {name}"] = [one / other for one, other in pairs]
         found[f"bytes: activations, {name}"] = [first.activation_bytes() / second.activation_bytes()]
     return found

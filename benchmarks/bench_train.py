@@ -1,8 +1,9 @@
 """A training step beside what a user would pick instead: same shape, data, type and optimizer, one run.
 
-Ours is the trainer's own step: its engine, optimizer, feed and guards, read after every step. The contenders
-alternate, step by step; the figure is the median of paired ratios to the plain loop over ``transformers``,
-with its range. Activation memory is the largest sum of live tensors during forward and backward beyond
+Ours is the trainer's own step: its engine, optimizer, feed and guards, read after every step. The contenders,
+each in a process of its own as its user would run it, alternate step by step; the figure is the median of
+paired ratios to the plain loop over ``transformers``, with its range. ``memory kept`` is that loop with our
+allocator's settings. Activation memory is the largest sum of live tensors during forward and backward beyond
 weights, gradients and optimizer state. On a GPU: MFU. With ``--compile`` all are compiled, from an empty
 cache, and the first step, which waits for the compiler, is told too.
 
@@ -15,23 +16,33 @@ cache, and the first step, which waits for the compiler, is told too.
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
 import json
-import os
 import statistics
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from train_ours import OurStep
-from train_rivals import HeldTrainer, Loop, Setting, litgpt_loop, plain_loop
+from train_ours import OurStep, our_weights
+from train_rivals import Setting, TrainerLoop, litgpt_loop, plain_loop
+from train_turns import Absent, Channel, Seat, Step
 
 from apr_dist.model.config import preset
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
 from apr_dist.model.host_memory import keep_freed_memory
 from apr_dist.model.matmul import cpu_matmul_backend
+
+OURS, PLAIN, KEPT, TRAINER, LITGPT = "apr-dist", "transformers", "memory kept", "Trainer", "litgpt"
+CONTENDERS = (OURS, PLAIN, KEPT, TRAINER, LITGPT)
+"""In the order in which they take turns; ``memory kept`` is the plain loop with our allocator's settings."""
+
+COUNTED = (OURS, PLAIN, LITGPT)
+"""Those whose activations are measured."""
+
+SKIPPED_AS = {KEPT: "kept", TRAINER: "trainer", LITGPT: "litgpt"}
 
 WARM_UP = 2
 SAME_LOSS = 0.01
@@ -51,60 +62,101 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch threads; by default all cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="ours by blocks, the others as a whole")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("trainer", "litgpt", "memory"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=(*SKIPPED_AS.values(), "memory"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="draw the JSON files that follow, and measure nothing")
+    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--channel", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", type=Path)
     return parser.parse_args()
 
 
-def contenders(setting: Setting, skip: list[str]) -> tuple[OurStep, Loop, list[Any]]:
-    """Ours, the plain loop, and all of them in the order they take turns."""
-    first = OurStep(setting)
-    state = first.model.state_dict()
-    second = plain_loop(setting, state)
-    found: list[Any] = [first, second]
-    if "trainer" not in skip:
-        found.append(HeldTrainer(setting, state))
-    if "litgpt" not in skip:
+def setting_of(options: argparse.Namespace) -> Setting:
+    """What all contenders share."""
+    config = preset(options.shape)
+    return Setting(
+        config=replace(config, num_layers=options.layers or config.num_layers),
+        batch=options.batch,
+        seq=options.seq,
+        dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
+        device=torch.device(options.device),
+        compiled=options.compile,
+    )
+
+
+def serve(name: str, setting: Setting, channel: Channel) -> None:
+    """Be one contender, in this process, with the settings a user of it has."""
+    if name == OURS:
+        keep_freed_memory()  # as the trainer does
+        channel.serve(OurStep(setting))
+        return
+    state = our_weights(setting)
+    if name == TRAINER:
+        TrainerLoop(setting, state).serve(channel)
+    elif name == LITGPT:
         try:
-            found.append(litgpt_loop(setting, state))
+            loop = litgpt_loop(setting, state)
         except ImportError as error:
-            print(f"litgpt left out: {error}")
-    return first, second, found
+            channel.reply(absent=str(error))
+            return
+        channel.serve(loop)
+    else:
+        if name == KEPT:
+            keep_freed_memory()
+        channel.serve(plain_loop(setting, state))
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds by contender: of its first step, of those that count; and how far losses were ever apart."""
+    """By contender: seconds of its first step, and the steps that count; how far losses were ever apart."""
 
     first: dict[str, float]
-    seconds: dict[str, list[float]]
+    steps: dict[str, list[Step]]
     apart: float
 
+    def seconds(self) -> dict[str, list[float]]:
+        """Of the steps that count."""
+        return {name: [one.seconds for one in steps] for name, steps in self.steps.items()}
 
-def measure(found: list[Any], repeats: int) -> Times:
+
+def take_seats(options: argparse.Namespace, stack: contextlib.ExitStack) -> list[Seat]:
+    """Start every contender that is wanted and can be there, one after another."""
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compiled-")))
+    seats = []
+    for name in CONTENDERS:
+        if SKIPPED_AS.get(name) in options.skip:
+            continue
+        try:
+            seat = Seat(name, Path(__file__), sys.argv[1:], scratch)
+        except Absent as absent:
+            print(f"{name} left out: {absent}")
+            continue
+        seats.append(stack.enter_context(seat))
+    return seats
+
+
+def measure(seats: list[Seat], repeats: int) -> Times:
     """Let all take turns.
 
     Raises:
         RuntimeError: one has another loss, and so is not the same model.
     """
     first: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {one.name: [] for one in found}
+    steps: dict[str, list[Step]] = {seat.name: [] for seat in seats}
     apart = 0.0
     for repeat in range(repeats + WARM_UP):
         losses = {}
-        for one in found:
-            loss, took = one.step()
-            first.setdefault(one.name, took)
-            if loss is not None:
-                losses[one.name] = loss
+        for seat in seats:
+            step = seat.step()
+            first.setdefault(seat.name, step.seconds)
+            if step.loss is not None:
+                losses[seat.name] = step.loss
             if repeat >= WARM_UP:
-                seconds[one.name].append(took)
+                steps[seat.name].append(step)
         apart = max(apart, max(losses.values()) - min(losses.values()))
         if apart > SAME_LOSS:
             raise RuntimeError(f"step {repeat}: these are not losses of one model: {losses}")
-    return Times(first, seconds, apart)
+    return Times(first, steps, apart)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -114,38 +166,22 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one setting."""
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    keep_freed_memory()
-    config = preset(options.shape)
-    config = replace(config, num_layers=options.layers or config.num_layers)
-    setting = Setting(
-        config=config,
-        batch=options.batch,
-        seq=options.seq,
-        dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32,
-        device=torch.device(options.device),
-        compiled=options.compile,
-    )
-    first, second, found = contenders(setting, options.skip)
-    times = measure(found, options.repeats)
-    seconds = times.seconds
-    waited = sum(first.data_wait_s[WARM_UP:]) / sum(seconds[first.name])
-    for one in found:
-        if isinstance(one, HeldTrainer):
-            one.close()
-    memory = {}
-    if "memory" not in options.skip:
-        memory = {one.name: one.activation_bytes() for one in found if isinstance(one, OurStep | Loop)}
-    base = seconds[second.name]
+    setting, memory = setting_of(options), {}
+    with contextlib.ExitStack() as stack:
+        seats = take_seats(options, stack)
+        times = measure(seats, options.repeats)
+        if "memory" not in options.skip:
+            memory = {seat.name: seat.activation_bytes() for seat in seats if seat.name in COUNTED}
+    seconds = times.seconds()
+    waited = sum(step.data_wait_s or 0.0 for step in times.steps[OURS]) / sum(seconds[OURS])
     ratios = {
-        name: spread([a / b for a, b in zip(took, base, strict=True)]) for name, took in seconds.items()
+        name: spread([a / b for a, b in zip(took, seconds[PLAIN], strict=True)])
+        for name, took in seconds.items()
     }
-    tokens = setting.batch * setting.seq
+    config, tokens = setting.config, setting.batch * setting.seq
     cuda = setting.device.type == "cuda"
     peak = peak_flops(torch.cuda.get_device_name(), setting.dtype) if cuda else None
     work = flops_per_token(config, setting.seq) * tokens
-    del found, first, second
-    gc.collect()
     return {
         "setting": f"{options.shape}, {config.num_layers} layers, {setting.batch} x {setting.seq}, "
         f"{options.dtype}{', compiled' if options.compile else ''}",
@@ -168,7 +204,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def table(facts: dict[str, Any]) -> str:
     """What was measured, as a Markdown table."""
     memory = facts["memory_bytes"]
-    base = memory.get("transformers")
+    base = memory.get(PLAIN)
     lines = [
         f"{facts['setting']}; {facts['machine']}",
         "",
@@ -209,7 +245,7 @@ def plot(path: Path, files: list[Path]) -> None:
         low = [facts["ratios"][name]["median"] - facts["ratios"][name]["min"] for name in names]
         high = [facts["ratios"][name]["max"] - facts["ratios"][name]["median"] for name in names]
         places = range(len(names))
-        colours = ["#1f6f8b" if name == "apr-dist" else "#b0b7bd" for name in names]
+        colours = ["#1f6f8b" if name == OURS else "#b0b7bd" for name in names]
         axis.bar(places, medians, 0.62, yerr=[low, high], color=colours, ecolor="#444444", capsize=3)
         for place, median in zip(places, medians, strict=True):
             axis.text(place, 0.03, f"{median:.2f}", ha="center", color="white", fontweight="bold")
@@ -228,9 +264,11 @@ def main() -> None:
     if options.plot:
         plot(options.plot, options.files)
         return
-    with tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what was compiled before is compiled again
-        facts = run(options)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.serve:
+        serve(options.serve, setting_of(options), Channel(*options.channel))
+        return
+    facts = run(options)
     print(table(facts))
     if options.json:
         options.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from collections import deque
 
 import torch
 from train_rivals import BETAS, EPS, GRAD_CLIP, LR, WEIGHT_DECAY, Setting, activation_peak
+from train_turns import Step
 
 from apr_dist.config_sections import GuardsSection
 from apr_dist.data.documents import Documents
@@ -30,8 +31,6 @@ from apr_dist.training.stepping import BatchFeed, Stepper
 class OurStep:
     """The trainer's step over a decoder with random weights of a fixed seed."""
 
-    name = "apr-dist"
-
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         runtime = _start(setting)
@@ -43,7 +42,6 @@ class OurStep:
             self.model, lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS, eps=EPS, alone=True
         )
         self._engine = prepare(self.model, optimizer, runtime, micro_batch=setting.batch, grad_clip=GRAD_CLIP)
-        processes.reset_state()  # Trainer makes an Accelerator of its own, with a state of its own
         self._data = _Drawn(setting)
         self._guard = StepGuard(GuardsSection(), batch_size=setting.batch, state=GuardState())
         self._stepper = Stepper(
@@ -56,11 +54,9 @@ class OurStep:
             limits=self._guard.limits,
         )
         self._done = 0
-        self.data_wait_s: list[float] = []
-        """Seconds that the host waited for the batch, of each step so far."""
 
-    def step(self) -> tuple[float, float]:
-        """One optimizer step: the loss before it, and its seconds."""
+    def step(self) -> Step:
+        """One optimizer step."""
         self._data.draw_up_to(self._done + 1)
         self._setting.synchronize()
         began = time.perf_counter()
@@ -69,8 +65,7 @@ class OurStep:
         self._guard.check(batch=self._done, train_loss=taken.train_loss, grad_norm=taken.grad_norm)
         took = time.perf_counter() - began
         self._done += 1
-        self.data_wait_s.append(taken.data_wait_s)
-        return taken.train_loss, took
+        return Step(took, taken.train_loss, taken.data_wait_s)
 
     def activation_bytes(self) -> int:
         """Peak of live bytes in one forward and backward, beyond weights, gradients and optimizer state."""
@@ -112,6 +107,15 @@ class _Drawn:
     def documents(self, k: int) -> list[Documents]:  # noqa: ARG002
         """None: tokens are not packed."""
         return []
+
+
+def our_weights(setting: Setting) -> dict[str, torch.Tensor]:
+    """The weights that `OurStep` begins with, for the others."""
+    runtime = _start(setting)
+    model: Decoder = build_decoder(setting.config, runtime)
+    draw_weights(model, setting.config, runtime, seed=0)
+    processes.reset_state()  # Trainer makes an Accelerator of its own, with a state of its own
+    return model.state_dict()
 
 
 def _start(setting: Setting) -> Runtime:

@@ -2,16 +2,14 @@
 
 Every contender has the same weights, tokens, AdamW and clipping; ours is in ``train_ours``. ``transformers``
 is a plain PyTorch loop over the same model of that library, without the cache for generation; ``Trainer`` is
-that library's own loop, held between its steps so that contenders can alternate; litgpt is a plain loop over
-litgpt's model and its chunked loss. litgpt 0.5.13 pins other versions than ``constraints.txt`` has; it runs
-with those beside it in an environment of its own, as ``pip install --no-deps litgpt; pip install lightning``
-make it.
+that library's own loop, which waits between its steps; litgpt is a plain loop over litgpt's model and its
+chunked loss. litgpt 0.5.13 pins other versions than ``constraints.txt`` has; it runs with those beside it in
+an environment of its own, as ``pip install --no-deps litgpt; pip install lightning`` make it.
 """
 
 from __future__ import annotations
 
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
+from train_turns import Channel, Step
 
 from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
@@ -70,13 +69,11 @@ class Loop:
 
     def __init__(
         self,
-        name: str,
         setting: Setting,
         model: torch.nn.Module,
         loss: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        self.name, self.model = name, model
-        self._setting, self._loss, self._tokens = setting, loss, setting.batches()
+        self.model, self._setting, self._loss, self._tokens = model, setting, loss, setting.batches()
         weights = list(model.parameters())
         groups = [  # Trainer decays no vector either
             {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": WEIGHT_DECAY},
@@ -84,8 +81,8 @@ class Loop:
         ]
         self._optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
 
-    def step(self) -> tuple[float, float]:
-        """One optimizer step: the loss before it, and its seconds."""
+    def step(self) -> Step:
+        """One optimizer step."""
         tokens = self._tokens()
         self._setting.synchronize()
         began = time.perf_counter()
@@ -94,7 +91,7 @@ class Loop:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._setting.synchronize()
-        return float(loss), time.perf_counter() - began
+        return Step(time.perf_counter() - began, float(loss))
 
     def activation_bytes(self) -> int:
         """Peak of live bytes in one forward and backward, beyond weights, gradients and optimizer state."""
@@ -114,7 +111,7 @@ def plain_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
     """A plain PyTorch loop over the model of ``transformers``."""
     model = hugging_face_model(setting.config, state).to(setting.device)
     called = torch.compile(model) if setting.compiled else model
-    return Loop("transformers", setting, model, lambda tokens: called(**_inputs(tokens)).loss)
+    return Loop(setting, model, lambda tokens: called(**_inputs(tokens)).loss)
 
 
 def litgpt_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
@@ -159,7 +156,7 @@ def litgpt_loop(setting: Setting, state: dict[str, torch.Tensor]) -> Loop:
         logits = called(tokens[:, :-1]).float()  # as Lightning's mixed precision hands them on
         return chunked_cross_entropy(logits, tokens[:, 1:].contiguous())  # type: ignore[no-any-return]
 
-    return Loop("litgpt", setting, model, loss)
+    return Loop(setting, model, loss)
 
 
 def _litgpt_state(config: TransformerConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -187,18 +184,12 @@ def _litgpt_state(config: TransformerConfig, state: dict[str, torch.Tensor]) -> 
     return renamed
 
 
-class HeldTrainer:
-    """``transformers.Trainer``, which waits at the end of every step until it is told to go on."""
-
-    name = "Trainer"
+class TrainerLoop:
+    """``transformers.Trainer``, which waits before every step until it is told to go on."""
 
     def __init__(self, setting: Setting, state: dict[str, torch.Tensor]) -> None:
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._losses: list[float] = []
-        self._ending = False
-        folder = tempfile.mkdtemp(prefix="trainer-")
         arguments = transformers.TrainingArguments(
-            output_dir=folder,
+            output_dir=tempfile.mkdtemp(prefix="trainer-"),
             per_device_train_batch_size=setting.batch,
             max_steps=1_000_000,
             learning_rate=LR,
@@ -220,49 +211,38 @@ class HeldTrainer:
                 f"{arguments.n_gpu} GPUs are visible: Trainer is held to one, else it would be DataParallel"
             )
             arguments._n_gpu = 1
-        model = hugging_face_model(setting.config, state)
         self._setting, self._rows = setting, _Rows(setting)
-        self._trainer = transformers.Trainer(
-            model=model, args=arguments, train_dataset=self._rows, callbacks=[_Gate(self)]
+        self._model, self._arguments = hugging_face_model(setting.config, state), arguments
+
+    def serve(self, channel: Channel) -> None:
+        """Train as long as steps are asked for; the batch is collated within a step, and no loss is told."""
+        turns = _Turns(self._setting, self._rows, channel)
+        trainer = transformers.Trainer(
+            model=self._model, args=self._arguments, train_dataset=self._rows, callbacks=[turns]
         )
-        self._thread = threading.Thread(target=self._trainer.train, daemon=True)
-        self._thread.start()
-        self._done.acquire()  # set up, before its first step
-
-    def step(self) -> tuple[float | None, float]:
-        """One step of its loop, collating the batch included; it does not tell the loss."""
-        self._rows.draw_ahead()
-        self._setting.synchronize()
-        began = time.perf_counter()
-        self._go.release()
-        self._done.acquire()
-        return None, time.perf_counter() - began
-
-    def close(self) -> None:
-        """Let the loop end."""
-        self._ending = True
-        self._go.release()
-        self._thread.join()
-
-    def wait(self, control: Any) -> None:
-        """Called in the loop's thread between two steps."""
-        self._done.release()
-        self._go.acquire()
-        if self._ending:
-            control.should_training_stop = True
+        trainer.train()
 
 
-class _Gate(transformers.TrainerCallback):  # type: ignore[misc]
-    def __init__(self, held: HeldTrainer) -> None:
-        self._held = held
+class _Turns(transformers.TrainerCallback):  # type: ignore[misc]
+    def __init__(self, setting: Setting, rows: _Rows, channel: Channel) -> None:
+        self._setting, self._rows, self._channel = setting, rows, channel
+        self._began = 0.0
 
     def on_train_begin(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
-        self._held.wait(control)
+        self._channel.reply()
+        self._wait(control)
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._held.wait(control)
+        self._setting.synchronize()
+        self._channel.reply(seconds=time.perf_counter() - self._began)
+        self._wait(control)
+
+    def _wait(self, control: Any) -> None:
+        if not self._channel.command():
+            control.should_training_stop = True
+        self._rows.draw_ahead()
+        self._setting.synchronize()
+        self._began = time.perf_counter()
 
 
 class _Rows(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
