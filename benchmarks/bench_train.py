@@ -172,6 +172,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         times = measure(seats, options.repeats)
         if "memory" not in options.skip:
             memory = {seat.name: seat.activation_bytes() for seat in seats if seat.name in COUNTED}
+        rate = seats[0].product_rate()
     seconds = times.seconds()
     waited = sum(step.data_wait_s or 0.0 for step in times.steps[OURS]) / sum(seconds[OURS])
     ratios = {
@@ -196,6 +197,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             name: None if peak is None else work / statistics.median(took) / peak
             for name, took in seconds.items()
         },
+        "product_rate": rate,
+        "floor_seconds": work / rate,
         "data_wait_share": waited,
         "loss_apart": times.apart,
     }
@@ -204,7 +207,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def table(facts: dict[str, Any]) -> str:
     """What was measured, as a Markdown table."""
     memory = facts["memory_bytes"]
-    base = memory.get(PLAIN)
+    base, ours = memory.get(PLAIN), facts["seconds"][OURS]["median"]
     lines = [
         f"{facts['setting']}; {facts['machine']}",
         "",
@@ -224,6 +227,8 @@ def table(facts: dict[str, Any]) -> str:
     lines += [
         "",
         f"losses of all that tell theirs at most {facts['loss_apart']:.1e} apart; MFU by {FORMULA}",
+        f"a step's arithmetic at the rate of our large products ({facts['product_rate'] / 1e9:,.0f} GFLOP/s) "
+        f"takes {facts['floor_seconds']:.3f} s; our step {ours / facts['floor_seconds']:.2f} times that",
         f"of our steps the host waited {100 * facts['data_wait_share']:.3f} % for their batches",
     ]
     return "\n".join(lines)

@@ -10,12 +10,13 @@ import time
 from collections import deque
 
 import torch
-from train_rivals import BETAS, EPS, GRAD_CLIP, LR, WEIGHT_DECAY, Setting, activation_peak
+from train_rivals import BETAS, EPS, GRAD_CLIP, LR, WEIGHT_DECAY, Setting, activation_peak, product_rate
 from train_turns import Step
 
 from apr_dist.config_sections import GuardsSection
 from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress
+from apr_dist.model.matmul import mm
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.engine import prepare
@@ -79,6 +80,10 @@ class OurStep:
         peak = activation_peak(compute, self._setting.device)
         self._engine.optimizer.zero_grad(set_to_none=True)
         return peak
+
+    def product_rate(self) -> float:
+        """Operations a second of one large product as our layers multiply, in the type of the setting."""
+        return product_rate(mm, self._setting)
 
 
 class _Drawn:

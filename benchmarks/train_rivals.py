@@ -9,6 +9,7 @@ an environment of its own, as ``pip install --no-deps litgpt; pip install lightn
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections import deque
@@ -99,6 +100,10 @@ class Loop:
         peak = activation_peak(lambda: self._forward_backward(tokens), self._setting.device)
         self._optimizer.zero_grad(set_to_none=True)
         return peak
+
+    def product_rate(self) -> float:
+        """Operations a second of one large product by PyTorch, in the type of the setting."""
+        return product_rate(torch.mm, self._setting)
 
     def _forward_backward(self, tokens: torch.Tensor) -> torch.Tensor:
         with self._setting.autocast():
@@ -285,6 +290,20 @@ def hugging_face_model(config: TransformerConfig, state: dict[str, torch.Tensor]
 def _inputs(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     targets = tokens[..., 1:].contiguous()
     return {"input_ids": tokens[..., :-1].contiguous(), "labels": targets, "shift_labels": targets}
+
+
+def product_rate(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], setting: Setting) -> float:
+    """Operations a second of ``multiply`` with square matrices; the median of nine."""
+    size = 8192 if setting.device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, dtype=setting.dtype, device=setting.device) for _ in range(2))
+    seconds = []
+    for _ in range(11):
+        setting.synchronize()
+        began = time.perf_counter()
+        multiply(left, right)
+        setting.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(seconds[2:])
 
 
 def activation_peak(compute: Callable[[], Any], device: torch.device) -> int:

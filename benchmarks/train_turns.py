@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
-STEP, ACTIVATIONS = "step", "activations"
+STEP, ACTIVATIONS, RATE = "step", "activations", "rate"
 
 
 class Step(NamedTuple):
@@ -40,6 +40,10 @@ class Contender(Protocol):
         """Peak of live bytes in one forward and backward, beyond what outlives them."""
         ...
 
+    def product_rate(self) -> float:
+        """Operations a second of one large product, as its steps multiply."""
+        ...
+
 
 class Channel:
     """A contender's end: commands come, replies go."""
@@ -62,8 +66,10 @@ class Channel:
         while command := self.command():
             if command == STEP:
                 self.reply(**contender.step()._asdict())
-            else:
+            elif command == ACTIVATIONS:
                 self.reply(bytes=contender.activation_bytes())
+            else:
+                self.reply(rate=contender.product_rate())
 
 
 class Absent(Exception):
@@ -108,6 +114,10 @@ class Seat:
     def activation_bytes(self) -> int:
         """See `Contender`."""
         return int(self._ask(ACTIVATIONS)["bytes"])
+
+    def product_rate(self) -> float:
+        """See `Contender`."""
+        return float(self._ask(RATE)["rate"])
 
     def leave(self) -> None:
         """Let the process end."""

@@ -91,6 +91,17 @@ def test_values_that_training_cannot_have_left_are_refused(
             check_values(reader, [name, "b.weight"])
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-007")
+def test_of_several_bad_tensors_the_first_is_named(tmp_path: Path) -> None:
+    sizes = {"a.weight": 4, "c.weight": 1 << 20, "b.weight": 2, "d.weight": 1}
+    values = {name: np.full((rows, 2), np.nan, np.float32) for name, rows in sizes.items()}
+    values["a.weight"] = np.ones((4, 2), np.float32)
+    with AprReader(write_apr(tmp_path / "m.apr", values)) as reader:
+        for _ in range(5):  # however the threads take turns
+            with pytest.raises(WeightsRefused, match=r"c\.weight holds 2097152 values"):
+                check_values(reader, list(sizes))
+
+
 @pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-010")
 @pytest.mark.parametrize(("last", "fell"), [(2.4, True), (2.5, False), (2.6, False)])
 def test_whether_the_loss_fell_is_said_and_stops_nothing(last: float, fell: bool) -> None:

@@ -7,6 +7,7 @@ family, its dimensions, every shape, every value, the vocabulary, the data, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,13 +172,16 @@ def prove_model_file(
     )
     model_config = architecture.check_dimensions(metadata, head, family=family, where=path)
     found = Preflight(model_config=model_config, reader=reader, results=[intact])
-    if read_weights:
-        found.provenance["init_digest"] = reader.digest()
     _note(found, say, _family_result(metadata, model_config))
     expected = parameter_shapes(model_config)
     present = {name: shape for name, shape in shapes.items() if name != architecture.HEAD or name in expected}
     weights.check_names_and_shapes(expected, present, where=path)
-    count = weights.check_values(reader, list(expected)) if read_weights else None
+    count = None
+    if read_weights:
+        with ThreadPoolExecutor(1, "digest") as pool:  # one core hashes while the others look at values
+            digest = pool.submit(reader.digest)
+            count = weights.check_values(reader, list(expected))
+            found.provenance["init_digest"] = digest.result()
     _note(found, say, _weights_result(expected, count))
     return found
 

@@ -6,12 +6,14 @@ Loading is a strict comparison of sets: nothing is reshaped, transposed, truncat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader
+from apr_dist.cores import usable_cores
 from apr_dist.errors import WeightsRefused
 
 MISSING = "FALSIFY-APR-DIST-TRAINER-004"
@@ -19,6 +21,9 @@ SHAPE = "FALSIFY-APR-DIST-TRAINER-005"
 LEFT_OVER = "FALSIFY-APR-DIST-TRAINER-006"
 VALUES = "FALSIFY-APR-DIST-TRAINER-007"
 INTEGER = "FALSIFY-APR-DIST-TRAINER-013"
+
+THREADS = 4
+"""Most tensors that are looked at at once; each may need a copy in f32."""
 
 _INTEGERS = (DType.I8, DType.U8, DType.I32, DType.I64)
 
@@ -75,40 +80,42 @@ def check_values(reader: AprReader, names: Sequence[str]) -> int:
     Raises:
         WeightsRefused: naming the first tensor that is not what training could have left.
     """
-    checked = 0
-    for name in names:
-        kind = reader.tensors[name].dtype
-        if kind in _INTEGERS:
-            raise WeightsRefused(
-                f"{name} holds integers ({kind.name})",
-                where=reader.path,
-                expected="floating-point weights, or a quantised type that carries its scales",
-                remedy=_REMEDY,
-                falsifier=INTEGER,
-            )
-        values = reader.float32(name)
-        checked += values.size
-        # One pass and no temporary: the sum is not finite when any value is not. It may also
-        # overflow over large finite values, so only then look at each.
-        total = float(np.sum(values, dtype=np.float64))
-        if not np.isfinite(total):
-            count = int(np.count_nonzero(~np.isfinite(values)))
-            raise WeightsRefused(
-                f"{name} holds {count} values that are NaN or infinite",
-                where=reader.path,
-                expected="finite weights",
-                remedy="start from an earlier checkpoint",
-                falsifier=VALUES,
-            )
-        if total == 0.0 and not name.endswith(".bias") and not values.any():
-            raise WeightsRefused(
-                f"every value of {name} is zero",
-                where=reader.path,
-                expected="trained weights",
-                remedy=_REMEDY,
-                falsifier=VALUES,
-            )
-    return checked
+    with ThreadPoolExecutor(min(THREADS, usable_cores()), "values") as pool:
+        return sum(pool.map(lambda name: _check_values_of(reader, name), names))
+
+
+def _check_values_of(reader: AprReader, name: str) -> int:
+    kind = reader.tensors[name].dtype
+    if kind in _INTEGERS:
+        raise WeightsRefused(
+            f"{name} holds integers ({kind.name})",
+            where=reader.path,
+            expected="floating-point weights, or a quantised type that carries its scales",
+            remedy=_REMEDY,
+            falsifier=INTEGER,
+        )
+    values = reader.float32(name)
+    # One pass and no temporary: the sum is not finite when any value is not. It may also
+    # overflow over large finite values, so only then look at each.
+    total = float(np.sum(values, dtype=np.float64))
+    if not np.isfinite(total):
+        count = int(np.count_nonzero(~np.isfinite(values)))
+        raise WeightsRefused(
+            f"{name} holds {count} values that are NaN or infinite",
+            where=reader.path,
+            expected="finite weights",
+            remedy="start from an earlier checkpoint",
+            falsifier=VALUES,
+        )
+    if total == 0.0 and not name.endswith(".bias") and not values.any():
+        raise WeightsRefused(
+            f"every value of {name} is zero",
+            where=reader.path,
+            expected="trained weights",
+            remedy=_REMEDY,
+            falsifier=VALUES,
+        )
+    return values.size
 
 
 def _some(items: Sequence[str]) -> str:

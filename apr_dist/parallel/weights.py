@@ -7,7 +7,11 @@ business of ``gates.weights``; the way back into a file is in ``gather``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -25,6 +29,9 @@ from apr_dist.parallel.sharding import reshard
 
 ARRIVAL = "FALSIFY-APR-DIST-TRAINER-001"
 """Falsifier of every refusal that a weight in the network is not the weight in the file."""
+
+DRAWING_THREADS = 8
+"""Most threads that draw weights; storing and proving them is then what takes the time."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (tensor name, tensors done, tensors in all)."""
@@ -68,11 +75,31 @@ def draw_weights(
     Returns:
         tensor name to digest, as `load_weights`.
     """
+    if not runtime.is_main:
+        return _stream(model, None, runtime, None)
+    shapes = {name: whole_shape(parameter) for name, parameter in named_weights(model)}
+    with contextlib.closing(_drawn_ahead(shapes, config, seed)) as drawn:
+        return _stream(model, lambda *_: next(drawn), runtime, None)
 
-    def drawn(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return initial_weight(name, shape, config=config, seed=seed)
 
-    return _stream(model, drawn if runtime.is_main else None, runtime, None)
+def _drawn_ahead(
+    shapes: Mapping[str, tuple[int, ...]], config: TransformerConfig, seed: int
+) -> Generator[torch.Tensor, None, None]:
+    """Every weight from scratch in turn, drawn on threads while those before are on their way.
+
+    A generator is a sequence, so one weight takes one core; together those ahead are no larger than the
+    largest weight.
+    """
+    room = max(map(math.prod, shapes.values()))
+    with ThreadPoolExecutor(min(DRAWING_THREADS, torch.get_num_threads()), "drawing") as pool:
+        ahead: deque[tuple[int, Future[torch.Tensor]]] = deque()
+        for name, shape in shapes.items():
+            size = math.prod(shape)
+            while ahead and sum(one for one, _ in ahead) + size > room:
+                yield ahead.popleft()[1].result()
+            ahead.append((size, pool.submit(initial_weight, name, shape, config=config, seed=seed)))
+        while ahead:
+            yield ahead.popleft()[1].result()
 
 
 def _stream(
