@@ -29,7 +29,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import strategy_overhead
 import torch
 
@@ -45,6 +44,7 @@ from apr_dist.parallel.gather import save_weights, weight_parts
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.training.efficiency import process_age_s
 from apr_dist.training.evaluation import Evaluation
 from apr_dist.training.optimizer import build_optimizer
 from apr_dist.training.progress import Progress, Start
@@ -64,7 +64,7 @@ def resident(key: str) -> int:
 
 
 def worker(options: argparse.Namespace) -> None:
-    marks = [options.launched, psutil.Process().create_time(), time.time()]
+    marks = [options.launched, time.time() - process_age_s(), time.time()]
     runtime = processes.start(
         device="cpu", strategy=options.worker, precision="f32", cpu_threads=1, timeout_s=600
     )

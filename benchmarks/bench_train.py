@@ -255,7 +255,7 @@ def plot(path: Path, files: list[Path]) -> None:
         for place, median in zip(places, medians, strict=True):
             axis.text(place, 0.03, f"{median:.2f}", ha="center", color="white", fontweight="bold")
         axis.axhline(1.0, color="#444444", linewidth=0.8, linestyle=":")
-        axis.set_xticks(list(places), names, fontsize=8)
+        axis.set_xticks(list(places), [name.replace(" ", "\n") for name in names], fontsize=8)
         axis.set_title(facts["setting"].replace(", ", "\n", 1), fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("step time, share of the plain loop")

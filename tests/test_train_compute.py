@@ -6,6 +6,9 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,8 @@ from apr_dist.errors import ExitCode
 from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import ReplicaEngine
-from apr_dist.training import run
+from apr_dist.training import efficiency, run
+from apr_dist.training.efficiency import process_age_s
 from apr_dist.training.metrics import MetricsFile, StepMetrics
 from apr_dist.training.stepping import BatchFeed, Stepper
 from apr_dist.training.trainer import Trainer
@@ -322,3 +326,14 @@ def test_bf16_without_bf16_arithmetic_is_warned_of(
     assert re.search(
         r"running on cpu as single over 1 process\(es\), bf16; loss chunked, .*1 thread\(s\)", said.out
     )
+
+
+def test_the_age_of_a_process_is_the_time_since_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    code = "from apr_dist.training.efficiency import process_age_s; print(process_age_s())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    elapsed = time.monotonic() - began
+    assert 0.0 < float(done.stdout) < elapsed + 0.02  # a process's start is told in ticks of a hundredth
+    here = process_age_s()
+    monkeypatch.setattr(efficiency, "STATUS", Path("/proc/no-such-process"))
+    assert abs(process_age_s() - here) < 2  # what psutil knows, which counts from a boot told in seconds

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -16,6 +18,8 @@ from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.whereabouts import HERE, Phase
+
+STATUS = Path("/proc/self/stat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +103,23 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def process_age_s() -> float:
+    """Seconds since this process began.
+
+    On Linux to a hundredth. psutil adds the time of boot, which the kernel tells in whole seconds.
+    """
+    try:
+        status = STATUS.read_text(encoding="utf-8", errors="replace")
+        ticks = int(status.rpartition(")")[2].split()[19])  # field 22, starttime: see proc_pid_stat(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.time() - psutil.Process().create_time()
+
+
 def launch_text() -> str:
     """How long it took from the beginning of this process to the end of its first step, by phase."""
     HERE.enter(HERE.phase)  # counts the phase we are in up to now
-    total = time.time() - psutil.Process().create_time()
+    total = process_age_s()
     parts = {phase.value: seconds for phase, seconds in HERE.spent.items() if phase is not Phase.STARTING}
     shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
     before = total - sum(parts.values())
