@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from apr_dist.training.resume import ResumePoint
 
 
-ANOTHER_RANK_S = 3.0
-"""How long a rank whose collective broke off waits to hear which rank it was that failed."""
-
-
 def run(invocation: Invocation, watch: Watch) -> ExitCode:
     """Train once as configured, with ``watch`` over this rank.
 
@@ -152,9 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _conclude(error: BaseException, rank: int, watch: Watch) -> ExitCode:
     """Say what happened here, unless this rank only heard of what happened elsewhere."""
-    broken_off = isinstance(error, RuntimeError)  # as collectives raise it when another rank is gone
-    several = read_launch().world_size > 1
-    failure = watch.failure(wait_s=ANOTHER_RANK_S if broken_off and several else 0.0)
+    failure = watch.cause_of(error)
     if failure is not None and failure.rank != rank:
         return ExitCode(failure.code)
     if not isinstance(error, AprDistError):

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from apr_dist.errors import ExitCode
+from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.side_channel import Line, connect, listen
 from apr_dist.parallel.whereabouts import HERE, Whereabouts
 
@@ -31,6 +32,9 @@ TOGETHER = "FALSIFY-APR-DIST-DISTRIBUTED-006"
 
 GRACE_S = 4.0
 """How long the main thread may take to end by itself once this rank has to end."""
+
+ANOTHER_RANK_S = 3.0
+"""How long a rank whose collective broke off waits to hear which rank it was that failed."""
 
 SAME_REQUEST_S = 2.0
 """A second signal within this time is the launcher handing on the first one."""
@@ -81,7 +85,7 @@ class Watch:
         self._lock = threading.Lock()
         self._known, self._told = threading.Event(), threading.Event()
         self._failure: Failure | None = None
-        self._leaving = False
+        self._leaving = self._waited = False
         self._deadline: tuple[float, int] | None = None
         self._signal_at: float | None = None
         self._hang_s, self._interval_s, self._reported_at = float("inf"), 1.0, 0.0
@@ -133,6 +137,16 @@ class Watch:
         """The failure this rank has to end with, if there is one within ``wait_s``."""
         self._known.wait(wait_s)
         return self._failure
+
+    def cause_of(self, error: BaseException) -> Failure | None:
+        """The failure, of any rank, that is already known when this rank raises ``error``.
+
+        A collective that breaks off may raise before word of the rank that failed is here, so after a
+        ``RuntimeError`` among several ranks it is waited for, once.
+        """
+        broken_off = isinstance(error, RuntimeError) and read_launch().world_size > 1
+        waits, self._waited = broken_off and not self._waited, self._waited or broken_off
+        return self.failure(wait_s=ANOTHER_RANK_S if waits else 0.0)
 
     def fail(self, code: ExitCode, text: str) -> Failure:
         """End every rank with this rank's error; returns the failure that came first."""

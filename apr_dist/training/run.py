@@ -215,7 +215,7 @@ def _train(session: _Session, watch: Watch) -> Verdict:
             trainer = _trainer(session, stack)
             outcome = trainer.fit()
         except Exception as error:
-            if watch.failure(wait_s=0.0) is None:
+            if watch.cause_of(error) is None:
                 aborts.of_error(error)
             raise
     verdict = Verdict(
