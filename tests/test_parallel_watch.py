@@ -25,6 +25,7 @@ def watch() -> Iterator[Watch]:
     made = Watch(rank=0)
     yield made
     made.leave()
+    made._awakened.close()  # which a watch that was started closes with its selector
 
 
 @pytest.fixture
