@@ -131,7 +131,8 @@ def take_seats(options: argparse.Namespace, stack: contextlib.ExitStack) -> list
         except Absent as absent:
             print(f"{name} left out: {absent}")
             continue
-        seats.append(stack.enter_context(seat))
+        stack.callback(seat.leave)
+        seats.append(seat)
     return seats
 
 
@@ -172,7 +173,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         times = measure(seats, options.repeats)
         if "memory" not in options.skip:
             memory = {seat.name: seat.activation_bytes() for seat in seats if seat.name in COUNTED}
-        rate = seats[0].product_rate()
+        rates = {seat.name: seat.product_rate() for seat in seats if seat.name in (OURS, PLAIN)}
     seconds = times.seconds()
     waited = sum(step.data_wait_s or 0.0 for step in times.steps[OURS]) / sum(seconds[OURS])
     ratios = {
@@ -197,8 +198,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             name: None if peak is None else work / statistics.median(took) / peak
             for name, took in seconds.items()
         },
-        "product_rate": rate,
-        "floor_seconds": work / rate,
+        "product_rates": rates,
+        "floor_seconds": work / rates[OURS],
         "data_wait_share": waited,
         "loss_apart": times.apart,
     }
@@ -207,7 +208,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def table(facts: dict[str, Any]) -> str:
     """What was measured, as a Markdown table."""
     memory = facts["memory_bytes"]
-    base, ours = memory.get(PLAIN), facts["seconds"][OURS]["median"]
+    base, ours, rates = memory.get(PLAIN), facts["seconds"][OURS]["median"], facts["product_rates"]
     lines = [
         f"{facts['setting']}; {facts['machine']}",
         "",
@@ -227,8 +228,9 @@ def table(facts: dict[str, Any]) -> str:
     lines += [
         "",
         f"losses of all that tell theirs at most {facts['loss_apart']:.1e} apart; MFU by {FORMULA}",
-        f"a step's arithmetic at the rate of our large products ({facts['product_rate'] / 1e9:,.0f} GFLOP/s) "
-        f"takes {facts['floor_seconds']:.3f} s; our step {ours / facts['floor_seconds']:.2f} times that",
+        f"a step's arithmetic at the rate of our large products ({rates[OURS] / 1e9:,.0f} GFLOP/s, "
+        f"PyTorch's own {rates[PLAIN] / 1e9:,.0f}) takes {facts['floor_seconds']:.3f} s; "
+        f"our step {ours / facts['floor_seconds']:.2f} times that",
         f"of our steps the host waited {100 * facts['data_wait_share']:.3f} % for their batches",
     ]
     return "\n".join(lines)

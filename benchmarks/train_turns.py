@@ -1,8 +1,8 @@
 """Contenders of ``bench_train``, each in a process of its own, that take turns step by step.
 
 In one process they would not be what a user runs: they would share an allocator and its settings, and
-threads that compute beside each other make libgomp wait in the kernel at the end of every parallel region,
-which on two cores stretches a bf16 step by 1.4. Commands and replies are lines over two pipes.
+threads that compute, with more workers together than there are cores, make libgomp wait in the kernel at the
+end of every parallel region. Commands and replies are lines over two pipes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 STEP, ACTIVATIONS, RATE = "step", "activations", "rate"
 
@@ -124,14 +123,6 @@ class Seat:
         os.close(self._commands)
         self._lines.close()
         self._process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.leave()
 
     def _ask(self, command: str) -> dict[str, Any]:
         os.write(self._commands, f"{command}\n".encode())
