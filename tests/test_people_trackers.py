@@ -12,7 +12,7 @@ from builders.runs import Inputs, metrics, run_here
 from apr_dist.config_input import parse_command_line
 from apr_dist.config_sections import TRACKERS
 from apr_dist.errors import UsageError
-from apr_dist.training.trackers import Trackers, check_installed
+from apr_dist.runs.trackers import Trackers, check_installed
 
 
 def flags(inputs: Inputs, run: Path, *more: str) -> list[str]:

@@ -10,7 +10,7 @@ from apr_dist.config_input import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.gates.preflight import run_preflight
 from apr_dist.parallel.state_bits import check_installed
-from apr_dist.training.display import open_display
+from apr_dist.runs.display import open_display
 
 
 def profile(arguments: Sequence[str]) -> int:
