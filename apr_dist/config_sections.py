@@ -248,10 +248,22 @@ class EarlyStopSection(Section):
     min_epochs: int = Field(3, gt=0, description="never stop before this many evaluations")
 
 
+class FinalCheckpoint(StrEnum):
+    """Which saved step a finished run hands over as checkpoint.apr."""
+
+    LAST = "last"
+    BEST = "best"
+
+
 class CheckpointSection(Section):
     """Which step folders a run keeps."""
 
     keep_last: int = Field(1, gt=0, description="newest step folders to keep")
+    keep_best: int = Field(1, ge=0, description="also keep the steps with the lowest validation losses")
+    final: FinalCheckpoint = Field(
+        FinalCheckpoint.LAST,
+        description="what checkpoint.apr is when the run has ended: the last step, or the best one kept",
+    )
     keep_every: int | None = Field(None, gt=0, description="also keep every step divisible by this")
     background: bool = Field(
         True, description="write while training goes on, from copies in host memory, where they fit"

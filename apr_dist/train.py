@@ -9,9 +9,8 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 # Run as a script, Python puts this folder first on the path, where our `data`, `model` or `config`
 # would answer for any library of that name. The folder above holds only the package itself.
@@ -21,20 +20,15 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 from apr_dist.config import TrainConfig
 from apr_dist.config_input import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode, as_known
-from apr_dist.gates.preflight import Preflight, run_preflight
-from apr_dist.parallel import state_bits
-from apr_dist.parallel.launch import read_launch
+from apr_dist.parallel.launch import Launch, read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.runs import trackers
 from apr_dist.runs.display import Display, hear_libraries, open_display
+from apr_dist.runs.folder import RunFolder
+from apr_dist.runs.lock import RunLock
 from apr_dist.runs.log import RunLog
-from apr_dist.training.plan import under_trained
-from apr_dist.training.schedule import schedule_of
+from apr_dist.training.proving import Around, prove
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error
-
-if TYPE_CHECKING:
-    from apr_dist.runs.resume import ResumePoint
 
 
 def run(invocation: Invocation, watch: Watch) -> ExitCode:
@@ -46,76 +40,38 @@ def run(invocation: Invocation, watch: Watch) -> ExitCode:
     Raises:
         AprDistError: whatever stopped the run.
     """
-    config = invocation.config.resolved()
-    launch = read_launch()
-    rank, world_size = launch.rank, launch.world_size
-    display = open_display(config.progress, rank=rank, synthetic=config.synthetic)
-    if rank == 0:
+    config, launch = invocation.config.resolved(), read_launch()
+    display = open_display(config.progress, rank=launch.rank, synthetic=config.synthetic)
+    if launch.rank == 0:
         display = RunLog(display, prefix="[SYNTHETIC] " if config.synthetic else "")
-    with hear_libraries(display):
-        return _run(config, display, rank, world_size, watch)
+    with hear_libraries(display), RunLock(RunFolder(config.run_dir), display.warn) as lock:
+        return _run(config, display, launch, Around(display=display, watch=watch, lock=lock))
 
 
-def _run(config: TrainConfig, display: Display, rank: int, world_size: int, watch: Watch) -> ExitCode:
+def _run(config: TrainConfig, display: Display, launch: Launch, around: Around) -> ExitCode:
     if config.init is not None and config.mode == "from-scratch":
         display.warn("--mode from-scratch with --init: the file's weights, the from-scratch defaults")
-    preflight, point, refusal = _ask_gates(config, rank, world_size, display)
+    proven = prove(config, launch, around)
     try:
-        if refusal is not None and world_size == 1:
-            raise refusal
+        if proven.refusal is not None and launch.world_size == 1:
+            raise proven.refusal
         HERE.enter(Phase.IMPORTING)
         from apr_dist.report import verdict_lines  # noqa: PLC0415  (imports PyTorch)
-        from apr_dist.training.run import execute  # noqa: PLC0415
+        from apr_dist.training.session import Session  # noqa: PLC0415
+        from apr_dist.training.trainer import train  # noqa: PLC0415
 
-        verdict = execute(config, preflight, point, refusal, display, watch)
+        with Session(config, proven, around) as session:
+            verdict = train(session)
     except BaseException as error:
         if isinstance(display, RunLog):
             display.keep_error(error)
         raise
     finally:
         display.close()
-        if preflight is not None:
-            preflight.close()
+        proven.close()
     for line in verdict_lines(verdict, width=display.width):
         display(line)
     return verdict.exit_code
-
-
-def _ask_gates(
-    config: TrainConfig, rank: int, world_size: int, display: Display
-) -> tuple[Preflight | None, ResumePoint | None, AprDistError | None]:
-    if rank != 0:
-        return None, None, None
-    HERE.enter(Phase.GATES)
-    try:
-        trackers.check_installed(config.trackers)
-        state_bits.check_installed(config.optimizer.state_bits)
-        schedule_of(config)
-        point = _resume_point(config, display.warn)
-        folder = point.folder / "checkpoint.apr" if point else None
-        found = run_preflight(config, world_size=world_size, say=display, resume_from=folder)
-        if point is not None:
-            from apr_dist.runs.resume import refuse_other_inputs  # noqa: PLC0415
-
-            refuse_other_inputs(point, found.provenance, init_digest=found.given_init_digest)
-    except AprDistError as refusal:
-        return None, None, refusal
-    except Exception as error:  # the other ranks are on their way to a group that must hear of it
-        internal = as_known(error)
-        internal.__cause__ = error
-        return None, None, internal
-    too_few = under_trained(config, found.model_config.parameter_count())
-    for warning in (*found.warnings, *([too_few] if too_few else [])):
-        display.warn(warning)
-    return found, point, None
-
-
-def _resume_point(config: TrainConfig, say: Callable[[str], None]) -> ResumePoint | None:
-    if config.resume == "never":
-        return None
-    from apr_dist.runs.resume import find_resume_point  # noqa: PLC0415  (imports PyTorch)
-
-    return find_resume_point(config, say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

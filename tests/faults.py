@@ -25,11 +25,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from builders.runs import Inputs, make_inputs, metrics
+from builders.runs import Inputs, make_inputs, metrics, newest_whole
 from builders.warm_ranks import Hurt, WarmRanks, open_ranks
 
 from apr_dist.errors import ExitCode
-from apr_dist.runs.step_folders import newest_whole
 
 STEPS = 4000
 """Longer than any chain of launches gets; part of the learning rate, so the same for all."""

@@ -54,8 +54,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_logs_its_batch(
     assert "step 2, global batch 1, sequences 4 to 7: " in capfd.readouterr().err
     (refused,) = metrics(run_dir, "refused")
     assert (refused["batch"], refused["sequences"]) == (1, [4, 7])
-    facts = verdict(run_dir)["facts"]
-    assert (facts["exit_code"], facts["batch"], facts["failed_phase"]) == (8, 1, "training")
+    code, facts = verdict(run_dir)["exit_code"], verdict(run_dir)["facts"]
+    assert (code, facts["batch"], facts["failed_phase"]) == (8, 1, "training")
     found = replayed(capfd, str(run_dir))
     assert (found["step"], found["redone"]) == (2, 1)
     assert found["recorded"]["kind"] == "refused"  # type: ignore[index]

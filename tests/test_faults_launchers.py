@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 from builders.faults import free_port, trainers_under
 from builders.network import Hosts, why_no_hosts
-from builders.runs import REPOSITORY, TRAIN, metrics, verdict
+from builders.runs import REPOSITORY, TRAIN, metrics, newest_whole, verdict
 from builders.warm_ranks import open_ranks
 
 from apr_dist.errors import ExitCode
-from apr_dist.runs.step_folders import newest_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,8 +141,8 @@ def test_two_hosts_train_over_tcp_and_both_end_when_their_link_is_cut(
         for launcher in launchers:
             end(launcher)
     assert newest_whole(run_dir) is not None
-    facts = verdict(run_dir)["facts"]
-    assert (facts["exit_code"], facts["failed_rank"]) == (ExitCode.DISTRIBUTED, 1)
+    said = verdict(run_dir)
+    assert (said["exit_code"], said["facts"]["failed_rank"]) == (ExitCode.DISTRIBUTED, 1)
 
 
 def end(process: subprocess.Popen[str]) -> None:

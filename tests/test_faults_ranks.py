@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders.broken import token_of_one_sequence, write_model_that_breaks_at
-from builders.runs import metrics, verdict
+from builders.runs import metrics, newest_whole, verdict
 from builders.several import HAS_COMPILER
 from builders.warm_ranks import Hurt, WarmRanks, open_ranks
 
@@ -18,7 +18,6 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.cli import main
 from apr_dist.errors import ExitCode
 from apr_dist.parallel.runtime import reset_state
-from apr_dist.runs.step_folders import newest_whole
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -86,7 +85,7 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_and_is_replayed(
     assert "error" not in ended.errors[1], "told once"
     assert [line["step"] for line in metrics(run_dir)] == [1]
     assert newest_whole(run_dir) == run_dir / "steps" / "000001"
-    assert verdict(run_dir)["facts"]["exit_code"] == 8
+    assert verdict(run_dir)["exit_code"] == 8
     capfd.readouterr()
     reset_state()
     assert main(["replay", str(run_dir), "--json"]) == 0
@@ -130,7 +129,7 @@ def test_a_save_that_fails_on_one_rank_ends_both_and_leaves_the_one_before(
     assert ended.codes == (ExitCode.OUTPUT,) * 2, ended.errors
     assert trap.name in "".join(ended.errors)
     assert newest_whole(run_dir) == run_dir / "steps" / "000001"
-    assert verdict(run_dir)["facts"]["exit_code"] == ExitCode.OUTPUT
+    assert verdict(run_dir)["exit_code"] == ExitCode.OUTPUT
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-006", "FALSIFY-APR-DIST-DISTRIBUTED-004")

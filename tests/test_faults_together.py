@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders.faults import ENDLESS, Launch, launch
-from builders.runs import TRAIN, metrics, run_here, verdict
+from builders.runs import TRAIN, metrics, newest_whole, run_here, verdict
 
 from apr_dist.errors import ExitCode
-from apr_dist.runs.step_folders import newest_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

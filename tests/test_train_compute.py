@@ -29,10 +29,10 @@ from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import ReplicaEngine
 from apr_dist.runs.metrics import MetricsFile, StepMetrics
-from apr_dist.training import efficiency, run
+from apr_dist.training import efficiency, session
 from apr_dist.training.efficiency import process_age_s
+from apr_dist.training.session import Session
 from apr_dist.training.stepping import BatchFeed, Stepper
-from apr_dist.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -181,7 +181,7 @@ def test_the_next_batch_is_sent_while_the_step_before_it_computes(
 
     noted(BatchFeed, "take", "take")
     noted(ReplicaEngine, "accumulate", "compute")
-    noted(Trainer, "_notes", "tell")
+    noted(Session, "_notes", "tell")
     noted(BatchFeed, "send_ahead", "send the next")
     noted(ReplicaEngine, "step", "update")
     noted(Stepper, "read", "wait")
@@ -318,7 +318,7 @@ def test_bf16_without_bf16_arithmetic_is_warned_of(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "has_bf16_arithmetic", lambda: has)
+    monkeypatch.setattr(session, "has_bf16_arithmetic", lambda: has)
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "run")]
     assert run_here(*given, "--num-steps", "1", "--target-val-loss", "9", "--parallel.precision", "bf16") == 0
     said = capsys.readouterr()

@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from builders.runs import REPOSITORY, TRAIN, metrics, run_here, run_script, verdict
+from builders.runs import (
+    REPOSITORY,
+    TRAIN,
+    metrics,
+    newest_whole,
+    run_here,
+    run_script,
+    verdict,
+    whole_folders,
+)
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter
 from apr_dist.errors import ExitCode, OutputError
 from apr_dist.parallel import gather
-from apr_dist.runs.step_folders import newest_whole, whole_folders
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -149,7 +157,7 @@ def test_a_step_folder_that_is_not_whole_is_never_picked(
     assert run_here(*flags(inputs, run_dir, "--resume", "auto")) == 0
     assert state_bytes(run_dir, 6) == state_bytes(straight, 6)
     if harm is not unmark:  # a folder without its marker was never finished, which is no news
-        assert "passed over: [FALSIFY-APR-DIST-CHECKPOINT-006]" in capfd.readouterr().out
+        assert "skipped: [FALSIFY-APR-DIST-CHECKPOINT-006]" in capfd.readouterr().out
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-007")
@@ -205,7 +213,7 @@ def test_a_key_that_does_not_exist_cannot_be_allowed_to_change(
 
 def test_retention_keeps_the_newest_and_the_named_ones(inputs: Inputs, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    keep = ("--checkpoint.keep-last", "1", "--checkpoint.keep-every", "4")
+    keep = ("--checkpoint.keep-last", "1", "--checkpoint.keep-every", "4", "--checkpoint.keep-best", "0")
     assert run_here(*flags(inputs, run_dir, *keep)) == 0
     assert sorted(path.name for path in (run_dir / "steps").iterdir()) == ["000004", "000006"]
 
@@ -240,7 +248,7 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
 ) -> None:
     monkeypatch.setattr(gather, "AprWriter", FullDisk)
     run_dir = tmp_path / "run"
-    keep_one = ("--checkpoint.keep-last", "1", background)
+    keep_one = ("--checkpoint.keep-last", "1", "--checkpoint.keep-best", "0", background)
     assert run_here(*flags(inputs, run_dir, *keep_one)) == ExitCode.OUTPUT
     assert "No space left on device" in capfd.readouterr().err
     assert newest_whole(run_dir) == run_dir / "steps" / "000002"

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import tyro
 
-from apr_dist import __version__
 from apr_dist.errors import AprDistError, ExitCode, Interrupted, Terminated, UsageError, as_known
+from apr_dist.version import __version__
 
 VERBS: Mapping[str, str] = {
     "import": "files:import_file",

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from apr_dist.config_input import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
-from apr_dist.gates.preflight import run_preflight
-from apr_dist.parallel.state_bits import check_installed
+from apr_dist.gates.output import check_run_dir
+from apr_dist.parallel.launch import read_launch
 from apr_dist.runs.display import open_display
+from apr_dist.training.proving import Around, prove
 
 
 def profile(arguments: Sequence[str]) -> int:
@@ -29,17 +30,23 @@ def profile(arguments: Sequence[str]) -> int:
     given, rest = parser.parse_known_args(list(arguments))
     if given.steps < 1:
         raise UsageError(f"--steps is {given.steps}", where="command line", expected="at least 1")
-    config = parse_command_line(rest).config.resolved()
-    check_installed(config.optimizer.state_bits)
-    display = open_display(config.progress, rank=0, synthetic=config.synthetic)
-    preflight = run_preflight(config, world_size=1, say=display)
+    config, launch = parse_command_line(rest).config.resolved(), read_launch()
+    display = open_display(config.progress, rank=launch.rank, synthetic=config.synthetic)
+    around = Around(display=display)
+    check_run_dir(config.run_dir, overwrite=config.overwrite or launch.rank != 0, needed_bytes=0)
+    proven = prove(config, launch, around)
     try:
+        if proven.refusal is not None and launch.world_size == 1:
+            raise proven.refusal
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # what the profiler says of itself helps nobody
         from apr_dist.training.profiling import profile_run  # noqa: PLC0415  (imports PyTorch)
+        from apr_dist.training.session import Session  # noqa: PLC0415
 
-        found = profile_run(config, preflight, steps=given.steps, display=display)
+        with Session(config, proven, around) as session:
+            found = profile_run(session, steps=given.steps)
     finally:
-        preflight.close()
-    print("\n" + found.page(), end="")
-    print(f"written to {config.run_dir}")
+        proven.close()
+    if launch.rank == 0:
+        print("\n" + found.page(), end="")
+        print(f"written to {config.run_dir}")
     return int(ExitCode.OK)

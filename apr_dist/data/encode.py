@@ -17,7 +17,6 @@ from pathlib import Path
 
 import tokenizers
 
-from apr_dist import __version__
 from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.cores import usable_cores
 from apr_dist.data.corpus import STDIN, Problem, Source, list_sources
@@ -36,6 +35,7 @@ from apr_dist.data.publish import SOURCES_NAME, WORK_FOLDER, publish, refuse_exi
 from apr_dist.data.split_writer import SplitWriter
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import CorpusError, ShardError, TokenizerError, UsageError
+from apr_dist.version import __version__
 
 __all__ = ["EncodeProgress", "EncodeSummary", "EosPolicy", "Normalization", "encode_corpus"]
 

@@ -67,6 +67,11 @@ class EvaluationLoader:
         """Sequences that all ranks together evaluate."""
         return self._stream.open().length or 0
 
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the held-out shards."""
+        return self._dataset.fingerprint
+
     def __len__(self) -> int:
         """Batches on every rank."""
         together = self._micro * self._world_size

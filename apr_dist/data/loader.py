@@ -58,6 +58,8 @@ class TokenLoader:
         prefetch_batches: global batches made ahead by a thread once batches are taken in order; 0: none;
             None: by their size, two to eight, or many views.
         pin_memory: gather into page-locked memory; None: where a CUDA device is. Views are never pinned.
+        origin: (global batch, position) that batches are counted from, where an earlier part of the run
+            had another batch size.
         dtype: of gathered batches: int32, or int64 for a consumer on the CPU that indexes with nothing
             else. Send int32 to a device and widen there.
 
@@ -87,18 +89,20 @@ class TokenLoader:
         recheck_s: float = 1.0,
         prefetch_batches: int | None = None,
         pin_memory: bool | None = None,
+        origin: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.int32,
     ) -> None:
         self.shuffle = choice(Shuffle, shuffle, "shuffle")
         self._dataset, self._seq_length, self._seed = dataset, seq_length, seed
         self._batch_size, self._micro, self._rank = global_batch, micro_batch, rank
         self._share = share_of(global_batch, micro_batch, rank, world_size)
+        self._origin = origin
         self._block = block_sequences if self.shuffle is Shuffle.BLOCK else 1
         check_seed(seed)
         self._check_order(block_sequences, max_epochs, dtype)
         _check_pinning(pin_memory)
         self._max_epochs = max_epochs
-        self._global_batch = 0
+        self._global_batch = origin[0]
         self._options: dict[str, Any] = {
             "seq_length": seq_length,
             "shuffle": self.shuffle.value,
@@ -132,7 +136,7 @@ class TokenLoader:
     @property
     def position(self) -> int:
         """Sequences handed out so far, over all ranks."""
-        return self._global_batch * self._batch_size
+        return self._position(self._global_batch)
 
     @property
     def epoch(self) -> int:
@@ -145,8 +149,8 @@ class TokenLoader:
         Args:
             batches: global batches handed out; None: as many as the state says.
         """
-        positions = self.position if batches is None else batches * self._batch_size
-        found = self._stream.open().progress(positions)
+        position = self.position if batches is None else self._position(batches)
+        found = self._stream.open().progress(position)
         sources = self._dataset.sources if isinstance(self._dataset, Mixture) else ()
         names = [source.name for source in sources] or [self._dataset.folder.name]
         sizes = [self._stream.open().sequences(source) for source in range(len(names))]
@@ -230,7 +234,7 @@ class TokenLoader:
             "version": STATE_VERSION,
             "global_batch": self._global_batch,
             "seed": self._seed,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self.fingerprint,
             **self._order_facts(),
         }
 
@@ -286,7 +290,7 @@ class TokenLoader:
         if self._depth < 1 or left == 0 or get_worker_info() is not None:
             return
         course = Course(
-            first=k * self._batch_size + self._rank * self._share,
+            first=self._first(k),
             share=self._share,
             stride=self._batch_size,
             batches=left,
@@ -303,8 +307,8 @@ class TokenLoader:
             ahead.close()
 
     @cached_property
-    def _fingerprint(self) -> str:
-        """Worked out when a state is first wanted: it reads every shard's entry."""
+    def fingerprint(self) -> str:
+        """Identity of the training data; computed at first use, since it reads every shard's entry."""
         return self._dataset.fingerprint
 
     def _check_order(self, block: int, max_epochs: int | None, dtype: torch.dtype) -> None:
@@ -331,10 +335,10 @@ class TokenLoader:
         stream = self._stream.open()
         sizes = [stream.sequences(source) for source in range(len(self._stream.sources))]
         if len(sizes) == 1:
-            return epochs * sizes[0] // self._batch_size
+            return self._origin[0] + (epochs * sizes[0] - self._origin[1]) // self._batch_size
 
         def passes_an_end(k: int) -> bool:
-            progress = stream.progress((k + 1) * self._batch_size)
+            progress = stream.progress(self._position(k + 1))
             return any(done > epochs * size for (done, _), size in zip(progress, sizes, strict=True))
 
         # No source is left out of a cycle, so the shortest ends before this many batches.
@@ -351,8 +355,10 @@ class TokenLoader:
 
     def _first(self, k: int) -> int:
         """Position of this rank's first sequence of global batch ``k``."""
-        if k < 0:
-            raise UsageError(f"global batch {k} was asked for", expected="a number from 0 on")
+        if k < self._origin[0]:
+            raise UsageError(
+                f"global batch {k} was asked for", expected=f"a number of at least {self._origin[0]}"
+            )
         if self._batches is not None and k >= self._batches:
             epochs = 1 if self.shuffle is Shuffle.NONE else self._max_epochs
             raise StreamExhausted(
@@ -363,7 +369,11 @@ class TokenLoader:
                 remedy="add data, allow more epochs, or train fewer steps",
                 falsifier="FALSIFY-APR-DIST-LOADER-009",
             )
-        return k * self._batch_size + self._rank * self._share
+        return self._position(k) + self._rank * self._share
+
+    def _position(self, k: int) -> int:
+        """Sequences of the stream before global batch ``k``."""
+        return self._origin[1] + (k - self._origin[0]) * self._batch_size
 
 
 def _check_pinning(pin_memory: bool | None) -> None:

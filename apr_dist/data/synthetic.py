@@ -38,6 +38,8 @@ class SyntheticTokens:
         self._batch_size, self._micro = batch_size, micro_batch
         self._rank, self._world_size, self._seed = rank, world_size, seed
 
+    fingerprint = "synthetic"
+
     def progress(self, batches: int) -> dict[str, Progress]:
         """How far the one source has come when ``batches`` global batches were handed out."""
         return {"synthetic": Progress(batches * self._batch_size, 0, 0)}
@@ -59,6 +61,8 @@ class SyntheticTokens:
 
 class SyntheticEvaluation:
     """A fixed pair of global batches that training never draws, re-iterable."""
+
+    fingerprint = "synthetic"
 
     def __init__(self, tokens: SyntheticTokens) -> None:
         self._batches = [piece for k in (2**40, 2**40 + 1) for piece in tokens.batch(k)]

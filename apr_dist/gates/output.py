@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from apr_dist.atomic_files import is_temporary
@@ -13,7 +14,7 @@ OCCUPIED = "FALSIFY-APR-DIST-CHECKPOINT-003"
 NO_ROOM = "FALSIFY-APR-DIST-CHECKPOINT-004"
 
 
-def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
+def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int, ignored: Collection[str] = ()) -> None:
     """Refuse before anything is trained what would fail after; creates nothing.
 
     What a process that was killed left unfinished does not make a folder occupied.
@@ -22,6 +23,7 @@ def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
         folder: the run folder, which may not exist yet.
         overwrite: whether files of an earlier run may be replaced.
         needed_bytes: what the step folders take while one more than is kept is being written.
+        ignored: names of files that do not make the folder occupied.
 
     Raises:
         OutputError: a file stands there, it is occupied, not writable, or the disk is too full.
@@ -30,7 +32,8 @@ def check_run_dir(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
         raise OutputError(
             "is a file", where=folder, expected="a folder or nothing", remedy="choose another --run-dir"
         )
-    if folder.is_dir() and not all(map(is_temporary, folder.iterdir())) and not overwrite:
+    found = folder.iterdir() if folder.is_dir() else ()
+    if not overwrite and not all(is_temporary(path) or path.name in ignored for path in found):
         raise OutputError(
             "already holds files",
             where=folder,

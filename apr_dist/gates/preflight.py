@@ -1,7 +1,8 @@
 """Every gate that can be asked before a process group or a large allocation exists, in order.
 
 Rank 0 runs this alone, on headers, manifests and mapped bytes. The order is fixed: the file, its
-family, its dimensions, every shape, every value, the vocabulary, the data, the output.
+family, its dimensions, every shape, every value, the vocabulary, the data. Whether the run folder is free
+is asked after them, by ``runs.opening``.
 """
 
 from __future__ import annotations
@@ -28,13 +29,9 @@ from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary, weights
 from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
 from apr_dist.gates.documents import check_documents
-from apr_dist.gates.output import check_run_dir
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
 from apr_dist.parsing import parse_json
-
-BYTES_PER_WEIGHT = 12
-"""A step folder holds a weight and its two AdamW moments, each in f32."""
 
 _PIECE = 1 << 20
 
@@ -74,6 +71,7 @@ def run_preflight(
     say: Callable[[str], None],
     resume_from: Path | None = None,
     read_weights: bool = True,
+    own_data: bool = False,
 ) -> Preflight:
     """Run every gate in order and stop at the first that says no.
 
@@ -84,6 +82,7 @@ def run_preflight(
         resume_from: checkpoint of this run to go on from; its weights are loaded instead of the init's.
         read_weights: off, only header, metadata and index of the file are read: its checksum, its digest
             and its values are not asked about, which takes no longer for a large file than for a small one.
+        own_data: the program hands in batches of its own; training shards are not asked about.
 
     Raises:
         AprDistError: the first gate's refusal; the file is closed again.
@@ -106,15 +105,7 @@ def run_preflight(
         if config.synthetic:
             check_documents(config, ())
         else:
-            _check_data(found, config, say)
-        size = found.model_config.parameter_count() * BYTES_PER_WEIGHT
-        # Begun and stopped before its first checkpoint, a run that resumes by itself begins again.
-        begun = config.resume == "auto" and not (config.run_dir / "checkpoint.apr").exists()
-        check_run_dir(
-            config.run_dir,
-            overwrite=config.overwrite or resume_from is not None or begun,
-            needed_bytes=size * (config.checkpoint.keep_last + 1),
-        )
+            _check_data(found, config, say, own_data=own_data)
         stack.pop_all()
     return found
 
@@ -247,7 +238,11 @@ def _positions(found: Preflight, config: TrainConfig) -> GateResult:
     )
 
 
-def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None]) -> None:
+def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None], *, own_data: bool) -> None:
+    if own_data:
+        found.warnings.append("the batches are the program's own: no gate compares them with the tokenizer")
+        check_documents(config, ())
+        return
     missing = "--dataset" if config.dataset is None and not config.loader.mixture else "--val-dataset"
     if missing == "--dataset" or config.val_dataset is None:
         raise UsageError(

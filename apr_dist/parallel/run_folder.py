@@ -12,10 +12,9 @@ import socket
 import time
 from pathlib import Path
 
-import torch
-
 from apr_dist.atomic_files import temporary_beside, writing_to
 from apr_dist.errors import OutputError
+from apr_dist.parallel.agreement import first_note
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.whereabouts import HERE
 
@@ -24,9 +23,6 @@ NOT_ONE_FOLDER = "FALSIFY-APR-DIST-DISTRIBUTED-023"
 
 SEEN_WITHIN_S = 5.0
 """How long a file that one machine wrote may take to be seen by another: network file systems cache."""
-
-_LONGEST = 1000
-"""Characters of what the first rank that refuses has to say."""
 
 
 def prove_shared(folder: Path, runtime: Runtime) -> None:
@@ -46,7 +42,7 @@ def prove_shared(folder: Path, runtime: Runtime) -> None:
         return
     left: dict[str, str] = runtime.on_main(lambda: _leave_word(folder))
     note = "" if runtime.is_main else _look(folder / left["name"], left["word"], runtime.rank)
-    first, said = _first_note(note, runtime)
+    first, said = first_note(note, runtime)
     if runtime.is_main:
         with contextlib.suppress(OSError):
             (folder / left["name"]).unlink()
@@ -98,19 +94,3 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
-
-
-def _first_note(note: str, runtime: Runtime) -> tuple[int, str]:
-    """The lowest rank that has something to say, and what, on every rank; a collective."""
-    who = torch.zeros(runtime.world_size, dtype=torch.int32, device=runtime.device)
-    who[runtime.rank] = bool(note)
-    runtime.sum(who)
-    if not who.any():
-        return 0, ""
-    first = int(who.nonzero()[0])
-    text = torch.zeros(_LONGEST, dtype=torch.int32, device=runtime.device)
-    if runtime.rank == first:
-        codes = [ord(character) for character in note[:_LONGEST]]
-        text[: len(codes)] = torch.tensor(codes, dtype=torch.int32, device=runtime.device)
-    runtime.sum(text)
-    return first, "".join(chr(code) for code in text.tolist() if code)

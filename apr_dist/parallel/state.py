@@ -23,18 +23,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from apr_dist.atomic_files import AtomicFile
-from apr_dist.errors import AprDistError, DamagedModelFile, OutputError
+from apr_dist.errors import AprDistError, OutputError
 from apr_dist.parallel.eight_bit import Quantized, code_values
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.moments import MOMENTS, SCALES, fill_moments
 from apr_dist.parallel.pieces import Piece, whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state_bits import BLOCK
+from apr_dist.parallel.state_index import FORMAT, STATE_DAMAGED, damaged_state, file_digest, read_index
 from apr_dist.parsing import parse_json
 
-STATE_DAMAGED = "FALSIFY-APR-DIST-CHECKPOINT-006"
-INDEX_NAME = "optimizer.json"
-FORMAT = "apr-dist-adamw-v2"
 RANDOM = "random."
 """Prefix of the tensors that hold a rank's random state, by device."""
 
@@ -113,29 +111,6 @@ def host_bytes(values: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def index_text(digests: dict[str, str], *, updates: int) -> bytes:
-    """Content of the index: the files of a step folder's state and how many updates it has seen."""
-    return (json.dumps({"format": FORMAT, "updates": updates, "files": digests}, indent=2) + "\n").encode()
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a step folder's training state.
-
-    Raises:
-        DamagedModelFile: there is none, or it is not one.
-    """
-    path = folder / INDEX_NAME
-    try:
-        index = parse_json(path.read_text(encoding="utf-8"))
-        if index["format"] != FORMAT or not index["files"]:
-            raise ValueError(f"format {index['format']} with {len(index['files'])} files")
-        int(index["updates"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"the index of the training state cannot be read ({error})") from error
-    found: dict[str, Any] = index
-    return found
-
-
 def restore(
     model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, runtime: Runtime, exchange: Exchange
 ) -> None:
@@ -202,7 +177,7 @@ class _Parts:
         }
         odd = [name for name in found if shapes.get(name.removesuffix(SCALES)) != found[name]]
         if odd:
-            raise _damaged(path, f"{len(odd)} tensors are left over or misshapen, first {min(odd)}")
+            raise damaged_state(path, f"{len(odd)} tensors are left over or misshapen, first {min(odd)}")
 
     def read(self, name: str, start: int, values: Tensor) -> None:
         """Fill ``values`` with the elements of ``name`` from ``start`` on.
@@ -251,7 +226,7 @@ class _Parts:
                 yield _Run(file, begin, first, last, codes=codes)
                 missing -= last - first
         if missing:
-            raise _damaged(self._paths[0].parent, f"{missing} elements of {name} are in no file")
+            raise damaged_state(self._paths[0].parent, f"{missing} elements of {name} are in no file")
 
     def _open(self, path: Path) -> tuple[safe_open, dict[str, list[int]]]:
         if path not in self._opened:
@@ -259,7 +234,7 @@ class _Parts:
             try:
                 places = parse_json(file.metadata()["places"])  # type: ignore[no-untyped-call]
             except (ValueError, KeyError, TypeError) as error:
-                raise _damaged(path, f"it does not say what it holds ({error})") from error
+                raise damaged_state(path, f"it does not say what it holds ({error})") from error
             self._opened[path] = (file, places)
         return self._opened[path]
 
@@ -295,27 +270,11 @@ def _check_scales(file: safe_open, path: Path, name: str, *, blocks: int) -> Non
     scales = name + SCALES
     held = file.get_slice(scales) if scales in file.keys() else None  # type: ignore[no-untyped-call]  # noqa: SIM118
     if held is None or (held.get_dtype(), held.get_shape()) != ("F32", [blocks]):
-        raise _damaged(path, f"{name} is in 8 bits without a scale for each of its {blocks} blocks")
-
-
-def file_digest(path: Path) -> str:
-    """``sha256:...`` of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        raise damaged_state(path, f"{name} is in 8 bits without a scale for each of its {blocks} blocks")
 
 
 def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, f"it cannot be opened ({error})") from error
-
-
-def _damaged(path: Path, what: str) -> DamagedModelFile:
-    return DamagedModelFile(
-        what,
-        where=path,
-        expected="the training state that was saved with this checkpoint, in a folder every machine sees",
-        remedy="resume from an earlier step folder, or start from checkpoint.apr with --init",
-        falsifier=STATE_DAMAGED,
-    )
+        raise damaged_state(path, f"it cannot be opened ({error})") from error

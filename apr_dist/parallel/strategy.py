@@ -117,6 +117,28 @@ def choose(asked: str) -> Strategy:
     return wanted
 
 
+def refuse_launched_precision(precision: str) -> None:
+    """Compare the launcher's precision with the run's.
+
+    ``accelerate launch --mixed_precision`` says it in the environment; its default, ``no``, says nothing.
+
+    Raises:
+        UsageError: the launcher asks for another precision than ``parallel.precision``.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched in ("no", precision):
+        return
+    known = launched == "bf16"
+    raise UsageError(
+        f"the launcher asks for mixed precision {launched} and parallel.precision is {precision}",
+        where="accelerate launch --mixed_precision",
+        expected="one precision" if known else "bf16 or f32, which is what this trainer computes in",
+        remedy=f"add --parallel.precision {launched}, or leave --mixed_precision out"
+        if known
+        else "leave --mixed_precision out, or use bf16 there and --parallel.precision bf16",
+    )
+
+
 def group_size(strategy: Strategy, world: int, asked: int | None) -> int:
     """How many ranks together hold one copy of the parameters.
 

@@ -19,9 +19,8 @@ from apr_dist.errors import OutputError, UsageError
 from apr_dist.gates.losses import PLAUSIBLE_SHARE, random_start_gates
 from apr_dist.gates.result import GateResult
 from apr_dist.report.finished_run import FinishedRun, contradictions, expected_gates, read_finished_run
-from apr_dist.report.run_folder import CONFIG_NAME, METRICS_NAME, VERDICT_NAME
 from apr_dist.runs.checkpoint import json_bytes
-from apr_dist.runs.log import LOG_NAME
+from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.verdict import Status, Verdict
 
 CONTRACT = "apr-pretrain-init-finetune-v1"
@@ -109,18 +108,18 @@ def keep_evidence(judged: Judged, folder: Path, *, force: bool) -> list[Path]:
         OutputError: the folder holds files and ``force`` is not given, or it cannot be written.
     """
     _make_room(folder, force=force)
-    run = judged.run
+    run, files, verdict = judged.run, RunFolder(judged.run.folder), RunFolder(folder).verdict
     names = {key: Path(value.name) for key, value in run.config if isinstance(value, Path)}
     contents = {
-        METRICS_NAME: (run.folder / METRICS_NAME).read_bytes(),
-        CONFIG_NAME: run.config.model_copy(update={**names, "resume": "never"}).to_yaml().encode(),
+        files.metrics.name: files.metrics.read_bytes(),
+        files.config.name: run.config.model_copy(update={**names, "resume": "never"}).to_yaml().encode(),
         **{path.name: path.read_bytes() for path in sorted(run.folder.glob("report-*.png"))},
     }
     for name, content in contents.items():
         write_atomically(folder / name, content)
-    files = {name: sha256_of(folder / name) for name in contents}
-    write_atomically(folder / VERDICT_NAME, json_bytes(sign({**judged.body, "files": files})))
-    return [*(folder / name for name in contents), folder / VERDICT_NAME]
+    digests = {name: sha256_of(folder / name) for name in contents}
+    write_atomically(verdict, json_bytes(sign({**judged.body, "files": digests})))
+    return [*(folder / name for name in contents), verdict]
 
 
 def _end_gates(run: FinishedRun, steps: int) -> list[GateResult]:
@@ -246,14 +245,14 @@ def _run_gates(run: FinishedRun) -> list[dict[str, Any]]:
 
 def _digests(run: FinishedRun) -> dict[str, Any]:
     facts = {key: run.facts.get(key) for key in _SIGNED_FACTS}
-    names = {
-        "metrics": METRICS_NAME,
-        "run_verdict": VERDICT_NAME,
-        "config_file": CONFIG_NAME,
-        "log": LOG_NAME,
+    left = RunFolder(run.folder)
+    named = {
+        "metrics": left.metrics,
+        "run_verdict": left.verdict,
+        "config_file": left.config,
+        "log": left.log,
     }
-    present = {key: run.folder / name for key, name in names.items() if (run.folder / name).is_file()}
-    files = {f"{key}_sha256": sha256_of(path) for key, path in present.items()}
+    files = {f"{key}_sha256": sha256_of(path) for key, path in named.items() if path.is_file()}
     return {**facts, **files, "checkpoint_digest": run.checkpoint.digest if run.checkpoint else None}
 
 
@@ -261,7 +260,8 @@ def _make_room(folder: Path, *, force: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         standing = {path.name for path in folder.iterdir()}
-        earlier = read_verdict(folder / VERDICT_NAME)
+        verdict = RunFolder(folder).verdict
+        earlier = read_verdict(verdict)
         if standing and not force:
             raise OutputError(
                 "already holds files",
@@ -269,7 +269,7 @@ def _make_room(folder: Path, *, force: bool) -> None:
                 expected="a new or empty folder",
                 remedy="choose another folder, or pass --force to replace the evidence in it",
             )
-        named = {VERDICT_NAME, *earlier.get("files", ())} if isinstance(earlier, dict) else set()
+        named = {verdict.name, *earlier.get("files", ())} if isinstance(earlier, dict) else set()
         for name in standing & named:
             (folder / name).unlink()
     except OSError as error:

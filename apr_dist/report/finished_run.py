@@ -18,15 +18,14 @@ from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
 from apr_dist.config_input import read_yaml, validate
+from apr_dist.config_sections import FinalCheckpoint
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.gates.losses import Agreement, evaluation_gates, final_gates, step_zero_gates
 from apr_dist.gates.result import GateResult
 from apr_dist.parsing import parse_json
-from apr_dist.report.run_folder import CONFIG_NAME, METRICS_NAME, VERDICT_NAME
-from apr_dist.runs.log import LOG_NAME
+from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.verdict import Status
 
-CHECKPOINT_NAME = "checkpoint.apr"
 _LAST_LINE = re.compile(r"\(exit code (\d+)\)$")
 _SHARED = (
     *("init_digest", "data_fingerprint", "val_data_fingerprint", "tokenizer_sha256", "config_digest"),
@@ -80,10 +79,29 @@ class FinishedRun:
         return found
 
     @property
+    def compared(self) -> list[Mapping[str, Any]]:
+        """The evaluations on the present held-out data: a run that changed them counts from 0 again."""
+        lines = self.kind("evaluation")
+        first = max((at for at, line in enumerate(lines) if line.get("epoch") == 0), default=0)
+        return lines[first:]
+
+    @property
     def val_losses(self) -> list[float]:
         """Every validation loss, the one of step 0 first; NaN where it was not finite."""
-        losses = [line.get("val_loss") for line in self.kind("evaluation")]
+        losses = [line.get("val_loss") for line in self.compared]
         return [math.nan if loss is None else float(loss) for loss in losses]
+
+    @property
+    def handed_over(self) -> int:
+        """The step that checkpoint.apr is of: the last one, or the best."""
+        best = self.config.checkpoint.final is FinalCheckpoint.BEST
+        return int(self.facts.get("checkpoint_step" if best else "steps") or 0)
+
+    @property
+    def handed_over_loss(self) -> float | None:
+        """The validation loss that metrics.jsonl has for that step."""
+        found = [line["val_loss"] for line in self.kind("evaluation") if line["step"] == self.handed_over]
+        return found[-1] if found else None
 
     @property
     def train_losses(self) -> dict[int, float]:
@@ -110,16 +128,16 @@ def read_finished_run(folder: Path) -> FinishedRun:
     Raises:
         UsageError: a file is missing, malformed, or of a run without evaluations.
     """
-    verdict = _json(folder / VERDICT_NAME, _text(folder / VERDICT_NAME))
-    metrics = folder / METRICS_NAME
+    files = RunFolder(folder)
+    verdict, metrics = _json(files.verdict, _text(files.verdict)), files.metrics
     lines = [_json(metrics, line) for line in _text(metrics).splitlines()]
     if not isinstance(verdict.get("facts"), dict) or not isinstance(verdict.get("gates"), list):
-        raise _not_a_run(folder / VERDICT_NAME, "it has no gates and facts")
-    log = folder / LOG_NAME
-    checkpoint, refusal = _checkpoint(folder / CHECKPOINT_NAME)
+        raise _not_a_run(files.verdict, "it has no gates and facts")
+    log = files.log
+    checkpoint, refusal = _checkpoint(files.checkpoint)
     run = FinishedRun(
         folder=folder,
-        config=validate(read_yaml(folder / CONFIG_NAME), where=folder / CONFIG_NAME),
+        config=validate(read_yaml(files.config), where=files.config),
         verdict=verdict,
         lines=lines,
         log=log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "",
@@ -158,7 +176,7 @@ def _about_figures(run: FinishedRun) -> Iterator[str]:
     if steps != list(range(1, len(steps) + 1)) or run.facts.get("steps") != len(steps):
         yield f"verdict.json says {run.facts.get('steps')} steps and metrics.jsonl has {len(steps)} lines"
     said = run.facts.get("val_losses")
-    if said != [line.get("val_loss") for line in run.kind("evaluation")]:
+    if said != [line.get("val_loss") for line in run.compared]:
         yield "the validation losses of verdict.json are not those of metrics.jsonl"
     last = run.train_losses.get(len(steps))
     if run.facts.get("train_loss") != last:
@@ -180,8 +198,8 @@ def _about_the_checkpoint(run: FinishedRun) -> Iterator[str]:
         if found.said.get(f"apr_dist.{key}") != run.facts.get(key):
             yield f"checkpoint.apr and verdict.json disagree on {key}"
     for key, value in (
-        ("step", run.facts.get("steps")),
-        ("val_loss", run.kind("evaluation")[-1]["val_loss"]),
+        ("step", run.handed_over),
+        ("val_loss", run.handed_over_loss),
     ):
         if found.said.get(f"apr_dist.{key}") != value:
             yield f"checkpoint.apr says {key} {found.said.get(f'apr_dist.{key}')} and the run {value}"
@@ -199,14 +217,14 @@ def _about_gates(run: FinishedRun) -> Iterator[str]:
 
 def expected_gates(run: FinishedRun, *, vocab_size: int) -> list[GateResult]:
     """The gates on losses, from metrics alone."""
-    losses, train = run.val_losses, run.train_losses
+    losses, train, handed_over = run.val_losses, run.train_losses, run.handed_over_loss
     from_init = run.config.init is not None
     return [
         *step_zero_gates(losses[0], vocab_size=vocab_size, from_init=from_init),
         *evaluation_gates(run.agreements, val_loss=losses[-1], train_loss=train.get(len(train))),
         *final_gates(
             first_val_loss=losses[0],
-            val_loss=losses[-1],
+            val_loss=math.nan if handed_over is None else handed_over,
             target=run.config.target,
             finetune=from_init,
             steps=len(train),

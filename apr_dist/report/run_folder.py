@@ -11,8 +11,8 @@ from typing import Any
 from apr_dist.config_input import read_tree
 from apr_dist.errors import UsageError
 from apr_dist.parsing import parse_json
+from apr_dist.runs.folder import RunFolder
 
-METRICS_NAME, VERDICT_NAME, CONFIG_NAME = "metrics.jsonl", "verdict.json", "config.yaml"
 STEP_PARTS = {"forward_ms": "forward", "backward_ms": "backward", "update_ms": "update"}
 UNDIVIDED = "forward, backward, update"
 """What a step did besides waiting, where its line does not tell the parts."""
@@ -111,10 +111,11 @@ def _parts_ms(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    metrics, verdict, config = (folder / name for name in (METRICS_NAME, VERDICT_NAME, CONFIG_NAME))
+    run = RunFolder(folder)
+    metrics, verdict, config = run.metrics, run.verdict, run.config
     if not metrics.is_file() and not verdict.is_file():
         raise UsageError(
-            f"neither {METRICS_NAME} nor {VERDICT_NAME} is there",
+            f"neither {metrics.name} nor {verdict.name} is there",
             where=folder,
             expected="the folder a run wrote into",
             remedy="give the --run-dir of a run",

@@ -20,6 +20,7 @@ from apr_dist.errors import AprDistError
 from apr_dist.interop.text_model import TextModel, open_text_model
 from apr_dist.model.generation import Sampling
 from apr_dist.report.run_folder import Run
+from apr_dist.runs.folder import RunFolder
 
 BY_DEFAULT = 2
 """Samples of a run when nobody says how many, for models up to ``LARGEST_BY_DEFAULT``."""
@@ -82,7 +83,7 @@ def make_samples(run: Run, *, count: int | None, prompts: Sequence[str] = ()) ->
 
 
 def _after(run: Run, by_default: bool) -> TextModel:
-    path = run.folder / "checkpoint.apr"
+    path = RunFolder(run.folder).checkpoint
     if not path.is_file():
         raise _Skipped(f"{path} is not there")
     recorded = run.verdict["facts"].get("weights_digest") if run.verdict else None

@@ -15,8 +15,6 @@ from typing import Any
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.model.config import TransformerConfig
 
-FACTS_NAME = "checkpoint.metadata.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:

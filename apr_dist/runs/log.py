@@ -16,8 +16,6 @@ from typing import Any
 from apr_dist.errors import OutputError
 from apr_dist.runs.display import Display, Pace, PlainDisplay
 
-LOG_NAME = "train.log"
-
 
 class RunLog(Display):
     """Shows everything on another display, and keeps it as text once there is a run folder.

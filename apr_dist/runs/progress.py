@@ -9,7 +9,7 @@ from typing import Any
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
-from apr_dist.runs.step_folders import SavedState
+from apr_dist.runs.saved_state import SavedState
 from apr_dist.gates.losses import Agreement
 
 
@@ -26,6 +26,11 @@ class Evaluation:
     loss: float
     tokens: int
     wall_s: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss is a number."""
+        return math.isfinite(self.loss)
 
     @property
     def perplexity(self) -> float:
@@ -76,6 +81,7 @@ class Start:
         provenance: facts for the checkpoint's metadata.
         recorded_val_loss: what the file says the same evaluation gave when it was saved, if it does.
         random_start: how it compares with random weights, where that was measured.
+        run: identity of the run, under which steps are saved; empty if nothing is.
     """
 
     model_config: TransformerConfig
@@ -84,6 +90,7 @@ class Start:
     provenance: dict[str, Any]
     recorded_val_loss: float | None = None
     random_start: RandomStart | None = None
+    run: str = ""
 
 
 @dataclass
@@ -101,6 +108,7 @@ class Progress:
     first_gates: list[GateResult] = field(default_factory=list)
     guard: GuardState = field(default_factory=GuardState)
     data_epochs: dict[str, int] = field(default_factory=dict)
+    data_origin: tuple[int, int] = (0, 0)
 
     @classmethod
     def from_saved(cls, state: SavedState) -> Progress:
@@ -113,8 +121,8 @@ class Progress:
             grad_norm_max=state.grad_norm_max,
             evaluated_at=state.step if state.evaluated_at is None else state.evaluated_at,
             evaluations=[
-                Evaluation(loss=loss, tokens=int(tokens), wall_s=wall_s)
-                for loss, tokens, wall_s in state.evaluations
+                Evaluation(loss=loss, tokens=int(tokens), wall_s=0.0)
+                for loss, tokens, *_ in state.evaluations
             ],
             agreements=[
                 Agreement(step=int(step), train_loss=train, eval_loss=evaluated)
@@ -122,6 +130,7 @@ class Progress:
             ],
             first_gates=[GateResult(**gate) for gate in state.first_gates],
             guard=GuardState(**state.guard),
+            data_origin=(state.data_origin[0], state.data_origin[1]),
         )
 
     @property

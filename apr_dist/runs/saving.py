@@ -28,24 +28,19 @@ from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.moments import moment_pieces, updates_done
 from apr_dist.parallel.pieces import Piece
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.state import (
-    INDEX_NAME,
-    file_digest,
-    index_text,
-    part_name,
-    random_pieces,
-    write_part,
-)
+from apr_dist.parallel.state import part_name, random_pieces, write_part
+from apr_dist.parallel.state_index import file_digest, index_text
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.checkpoint import (
-    FACTS_NAME,
     CheckpointFacts,
     checkpoint_metadata,
     json_bytes,
     perplexity,
 )
+from apr_dist.runs.folder import RunFolder, StepFolder
 from apr_dist.runs.progress import Progress, Start
-from apr_dist.runs.step_folders import CHECKPOINT_NAME, SavedState, finish, retire, step_folder
+from apr_dist.runs.resume import binding
+from apr_dist.runs.saved_state import SavedState, best, read_state, retire, write_state
 
 LEAVING_S = 8.0
 """How long a run that ends with an error still waits for the save under way."""
@@ -58,7 +53,7 @@ ROOM = 1.25
 class _Job:
     """What one save writes; ``metadata``, ``state`` and ``facts`` are rank 0's."""
 
-    folder: Path
+    folder: StepFolder
     weights: WeightParts
     pieces: list[Piece]
     updates: int
@@ -85,7 +80,7 @@ class Saver:
         config: the resolved configuration.
         runtime: this rank's view of the processes.
         start: what the run starts from.
-        run_dir: the run folder, which every rank sees.
+        run: the run folder, which every rank sees.
         exchange: the ranks' own group for saving.
         say: prints one line on rank 0.
     """
@@ -95,12 +90,12 @@ class Saver:
         config: TrainConfig,
         runtime: Runtime,
         start: Start,
-        run_dir: Path,
+        run: RunFolder,
         exchange: Exchange,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._runtime, self._start = config, runtime, start
-        self._run_dir, self._exchange, self._say = run_dir, exchange, say
+        self._run, self._exchange, self._say = run, exchange, say
         self._began = time.perf_counter()
         self._thread: threading.Thread | None = None
         self._error: AprDistError | None = None
@@ -121,7 +116,7 @@ class Saver:
         """
         self.finish()
         job = self._job(model, optimizer, progress)
-        self._runtime.on_main(lambda: _make(job.folder))
+        self._runtime.on_main(lambda: _make(job.folder.path))
         if not self._copies_fit(job):
             self._write(job)
             self.finish()
@@ -155,6 +150,33 @@ class Saver:
         elif self._thread is not None:  # another error ends the run: the save under way gets a moment
             self._thread.join(LEAVING_S)
 
+    def best(self) -> tuple[StepFolder, float] | None:
+        """The saved step with the lowest validation loss, and that loss; rank 0 alone."""
+        found = best(self._run, self._start.provenance.get("evaluation"))
+        return found[0] if found else None
+
+    def hand_over(self, folder: StepFolder) -> None:
+        """Let the run's checkpoint be a saved step's, and the facts beside it too; rank 0 alone.
+
+        Raises:
+            AprDistError: the step cannot be read or the files cannot be written.
+        """
+        state = read_state(folder, verify=False)
+        self._run.hand_over(folder)
+        facts = CheckpointFacts(
+            epoch=state.epoch,
+            step=state.step,
+            train_loss=state.train_loss,
+            val_loss=state.val_loss,
+            train_ppl=perplexity(state.train_loss),
+            val_ppl=perplexity(state.val_loss),
+            optimizer_state_sha=state.optimizer_digest,
+            wall_seconds=time.perf_counter() - self._began,
+            tokens_seen=state.tokens_seen,
+            grad_norm_max=state.grad_norm_max,
+        )
+        write_atomically(self._run.checkpoint_facts, json_bytes(asdict(facts)))
+
     def _copies_fit(self, job: _Job) -> bool:
         """Whether every rank has room for its copies; a collective."""
         local = read_launch().local_world_size
@@ -171,7 +193,7 @@ class Saver:
                 self._start.model_config, self._start.metadata, self._provenance(progress)
             )
         return _Job(
-            folder=step_folder(self._run_dir, progress.step),
+            folder=self._run.step(progress.step),
             weights=weight_parts(model, self._runtime),
             pieces=[*moment_pieces(model, optimizer, self._runtime), *random_pieces(self._runtime.device)],
             updates=updates_done(optimizer),
@@ -190,17 +212,17 @@ class Saver:
         except Exception as error:  # of a thread, where it would be lost
             self._error = DistributedError(
                 f"saving ended with {type(error).__name__}: {' '.join(str(error).split())[:500]}",
-                where=job.folder,
+                where=job.folder.path,
                 remedy="check that every rank still runs, and go on with --resume auto",
             )
 
     def _write_files(self, job: _Job) -> None:
-        exchange, target = self._exchange, job.folder / CHECKPOINT_NAME
+        exchange, target = self._exchange, job.folder.checkpoint
         save_weights(job.weights, target, job.metadata, overwrite=True, exchange=exchange)
         error, written = None, ""
         name = part_name(exchange.rank, exchange.world_size)
         try:
-            written = write_part(job.pieces, job.folder / name, exchange.moved)
+            written = write_part(job.pieces, job.folder.path / name, exchange.moved)
         except AprDistError as refused:
             error = refused
         exchange.agree(error)
@@ -214,15 +236,22 @@ class Saver:
 
     def _declare(self, job: _Job, digests: dict[str, str]) -> None:
         """Write the index, then the marker, then let the oldest folders go; rank 0 alone."""
-        index = job.folder / INDEX_NAME
+        index, target = job.folder.index, job.folder.checkpoint
         write_atomically(index, index_text(digests, updates=job.updates))
-        optimizer_digest, target = file_digest(index), job.folder / CHECKPOINT_NAME
+        optimizer_digest = file_digest(index)
         state = replace(job.state, checkpoint_digest=file_digest(target), optimizer_digest=optimizer_digest)
-        finish(job.folder, self._run_dir, state)
+        write_state(job.folder, state)
+        self._run.hand_over(job.folder)
         facts = replace(job.facts, optimizer_state_sha=optimizer_digest)
-        write_atomically(self._run_dir / FACTS_NAME, json_bytes(asdict(facts)))
+        write_atomically(self._run.checkpoint_facts, json_bytes(asdict(facts)))
         keep = self._config.checkpoint
-        retire(self._run_dir, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        retire(
+            self._run,
+            keep_last=keep.keep_last,
+            keep_every=keep.keep_every,
+            keep_best=keep.keep_best,
+            evaluation=job.state.evaluation,
+        )
         took = time.perf_counter() - job.began
         self._say(f"step {job.state.step:>6}  saved {target} ({took:.1f} s, read back)")
 
@@ -244,15 +273,19 @@ class Saver:
             tokens_seen=progress.tokens_seen,
             train_loss=progress.train_loss,
             grad_norm_max=progress.grad_norm_max,
-            evaluations=[[one.loss, one.tokens, one.wall_s] for one in progress.evaluations],
+            evaluations=[[one.loss, one.tokens] for one in progress.evaluations],
             agreements=[[one.step, one.train_loss, one.eval_loss] for one in progress.agreements],
-            config=self._config.model_dump(mode="json"),
+            config=binding(self._config),
             config_digest=self._config.digest(),
             data_fingerprint=self._start.provenance.get("data_fingerprint"),
             init_digest=self._start.provenance.get("init_digest"),
             first_gates=[gate.to_json() for gate in progress.first_gates],
             evaluated_at=progress.evaluated_at,
             guard=asdict(progress.guard),
+            run=self._start.run,
+            val_data_fingerprint=self._start.provenance.get("val_data_fingerprint"),
+            evaluation=self._start.provenance.get("evaluation"),
+            data_origin=list(progress.data_origin),
         )
 
     def _facts(self, progress: Progress) -> CheckpointFacts:

@@ -29,6 +29,7 @@ class Verdict:
         gates: every gate that was evaluated, in order.
         facts: digests and figures that identify the run.
         synthetic: whether it trained on made-up tokens.
+        aborted_with: exit code of a run that was aborted; None otherwise.
     """
 
     status: Status
@@ -36,6 +37,7 @@ class Verdict:
     gates: tuple[GateResult, ...]
     facts: dict[str, Any]
     synthetic: bool = False
+    aborted_with: ExitCode | None = None
 
     @property
     def failed(self) -> tuple[GateResult, ...]:
@@ -44,7 +46,9 @@ class Verdict:
 
     @property
     def exit_code(self) -> ExitCode:
-        """OK only when the run ended by itself and every ship-blocking gate passed."""
+        """The exit code of the process: OK only if the run ended by itself and every blocking gate passed."""
+        if self.aborted_with is not None:
+            return self.aborted_with
         good = self.status is not Status.ABORTED and not self.failed
         return ExitCode.OK if good else ExitCode.VERDICT
 

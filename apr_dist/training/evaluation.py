@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,12 +26,15 @@ class EvaluationStopped(Exception):
     """The measurement was given up; there is no figure."""
 
 
-class EvaluationData(Protocol):
+class HeldOut(Protocol):
     """This rank's share of the held-out sequences, in a fixed order."""
 
-    def __iter__(self) -> Iterable[torch.Tensor]: ...
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data they are from."""
 
-    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Token ids, each int32 [batch, seq + 1]; as many batches on every rank."""
 
 
 class Batch(NamedTuple):
@@ -66,6 +69,15 @@ def split_sequences(
     if documents is not None:
         boundaries = Boundaries(send(documents.cu_seqlens, device), (targets.shape[0], targets.shape[1]))
     return Batch(moved[:, :-1], targets, boundaries)
+
+
+def _nothing_to_count(batch: Batch) -> Batch:
+    """One row without a target that counts, for a rank whose share of the last batch is empty.
+
+    The other ranks may need its part of the collectives of a forward.
+    """
+    rows = torch.zeros((1, batch.inputs.shape[1]), dtype=batch.inputs.dtype, device=batch.inputs.device)
+    return Batch(rows, torch.full_like(rows, IGNORE_INDEX, dtype=torch.long), None)
 
 
 def evaluate(
@@ -104,6 +116,8 @@ def evaluate(
                 batch = tokens
                 if not isinstance(batch, Batch):
                     batch = split_sequences(batch, runtime.device, ignored_ids)
+                if not len(batch.inputs):
+                    batch = _nothing_to_count(batch)
                 loss_sum, count = model(batch.inputs, batch.targets, document_ids=batch.document_ids)
                 total[0] += loss_sum.double()
                 total[1] += count

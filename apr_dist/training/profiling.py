@@ -6,7 +6,6 @@ of, is the configuration it was given; the page it leaves is made here too.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import defaultdict
@@ -19,24 +18,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from apr_dist.atomic_files import write_atomically
-from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Documents
-from apr_dist.gates.preflight import Preflight
 from apr_dist.model.packing import Boundaries
-from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.engine import Engine, prepare
-from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharding import build_decoder
-from apr_dist.parallel.weights import draw_weights, load_weights
-from apr_dist.runs.display import Display
-from apr_dist.training.compute import set_up_compute, set_up_machine
-from apr_dist.training.efficiency import Efficiency, efficiency_of, peak_bytes
+from apr_dist.parallel.engine import Engine
+from apr_dist.training.efficiency import peak_bytes
 from apr_dist.training.evaluation import Batch
 from apr_dist.training.garbage import collected_on_request
-from apr_dist.training.optimizer import build_optimizer
-from apr_dist.training.run_data import open_data
-from apr_dist.training.schedule import schedule_of
-from apr_dist.training.stepping import BatchFeed, Stepper
+from apr_dist.training.session import Session
+from apr_dist.training.stepping import BatchFeed
 
 TRACE_NAME, SUMMARY_NAME = "trace.json", "summary.md"
 WARM_UP_STEPS, TRACED_STEPS = 2, 2
@@ -99,59 +87,48 @@ class Profile:
         return "\n".join(lines) + "\n"
 
 
-def profile_run(config: TrainConfig, preflight: Preflight, *, steps: int, display: Display) -> Profile:
-    """Take steps as the configuration says, and leave a trace and a summary in its ``run_dir``.
+def profile_run(session: Session, *, steps: int) -> Profile:
+    """Take steps as a run of this session takes them, and leave a trace and a summary in its ``run_dir``.
 
     Args:
-        config: the resolved configuration; one process.
-        preflight: its proven inputs.
+        session: an open session.
         steps: how many to measure, after two of warm-up.
-        display: told what happens.
 
     Raises:
         AprDistError: whatever would stop the run.
     """
-    options = config.parallel
-    runtime = processes.start(
-        device=config.device,
-        strategy=options.strategy,
-        precision=options.precision,
-        cpu_threads=options.cpu_threads,
-        timeout_s=options.timeout_s,
-        state_bits=config.optimizer.state_bits,
-    )
-    about = set_up_machine(config, runtime)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(collected_on_request())
-        work = _Work(config, preflight, runtime, stack, display)
+    config, runtime, run_dir = session.config, session.runtime, session.run.path
+    with collected_on_request():
+        work = _Work(session)
         work.take(WARM_UP_STEPS)
         work.clock.seconds.clear()
         wall_s = work.take(steps)
         seconds = {name: work.clock.seconds[name] / steps for name in PHASES}
         seconds["other"] = wall_s / steps - sum(seconds.values())
         most = peak_bytes(runtime.device)  # before the profiler takes its own
-        display(f"measured {steps} steps; tracing {TRACED_STEPS} more")
-        traced = work.trace(config.run_dir / TRACE_NAME)
+        session.display(f"measured {steps} steps; tracing {TRACED_STEPS} more")
+        traced = work.trace(run_dir / TRACE_NAME if runtime.is_main else None)
     speed = config.batch_size * config.seq_length * steps / wall_s
     found = Profile(
         seconds=seconds,
         operators=traced,
         tokens_per_sec=speed,
-        mfu=work.efficiency.mfu(speed),
+        mfu=session.efficiency.mfu(speed),
         peak_bytes=most,
         steps=steps,
-        about=_about(config, work.model, about),
-        formula=work.efficiency.describe(),
+        about=_about(session),
+        formula=session.efficiency.describe(),
     )
-    write_atomically(config.run_dir / SUMMARY_NAME, found.page().encode())
+    if runtime.is_main:
+        write_atomically(run_dir / SUMMARY_NAME, found.page().encode())
     return found
 
 
-def _about(config: TrainConfig, model: nn.Module, machine: str) -> str:
-    count = sum(weight.numel() for weight in model.parameters())
+def _about(session: Session) -> str:
+    config, count = session.config, session.start.model_config.parameter_count()
     return (
         f"{count:,} parameters, {config.batch_size} x {config.seq_length} tokens a step in micro-batches of"
-        f" {config.micro_batch(1)}, PyTorch {torch.__version__}; {machine}"
+        f" {config.micro_batch(session.runtime.world_size)}, PyTorch {torch.__version__}; {session.about}"
     )
 
 
@@ -194,7 +171,11 @@ class _TimedFeed(BatchFeed):
         return batches
 
     def send_ahead(self, k: int) -> None:
-        """Nothing: copies would hide in another phase."""
+        """Begin to copy the next batch, as a run does; counted as data."""
+        if self._stream is not None:
+            self.clock.enter("data")
+            super().send_ahead(k)
+            self.clock.enter("")
 
 
 class _TimedEngine(Engine):
@@ -229,66 +210,34 @@ class _TimedEngine(Engine):
 
 
 class _Work:
-    """What a run holds while it steps."""
+    """A session's steps with a clock around their parts."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        preflight: Preflight,
-        runtime: Runtime,
-        stack: contextlib.ExitStack,
-        display: Display,
-    ) -> None:
-        self.model = build_decoder(preflight.model_config, runtime)
-        if preflight.reader is not None:
-            load_weights(self.model, preflight.reader, runtime)
-        else:
-            draw_weights(self.model, preflight.model_config, runtime, seed=config.seed)
-        self.efficiency: Efficiency = efficiency_of(preflight.model_config, config, runtime)
-        self.clock = _Clock(runtime.device)
-        data, _ = open_data(config, preflight.model_config, runtime, stack, display)
-        set_up_compute(self.model, config, runtime.device)
-        options = config.optimizer
-        optimizer = build_optimizer(
-            self.model,
-            lr=config.peak_lr,
-            weight_decay=options.weight_decay,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            state_bits=options.state_bits,
-        )
-        micro_batch = config.micro_batch_size or config.batch_size
-        engine = prepare(self.model, optimizer, runtime, micro_batch=micro_batch, grad_clip=options.grad_clip)
-        _time_forward(self.model, self.clock)
-        ignored, isolate = config.loader.ignored_ids, config.loader.documents is Documents.ISOLATE
-        feed = _TimedFeed(data, runtime.device, ignored_ids=ignored, isolate=isolate)
+    def __init__(self, session: Session) -> None:
+        self.clock = _Clock(session.runtime.device)
+        _time_forward(session.model, self.clock)
+        feed = session.make_feed(_TimedFeed)
+        assert isinstance(feed, _TimedFeed)
         feed.clock = self.clock
-        self._done, self._cuda = 0, runtime.device.type == "cuda"
-        self._stepper = Stepper(
-            engine=_TimedEngine(engine, self.clock),
-            runtime=runtime,
-            feed=feed,
-            lr_at=schedule_of(config).lr_at,
-            global_tokens=None if ignored else config.batch_size * config.seq_length,
-            notes=lambda: torch.zeros(0, dtype=torch.float64, device=runtime.device),
-        )
+        self._done, self._cuda = session.progress.step, session.runtime.device.type == "cuda"
+        self._stepper = session.make_stepper(_TimedEngine(session.engine, self.clock), feed)
 
     def take(self, steps: int) -> float:
         """Take that many steps more; their seconds."""
         began = self.clock.now()
         for _ in range(steps):
-            self._stepper.take(self._done, compare=False, more=False)
+            self._stepper.take(self._done, compare=False, more=True)
             self._done += 1
         self._stepper.read()
         return self.clock.now() - began
 
-    def trace(self, path: Path) -> list[tuple[str, float, float]]:
+    def trace(self, path: Path | None) -> list[tuple[str, float, float]]:
         """Take two more steps under PyTorch's profiler, write what it saw, and name the longest operators."""
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         with profile(activities=activities) as profiler:
             self.take(TRACED_STEPS)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
         # On a GPU the kernels alone: an operator's row holds the time of those it launched once more.
         kind = "CUDA" if self._cuda else "CPU"
         rows: list[Any] = [

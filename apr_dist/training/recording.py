@@ -50,8 +50,8 @@ class StepRecorder:
         self._guard, self._go_on, self._efficiency = guard, go_on, efficiency
         self._metrics, self._display = metrics, display
 
-    def judge(self, taken: Taken, gpu_util_pct: float) -> None:
-        """Record a step that happened; or that it was skipped, or why it ends the run.
+    def judge(self, taken: Taken, gpu_util_pct: float) -> StepMetrics | None:
+        """Record a step that happened and return its line; or that it was skipped, or why it ends the run.
 
         Raises:
             NumericalInstability: the guard takes the step for the run's last.
@@ -64,14 +64,14 @@ class StepRecorder:
             self._metrics.event("skipped", {**skipped.facts, "why": skipped.why, "lr": taken.lr})
             of = f"{self._guard.state.skipped} of at most {self._guard.options.max_skipped}"
             self._display(f"step {taken.step + 1:>6}  skipped ({of}): {skipped.why}")
+            return None
         except NumericalInstability as error:
             self._metrics.event("refused", error.facts)
             error.told_by_rank_0 = not self._runtime.is_main  # every rank has the same figures
             raise
-        else:
-            self._record(taken, gpu_util_pct)
+        return self._record(taken, gpu_util_pct)
 
-    def _record(self, taken: Taken, gpu_util_pct: float) -> None:
+    def _record(self, taken: Taken, gpu_util_pct: float) -> StepMetrics:
         state = self._progress
         state.tokens_seen += taken.targets
         state.train_loss = taken.train_loss
@@ -102,6 +102,7 @@ class StepRecorder:
             both = Agreement(step=line.step, train_loss=taken.train_loss, eval_loss=taken.eval_loss)
             state.agreements.append(both)
             self._metrics.event("agreement", asdict(both))
+        return line
 
     def _count_passes(self, steps: int) -> None:
         """Say when a source of the training data begins again."""
@@ -109,6 +110,5 @@ class StepRecorder:
         for name, progress in self._train_data.progress(steps).items():
             newest = progress.newest_pass
             if newest > state.data_epochs.get(name, 0):
-                seen = f"every sequence seen {newest} times"
-                self._display(f"training data {name}: pass {newest + 1} begins ({seen})")
+                self._display(f"training data {name}: pass {newest + 1} begins")
             state.data_epochs[name] = newest

@@ -17,33 +17,21 @@ from typing import Any
 import torch
 
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Documents, StrategyChoice
+from apr_dist.config_sections import StrategyChoice
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.preflight import run_preflight
 from apr_dist.model.chunked_loss import IGNORE_INDEX
-from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.exchange import Exchange
-from apr_dist.parallel.sharding import build_decoder
-from apr_dist.parallel.state import restore
-from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.parallel.strategy import Offload
 from apr_dist.parsing import parse_json
 from apr_dist.runs.display import Display
-from apr_dist.runs.metrics import MetricsFile
-from apr_dist.runs.progress import Start
-from apr_dist.runs.saving import Saver
-from apr_dist.runs.step_folders import (
-    CHECKPOINT_NAME,
-    SavedState,
-    read_state,
-    whole_folders,
-)
+from apr_dist.runs.folder import RunFolder, StepFolder
+from apr_dist.runs.resume import NEVER, ResumePoint
+from apr_dist.runs.saved_state import read_state
 from apr_dist.training.config_text import load_config
 from apr_dist.training.evaluation import Batch
-from apr_dist.training.run import METRICS_NAME, VERDICT_NAME
-from apr_dist.training.run_data import open_data
-from apr_dist.training.stepping import BatchFeed
-from apr_dist.training.trainer import Trainer
+from apr_dist.training.proving import Around, Proven
+from apr_dist.training.session import Session
 
 TEXT_CHARACTERS = 400
 
@@ -112,109 +100,72 @@ def replay(run_dir: Path, *, step: int | None, device: str | None, say: Callable
         UsageError: no run folder, or no such step.
         AprDistError: as the run's own gates and loaders.
     """
-    config = load_config(run_dir)
-    wanted = _step(run_dir, step, config)
-    alone = {"strategy": StrategyChoice.SINGLE, "shard_size": None}
+    run, config = RunFolder(run_dir), load_config(run_dir)
+    wanted = _step(run, step, config)
+    one_process = {"strategy": StrategyChoice.SINGLE, "shard_size": None, "offload": Offload.NONE}
     config = config.model_copy(
         update={
             "run_dir": run_dir,
-            "overwrite": True,
+            "resume": NEVER,
             "device": device or config.device,
-            "parallel": config.parallel.model_copy(update=alone),
+            "parallel": config.parallel.model_copy(update=one_process),
         }
     )
-    folder = next((one for one in reversed(whole_folders(run_dir)) if int(one.name) < wanted), None)
-    state = read_state(folder) if folder else None
-    with contextlib.ExitStack() as stack:
-        trainer, begun_from = _trainer(config, folder, state, stack, say)
-        begun_at = trainer.progress.step
+    folder = next((one for one in reversed(run.whole()) if one.step < wanted), None)
+    with _open(config, folder, say) as session:
+        begun_at = session.progress.step
         if wanted - 1 > begun_at:
             say(f"taking steps {begun_at + 1} to {wanted - 1} again")
-        trainer.advance_to(wanted - 1)
-        taken = trainer.stepper.measure(wanted - 1)
+        for _ in session.steps(until=wanted - 1):
+            pass
+        taken = session.stepper.measure(wanted - 1)
         text = _reader_of_text(config)
         return Replayed(
             step=wanted,
-            begun_from=begun_from,
+            begun_from=str(folder.checkpoint if folder else config.init or f"seed {config.seed}"),
             redone=wanted - 1 - begun_at,
             loss=taken.train_loss,
             grad_norm=taken.grad_norm,
-            recorded=_recorded(run_dir, wanted),
-            sequences=list(_each_sequence(trainer, text)),
+            recorded=_recorded(run, wanted),
+            sequences=list(_each_sequence(session, text)),
         )
 
 
-def _step(run_dir: Path, step: int | None, config: TrainConfig) -> int:
+def _step(run: RunFolder, step: int | None, config: TrainConfig) -> int:
     if step is None:
         with contextlib.suppress(OSError, ValueError):
-            step = parse_json((run_dir / VERDICT_NAME).read_text())["facts"].get("step")
+            step = parse_json(run.verdict.read_text())["facts"].get("step")
     if step is None or not 1 <= step <= config.num_steps:
         raise UsageError(
             "no step was named, and the run was not refused for one" if step is None else f"step is {step}",
-            where=run_dir,
+            where=run.path,
             expected=f"a step from 1 to {config.num_steps}",
             remedy="name it with --step",
         )
     return step
 
 
-def _trainer(
-    config: TrainConfig,
-    folder: Path | None,
-    state: SavedState | None,
-    stack: contextlib.ExitStack,
-    say: Callable[[str], None],
-) -> tuple[Trainer, str]:
-    checkpoint = folder / CHECKPOINT_NAME if folder else None
-    found = run_preflight(config, world_size=1, say=lambda _: None, resume_from=checkpoint)
-    stack.callback(found.close)
-    options = config.parallel
-    runtime = processes.start(
-        device=config.device,
-        strategy="single",
-        precision=options.precision,
-        cpu_threads=options.cpu_threads,
-        timeout_s=options.timeout_s,
+@contextlib.contextmanager
+def _open(config: TrainConfig, folder: StepFolder | None, say: Callable[[str], None]) -> Iterator[Session]:
+    """A session of the run as it stood when ``folder`` was saved, in one process, that writes nothing."""
+    around = Around(display=Display())
+    found = run_preflight(
+        config, world_size=1, say=around.display, resume_from=folder.checkpoint if folder else None
     )
-    begun_from = str(found.reader.path) if found.reader else f"seed {config.seed}"
-    say(f"from {begun_from}, on {runtime.device}")
-    model = build_decoder(found.model_config, runtime)
-    if found.reader is not None:
-        load_weights(model, found.reader, runtime)
-    else:
-        draw_weights(model, found.model_config, runtime, seed=config.seed)
-    start = Start(
-        model_config=found.model_config, from_init=config.init is not None, metadata=None, provenance={}
-    )
-    quiet, exchange = Display(), Exchange(runtime)
-    train_data, eval_data = open_data(config, found.model_config, runtime, stack, quiet)
-    trainer = Trainer(
-        config=config,
-        runtime=runtime,
-        model=model,
-        start=start,
-        train_data=train_data,
-        eval_data=eval_data,
-        metrics=MetricsFile(None, common={}),
-        saver=Saver(config, runtime, start, config.run_dir, exchange, quiet),
-        display=quiet,
-        resumed=state,
-    )
-    if folder is not None:
-        restore(model, trainer.engine.optimizer, folder, runtime, exchange)
-    return trainer, begun_from
+    try:
+        point = ResumePoint(folder, read_state(folder), changed=False) if folder else None
+        with Session(config, Proven(preflight=found, point=point), around) as session:
+            say(f"from {found.reader.path if found.reader else f'seed {config.seed}'}, on {session.about}")
+            yield session
+    finally:
+        found.close()
 
 
-def _each_sequence(trainer: Trainer, text: Callable[[torch.Tensor], str | None]) -> Iterator[Sequence]:
-    config, runtime, model = trainer.config, trainer.runtime, trainer.model
-    number = trainer.progress.step
-    feed = BatchFeed(
-        trainer.train_data,
-        runtime.device,
-        ignored_ids=config.loader.ignored_ids,
-        isolate=config.loader.documents is Documents.ISOLATE,
-    )
-    batches = feed.take(number)
+def _each_sequence(session: Session, text: Callable[[torch.Tensor], str | None]) -> Iterator[Sequence]:
+    config, runtime, model = session.config, session.runtime, session.model
+    number = session.progress.step
+    batches = session.make_feed().take(number)
+    origin, first = session.progress.data_origin
     singles = [_row(batch, index) for batch in batches for index in range(len(batch.inputs))]
     counted = sum(int((one.targets != IGNORE_INDEX).sum()) for one in singles)
     model.train()
@@ -226,7 +177,7 @@ def _each_sequence(trainer: Trainer, text: Callable[[torch.Tensor], str | None])
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         squares = torch.stack([gradient.double().square().sum() for gradient in gradients])
         yield Sequence(
-            number=number * config.batch_size + index,
+            number=first + (number - origin) * config.batch_size + index,
             loss=float(total.detach()) / max(1, int(count)),
             grad_norm=math.sqrt(float(squares.sum())),
             text=text(one.inputs[0]),
@@ -254,8 +205,7 @@ def _reader_of_text(config: TrainConfig) -> Callable[[torch.Tensor], str | None]
     return read
 
 
-def _recorded(run_dir: Path, step: int) -> dict[str, Any] | None:
-    path = run_dir / METRICS_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _recorded(run: RunFolder, step: int) -> dict[str, Any] | None:
+    lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
     found = [one for one in map(parse_json, lines) if one.get("step") == step]
     return next((one for one in found if one["kind"] in {"step", "refused", "skipped"}), None)

@@ -7,18 +7,52 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-
-import torch
+from dataclasses import dataclass
+from typing import Any
 
 from apr_dist.config import TrainConfig
 from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
+from apr_dist.data.own_batches import OwnBatches, OwnHeldOut
 from apr_dist.data.synthetic import SyntheticEvaluation, SyntheticTokens
 from apr_dist.data.training_set import open_training_set
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.runs.display import Display
+from apr_dist.runs.progress import Progress
+from apr_dist.training.evaluation import HeldOut
 from apr_dist.training.stepping import TrainingData
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """Batches that a program hands in.
+
+    Attributes:
+        train: global batches in order, each integers [batch_size, seq_length + 1].
+        held_out: the same for evaluation, iterable more than once; None: ``val_dataset``, if any.
+    """
+
+    train: Iterable[Any]
+    held_out: Iterable[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """This rank's share of the data.
+
+    Attributes:
+        train: global batches by number.
+        held_out: held-out sequences, iterated once per evaluation; None without any.
+    """
+
+    train: TrainingData
+    held_out: HeldOut | None
+
+    def facts(self) -> dict[str, str]:
+        """The identities of both, which must be the same on every rank."""
+        held_out = "none" if self.held_out is None else self.held_out.fingerprint
+        return {"training data": self.train.fingerprint, "held-out data": held_out}
 
 
 def open_data(
@@ -27,27 +61,32 @@ def open_data(
     runtime: Runtime,
     stack: contextlib.ExitStack,
     say: Display,
-) -> tuple[TrainingData, Iterable[torch.Tensor]]:
+    progress: Progress,
+    own: OwnData | None = None,
+) -> RunData:
     """This rank's training batches and held-out sequences, closed with the stack."""
-    micro = config.micro_batch(runtime.world_size)
+    sizes: dict[str, Any] = {
+        "seq_length": config.seq_length,
+        "micro_batch": config.micro_batch(runtime.world_size),
+        "rank": runtime.rank,
+        "world_size": runtime.world_size,
+    }
+    rows, batch_size = model_config.vocab_size, config.batch_size
     if config.synthetic:
-        made_up = SyntheticTokens(
-            vocab_size=model_config.vocab_size,
-            seq_length=config.seq_length,
-            batch_size=config.batch_size,
-            micro_batch=micro,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            seed=config.seed,
-        )
-        return made_up, SyntheticEvaluation(made_up)
+        drawn = SyntheticTokens(vocab_size=rows, batch_size=batch_size, seed=config.seed, **sizes)
+        return RunData(train=drawn, held_out=SyntheticEvaluation(drawn))
+    evaluation: HeldOut | None = None
+    if config.val_dataset is not None:
+        evaluation = held_out(config, runtime, config.evaluation.max_sequences)
+        stack.callback(evaluation.close)
+    if own is not None:
+        if own.held_out is not None:
+            evaluation = OwnHeldOut(own.held_out, vocab_size=rows, batch_size=batch_size, **sizes)
+        train = OwnBatches(own.train, vocab_size=rows, batch_size=batch_size, **sizes)
+        return RunData(train=train, held_out=evaluation)
     loader = TokenLoader(
         open_training_set(config.dataset, config.loader.mixture),
-        seq_length=config.seq_length,
-        global_batch=config.batch_size,
-        micro_batch=micro,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
+        global_batch=batch_size,
         seed=config.seed,
         shuffle=config.loader.shuffle.value,
         block_sequences=config.loader.block_sequences,
@@ -56,12 +95,13 @@ def open_data(
         access=config.loader.access.value,
         prefetch_batches=config.loader.prefetch_batches,
         pin_memory=config.loader.pin_memory,
+        origin=progress.data_origin,
+        **sizes,
     )
     stack.callback(loader.close)
-    evaluation = held_out(config, runtime, config.evaluation.max_sequences)
-    stack.callback(evaluation.close)
-    say(f"training on {loader.sequences_per_epoch:,} sequences; held out: {evaluation.describe()}")
-    return loader, evaluation
+    described = evaluation.describe() if isinstance(evaluation, EvaluationLoader) else "none"
+    say(f"training on {loader.sequences_per_epoch:,} sequences; held out: {described}")
+    return RunData(train=loader, held_out=evaluation)
 
 
 def held_out(config: TrainConfig, runtime: Runtime, max_sequences: int | None) -> EvaluationLoader:

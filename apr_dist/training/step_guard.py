@@ -37,11 +37,19 @@ class StepGuard:
     Args:
         options: what to do when.
         batch_size: sequences of a global batch.
+        origin: global batch and sequence from which on that size counts.
         state: what it remembers; kept up to date.
     """
 
-    def __init__(self, options: GuardsSection, *, batch_size: int, state: GuardState) -> None:
-        self.options, self._batch_size, self.state = options, batch_size, state
+    def __init__(
+        self,
+        options: GuardsSection,
+        *,
+        batch_size: int,
+        state: GuardState,
+        origin: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.options, self._batch_size, self._origin, self.state = options, batch_size, origin, state
 
     @property
     def each_step(self) -> bool:
@@ -106,7 +114,7 @@ class StepGuard:
         raise SkipStep(why, facts)
 
     def _facts(self, batch: int, train_loss: float, grad_norm: float) -> dict[str, Any]:
-        first = batch * self._batch_size
+        first = self._origin[1] + (batch - self._origin[0]) * self._batch_size
         return {
             "step": batch + 1,
             "batch": batch,

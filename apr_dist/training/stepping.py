@@ -30,6 +30,10 @@ from apr_dist.training.optimizer import apply_lr
 class TrainingData(Protocol):
     """Global batches by number: this rank's micro-batches, each int32 [micro_batch, seq + 1]."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data."""
+
     def progress(self, batches: int) -> dict[str, DataProgress]:
         """How far each source has come when that many global batches were handed out."""
 

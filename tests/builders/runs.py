@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from apr_dist.parallel.runtime import reset_state
+from apr_dist.runs import saved_state
+from apr_dist.runs.folder import RunFolder
 from apr_dist.train import main
 from builders.tokens import build_tiny_dataset, build_tiny_tokenizer
 
@@ -132,6 +134,17 @@ def metrics(run_dir: Path, kind: str = "step") -> list[dict[str, Any]]:
     """The lines of one kind of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def whole_folders(run_dir: Path) -> list[Path]:
+    """The finished step folders of a run, oldest first."""
+    return [folder.path for folder in RunFolder(run_dir).whole()]
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """The step folder that a run would resume."""
+    found = saved_state.newest_whole(RunFolder(run_dir))
+    return found.path if found else None
 
 
 def verdict(run_dir: Path) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def serve() -> None:
 
     import apr_dist.report  # noqa: PLC0415
     import apr_dist.train  # noqa: PLC0415
-    import apr_dist.training.run  # noqa: F401, PLC0415
+    import apr_dist.training.trainer  # noqa: F401, PLC0415
 
     if "--deepspeed" in sys.argv:
         _import_deepspeed()

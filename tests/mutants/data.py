@@ -19,8 +19,8 @@ MUTANTS: tuple[Change, ...] = (
         LOADER + "002",
         "ranks share their first rows",
         LOADER_FILE,
-        "        return k * self._batch_size + self._rank * self._share",
-        "        return k * self._batch_size + self._rank * self._micro",
+        "        return self._position(k) + self._rank * self._share",
+        "        return self._position(k) + self._rank * self._micro",
         also=(LOADER + "003",),
     ),
     Change(
@@ -91,8 +91,8 @@ MUTANTS: tuple[Change, ...] = (
         LOADER + "001",
         "every other sequence comes twice",
         LOADER_FILE,
-        "        return k * self._batch_size + self._rank * self._share",
-        "        return k // 2 * 2 * self._batch_size + self._rank * self._share",
+        "        return self._position(k) + self._rank * self._share",
+        "        return self._position(k // 2 * 2) + self._rank * self._share",
         also=(LOADER + "003", LOADER + "008", LOADER + "012"),
     ),
     Change(

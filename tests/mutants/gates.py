@@ -159,8 +159,8 @@ MUTANTS: tuple[Change, ...] = (
         CHECKPOINT + "003",
         "an occupied folder is free",
         OUTPUT_GATE,
-        "    if folder.is_dir() and not all(map(is_temporary, folder.iterdir())) and not overwrite:",
-        "    if folder.is_dir() and not folder.exists() and not overwrite:",
+        "    if not overwrite and not all(is_temporary(path) or path.name in ignored for path in found):",
+        "    if not overwrite and not found and folder.is_dir() and not folder.exists():",
     ),
     Change(
         CHECKPOINT + "004",

@@ -103,7 +103,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         CHECKPOINT + "006",
         "digests of a step folder are not compared",
-        "apr_dist/runs/step_folders.py",
+        "apr_dist/runs/saved_state.py",
         "        if not file.is_file() or file_digest(file) != digest:",
         "        if not file.is_file():",
     ),
@@ -111,30 +111,58 @@ MUTANTS: tuple[Change, ...] = (
         CHECKPOINT + "007",
         "another setting is no other run",
         "apr_dist/runs/resume.py",
-        "    if changed:\n",
-        "    if changed and not before:\n",
+        "    if unnamed:\n",
+        "    if unnamed and not before:\n",
     ),
     Change(
         CHECKPOINT + "008",
         "a resume forgets the moments",
-        "apr_dist/training/run.py",
-        "        restore(session.model, trainer.engine.optimizer, session.step_folder, runtime, exchange)",
-        "        del exchange",
+        "apr_dist/training/session.py",
+        "        restore(self.model, self.engine.optimizer, folder, self.runtime, self._exchange)",
+        "        del folder",
     ),
     Change(
         CHECKPOINT + "009",
         "the last good folder goes before the new one is whole",
         "apr_dist/runs/saving.py",
-        "        self._runtime.on_main(lambda: _make(job.folder))\n",
-        "        self._runtime.on_main(lambda: _make(job.folder))\n"
-        "        for old in (self._run_dir / 'steps').glob('*/state.json'):\n            old.unlink()\n"
+        "        self._runtime.on_main(lambda: _make(job.folder.path))\n",
+        "        self._runtime.on_main(lambda: _make(job.folder.path))\n"
+        "        for old in self._run.whole():\n            old.state.unlink()\n"
         "        time.sleep(2.0)\n",
     ),
     Change(
         DISTRIBUTED + "004",
         "a signal ends the run without a save",
         TRAINER_FILE,
-        "            if signal_number:\n                self._save()\n",
-        "            if signal_number:\n",
+        "            if session.signal_number:\n                session.save()\n",
+        "            if session.signal_number:\n",
+    ),
+    Change(
+        CHECKPOINT + "011",
+        "a lock is never asked for",
+        "apr_dist/runs/lock.py",
+        "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+    ),
+    Change(
+        CHECKPOINT + "012",
+        "steps are ordered as text",
+        "apr_dist/runs/folder.py",
+        "        return sorted(folders, key=lambda one: one.step)",
+        "        return sorted(folders, key=lambda one: one.path.name)",
+    ),
+    Change(
+        DISTRIBUTED + "024",
+        "ranks are not compared",
+        "apr_dist/parallel/agreement.py",
+        "        if main.get(name) != facts.get(name)",
+        "        if name not in facts",
+    ),
+    Change(
+        DISTRIBUTED + "025",
+        "an empty share is forwarded as it is",
+        "apr_dist/training/evaluation.py",
+        "                if not len(batch.inputs):",
+        "                if len(batch.inputs) < 0:",
     ),
 )

@@ -11,13 +11,14 @@ from mutants.change import (
     METRICS,
     OPTIMIZER,
     RECORDING,
-    RUN,
     RUN_DATA,
     SAVED,
     SCHEDULE,
+    SESSION,
     STEP_GUARD,
     STEPPING,
     TRAINER,
+    TRAINER_FILE,
     VERDICT,
     Change,
 )
@@ -34,9 +35,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         INIT + "002",
         "a from-scratch checkpoint names an init",
-        RUN,
-        '"tool_version": __version__,',
-        '"tool_version": __version__, "init_digest": facts["provenance"].get("init_digest", "none"),',
+        SESSION,
+        'ours = {"tool_version": __version__,',
+        'ours = {"init_digest": facts["provenance"].get("init_digest", "none"), "tool_version": "",',
     ),
     Change(
         INIT + "006",
@@ -78,9 +79,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         FINETUNE + "001",
         "the verdict is not written",
-        RUN,
-        "    runtime.on_main(lambda: write_atomically(config.run_dir / VERDICT_NAME",
-        "    runtime.on_main(lambda: write_atomically(config.run_dir / METRICS_NAME",
+        TRAINER_FILE,
+        "write_atomically(session.run.verdict,",
+        "write_atomically(session.run.metrics,",
     ),
     Change(
         FINETUNE + "003",
@@ -303,7 +304,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "035",
         "only the plan warns",
-        "apr_dist/train.py",
+        "apr_dist/training/proving.py",
         "(*found.warnings, *([too_few] if too_few else [])):",
         "found.warnings:",
     ),
