@@ -26,9 +26,9 @@ from apr_dist.parallel import state_bits
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
+from apr_dist.planning.plan import under_trained
 from apr_dist.training import trackers
 from apr_dist.training.display import Display, hear_libraries, open_display
-from apr_dist.training.plan import under_trained
 from apr_dist.training.run_log import RunLog
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error

@@ -14,8 +14,8 @@ from apr_dist.config_input import validate
 from apr_dist.config_sections import Precision, StrategyChoice
 from apr_dist.errors import UsageError
 from apr_dist.model.config import Family, TransformerConfig, preset
-from apr_dist.training.memory import Load, estimate
-from apr_dist.training.simulation import WORLDS, sent_bytes, simulate
+from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.simulation import WORLDS, sent_bytes, simulate
 
 
 def tiny() -> TransformerConfig:

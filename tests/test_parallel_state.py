@@ -16,7 +16,7 @@ from builders.state_ranks import CASES, EIGHT_BIT, SHAPE
 from apr_dist.cli.plan import plan as plan_verb
 from apr_dist.config_sections import Precision, StrategyChoice
 from apr_dist.parallel.strategy import Offload, Strategy
-from apr_dist.training.memory import F32, Load, State, estimate, most_possible, shards
+from apr_dist.planning.memory import F32, Load, State, estimate, most_possible, shards
 
 WORLD = 2
 LOAD = Load(micro_batch=1, seq_length=32, accumulates=False, precision=Precision.F32, cuda=True)

@@ -15,6 +15,7 @@ from apr_dist.config_input import read_yaml, validate
 from apr_dist.config_sections import Mode, StrategyChoice
 from apr_dist.errors import UsageError
 from apr_dist.model.config import PRESETS
+from apr_dist.planning.plan import Rate, make_plan
 from apr_dist.training.config_text import (
     commented_yaml,
     differences,
@@ -24,7 +25,6 @@ from apr_dist.training.config_text import (
     problems,
     type_text,
 )
-from apr_dist.training.plan import Rate, make_plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

@@ -20,10 +20,10 @@ from apr_dist.config_input import validate
 from apr_dist.config_sections import ActivationCheckpointing, Mode, Precision, StrategyChoice
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.model.config import PRESETS
-from apr_dist.training import memory, plan
-from apr_dist.training.memory import Load, estimate
-from apr_dist.training.plan import Rate, make_plan
-from apr_dist.training.plan_text import lr_plot, plan_lines
+from apr_dist.planning import memory, plan
+from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.plan import Rate, make_plan
+from apr_dist.planning.plan_text import lr_plot, plan_lines
 
 SMALL = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 384}
 

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from apr_dist.cli.tables import table_lines
 from apr_dist.config_input import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
-from apr_dist.training.plan import Plan, Rate, make_plan
-from apr_dist.training.plan_text import plan_json, plan_lines
-from apr_dist.training.simulation import HEADINGS, simulate, simulation_rows
+from apr_dist.planning.plan import Plan, Rate, make_plan
+from apr_dist.planning.plan_text import plan_json, plan_lines
+from apr_dist.planning.simulation import HEADINGS, simulate, simulation_rows
 
 
 def plan(arguments: Sequence[str]) -> int:

@@ -296,7 +296,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "035",
         "the ratio is of the wrong numbers",
-        "apr_dist/training/plan.py",
+        "apr_dist/planning/plan.py",
         "tokens >= FEW_TOKENS_PER_PARAMETER * parameters:",
         "tokens * FEW_TOKENS_PER_PARAMETER >= parameters:",
     ),

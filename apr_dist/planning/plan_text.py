@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from apr_dist.parallel.strategy import Offload
-from apr_dist.training.memory import PARTS
-from apr_dist.training.plan import Plan
+from apr_dist.planning.memory import PARTS
+from apr_dist.planning.plan import Plan
 from apr_dist.training.schedule import Schedule
 
 _GIB = 1 << 30

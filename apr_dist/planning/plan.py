@@ -19,7 +19,7 @@ from apr_dist.gates.preflight import model_from_name, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import flops_per_token
-from apr_dist.training.memory import Load, Memory, estimate
+from apr_dist.planning.memory import Load, Memory, estimate
 from apr_dist.training.schedule import Schedule, schedule_of
 
 FEW_TOKENS_PER_PARAMETER: Final = 10

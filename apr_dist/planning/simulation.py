@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from apr_dist.config import TrainConfig
 from apr_dist.config_sections import Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
-from apr_dist.training.memory import F32, PARTS, Load, Memory, estimate
+from apr_dist.planning.memory import F32, PARTS, Load, Memory, estimate
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GPUS_PER_MACHINE = 8
