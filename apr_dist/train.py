@@ -19,7 +19,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import Invocation, parse_command_line
+from apr_dist.config.reading import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode, as_known
 from apr_dist.gates.preflight import Preflight, run_preflight
 from apr_dist.parallel import state_bits

@@ -9,9 +9,10 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+from apr_dist.choices import Mode
 from apr_dist.config import TrainConfig, flag_of, leaves
-from apr_dist.config_input import parse_command_line, read_yaml, validate
-from apr_dist.config_sections import MODE_DEFAULTS, Mode
+from apr_dist.config.reading import parse_command_line, read_yaml, validate
+from apr_dist.config.sections import MODE_DEFAULTS
 from apr_dist.errors import ExitCode, UsageError
 
 

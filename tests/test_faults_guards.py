@@ -12,7 +12,7 @@ from builders.broken import token_of_one_sequence, write_model_that_breaks_at
 from builders.runs import metrics, run_here, verdict
 
 from apr_dist.cli import main
-from apr_dist.config_sections import GuardsSection
+from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import ExitCode, NumericalInstability
 from apr_dist.parallel.runtime import reset_state
 from apr_dist.training.step_guard import GuardState, SkipStep, StepGuard

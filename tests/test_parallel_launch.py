@@ -15,11 +15,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from builders.runs import run_here
 
+from apr_dist.choices import Offload, Strategy, StrategyChoice
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import parse_command_line
-from apr_dist.config_sections import StrategyChoice
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import DistributedError, ExitCode, UsageError
-from apr_dist.parallel.strategy import Offload, Strategy, choose, group_size, refuse_offload
+from apr_dist.parallel.strategy import choose, group_size, refuse_offload
 
 if TYPE_CHECKING:
     from builders.runs import Inputs

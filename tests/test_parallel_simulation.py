@@ -9,9 +9,9 @@ import pytest
 from builders.runs import TINY, verdict
 from builders.several import HAS_COMPILER, STEPS, STRATEGIES
 
+from apr_dist.choices import Precision, StrategyChoice
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config_input import validate
-from apr_dist.config_sections import Precision, StrategyChoice
+from apr_dist.config.reading import validate
 from apr_dist.errors import UsageError
 from apr_dist.model.config import Family, TransformerConfig, preset
 from apr_dist.planning.memory import Load, estimate

@@ -13,9 +13,8 @@ from builders.runs import REPOSITORY
 from builders.several import HAS_COMPILER
 from builders.state_ranks import CASES, EIGHT_BIT, SHAPE
 
+from apr_dist.choices import Offload, Precision, Strategy, StrategyChoice
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config_sections import Precision, StrategyChoice
-from apr_dist.parallel.strategy import Offload, Strategy
 from apr_dist.planning.memory import F32, Load, State, estimate, most_possible, shards
 
 WORLD = 2

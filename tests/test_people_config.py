@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from apr_dist.choices import Mode, StrategyChoice
 from apr_dist.cli.config import check, diff, show
 from apr_dist.config import TrainConfig, leaves
-from apr_dist.config_input import read_yaml, validate
-from apr_dist.config_sections import Mode, StrategyChoice
-from apr_dist.errors import UsageError
-from apr_dist.model.config import PRESETS
-from apr_dist.planning.plan import Rate, make_plan
-from apr_dist.training.config_text import (
+from apr_dist.config.reading import read_yaml, validate
+from apr_dist.config.text import (
     commented_yaml,
     differences,
     json_schema,
@@ -25,6 +22,9 @@ from apr_dist.training.config_text import (
     problems,
     type_text,
 )
+from apr_dist.errors import UsageError
+from apr_dist.model.config import PRESETS
+from apr_dist.planning.plan import Rate, make_plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

@@ -13,7 +13,7 @@ import pytest
 from builders.runs import TRAIN, Inputs, run_here
 from builders.terminal import Shown, run_in_terminal
 
-from apr_dist.config_sections import ProgressStyle
+from apr_dist.choices import ProgressStyle
 from apr_dist.training.display import (
     Pace,
     PlainDisplay,

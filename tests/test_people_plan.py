@@ -13,11 +13,11 @@ from builders.models import random_weights, tiny_config
 from builders.people import LiveBytes, decoder_config, peak_bytes, two_steps
 from builders.runs import TINY, Inputs, run_here
 
+from apr_dist.choices import ActivationCheckpointing, Mode, Precision, StrategyChoice
 from apr_dist.cli import main
 from apr_dist.cli.plan import plan as plan_verb
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import validate
-from apr_dist.config_sections import ActivationCheckpointing, Mode, Precision, StrategyChoice
+from apr_dist.config.reading import validate
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.model.config import PRESETS
 from apr_dist.planning import memory, plan

@@ -9,8 +9,8 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from builders.runs import Inputs, metrics, run_here
 
-from apr_dist.config_input import parse_command_line
-from apr_dist.config_sections import TRACKERS
+from apr_dist.choices import TRACKERS
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import UsageError
 from apr_dist.training.trackers import Trackers, check_installed
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from apr_dist.choices import ScheduleKind
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import GuardsSection, ScheduleKind
+from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import (
     Divergence,
     ExitCode,

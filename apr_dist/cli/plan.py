@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from apr_dist.cli.tables import table_lines
-from apr_dist.config_input import parse_command_line
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.planning.plan import Plan, Rate, make_plan
 from apr_dist.planning.plan_text import plan_json, plan_lines

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from apr_dist.config_input import parse_command_line
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.gates.preflight import run_preflight
 from apr_dist.parallel.state_bits import check_installed

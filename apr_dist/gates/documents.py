@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from apr_dist.choices import Compile, Documents
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Compile, Documents
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import DataError, UsageError
 

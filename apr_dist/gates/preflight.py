@@ -17,8 +17,8 @@ import numpy as np
 
 from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
+from apr_dist.choices import ShuffleOrder
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import ShuffleOrder
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
 from apr_dist.data.mixture import Mixture
 from apr_dist.data.tokenizer import identify, load_tokenizer

@@ -25,19 +25,12 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from apr_dist.choices import Offload, Strategy
 from apr_dist.cores import usable_cores
 from apr_dist.errors import AprDistError, DistributedError, UsageError
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.state_bits import refuse_state_bits
-from apr_dist.parallel.strategy import (
-    NOT_AS_ASKED,
-    Offload,
-    Strategy,
-    choose,
-    group_size,
-    prepare_for_deepspeed,
-    refuse_offload,
-)
+from apr_dist.parallel.strategy import NOT_AS_ASKED, choose, group_size, prepare_for_deepspeed, refuse_offload
 from apr_dist.parallel.whereabouts import HERE
 
 _DISTRIBUTED_TYPES = {

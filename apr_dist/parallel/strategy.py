@@ -1,4 +1,4 @@
-"""Which strategy a run has: the names, what the launcher asked for, and what the machine must offer.
+"""Which strategy a run has: what the launcher asked for, what it can do, and what the machine must offer.
 
 Whether the strategy is really active is proven by ``runtime``, ``sharding`` and ``engine``.
 """
@@ -9,55 +9,14 @@ import os
 import shutil
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 
+from apr_dist.choices import Offload, Strategy
 from apr_dist.errors import DistributedError, UsageError
 from apr_dist.parallel.launch import read_launch
 
 NOT_AS_ASKED = "FALSIFY-APR-DIST-DISTRIBUTED-001"
 """Falsifier of every refusal of processes or a strategy that are not the ones asked for."""
-
-
-class Strategy(StrEnum):
-    """How parameters, gradients and optimizer state lie over the ranks."""
-
-    SINGLE = "single"
-    DDP = "ddp"
-    FSDP2 = "fsdp2"
-    SHARD_GRAD_OP = "shard-grad-op"
-    HSDP = "hsdp"
-    ZERO1 = "zero1"
-    ZERO2 = "zero2"
-    ZERO3 = "zero3"
-
-    @property
-    def is_fsdp(self) -> bool:
-        """Whether PyTorch's FSDP2 shards parameters, gradients and optimizer state."""
-        return self in {Strategy.FSDP2, Strategy.SHARD_GRAD_OP, Strategy.HSDP}
-
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's ZeRO stage, 0 where DeepSpeed is not used."""
-        return int(self.value.removeprefix("zero")) if self.value.startswith("zero") else 0
-
-    @property
-    def shards_parameters(self) -> bool:
-        """Whether a rank holds a part of the parameters only, so that reading one is a collective."""
-        return self.is_fsdp or self is Strategy.ZERO3
-
-    @property
-    def shards_optimizer(self) -> bool:
-        """Whether a rank holds a part of the optimizer state only."""
-        return self.is_fsdp or self.zero_stage > 0
-
-
-class Offload(StrEnum):
-    """What lies in host memory between its uses, where the strategy can."""
-
-    NONE = "none"
-    OPTIMIZER = "optimizer"
-    OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
 
 
 def possible_offloads(strategy: Strategy) -> list[Offload]:

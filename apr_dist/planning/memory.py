@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from apr_dist.config_sections import ActivationCheckpointing, Precision, StrategyChoice
+from apr_dist.choices import ActivationCheckpointing, Offload, Precision, Strategy, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
 from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
-from apr_dist.parallel.strategy import Offload, Strategy, possible_offloads
+from apr_dist.parallel.strategy import possible_offloads
 
 F32 = 4
 """Bytes of weights, gradients and optimizer moments, whatever the compute type is."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from apr_dist.choices import Device, Mode, StrategyChoice
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Device, Mode, StrategyChoice
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.training_set import open_training_set, parts_of
 from apr_dist.errors import AprDistError

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from apr_dist.parallel.strategy import Offload
+from apr_dist.choices import Offload
 from apr_dist.planning.memory import PARTS
 from apr_dist.planning.plan import Plan
 from apr_dist.training.schedule import Schedule

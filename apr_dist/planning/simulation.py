@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from apr_dist.choices import Precision, StrategyChoice
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
 from apr_dist.planning.memory import F32, PARTS, Load, Memory, estimate
 

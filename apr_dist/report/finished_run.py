@@ -17,7 +17,7 @@ from typing import Any
 from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import read_yaml, validate
+from apr_dist.config.reading import read_yaml, validate
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.gates.result import GateResult
 from apr_dist.parsing import parse_json

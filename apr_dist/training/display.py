@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from apr_dist.config_sections import ProgressStyle
+from apr_dist.choices import ProgressStyle
 
 SMOOTHING = 0.9
 """Weight of the past in the smoothed training loss."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from apr_dist.atomic_files import write_atomically
+from apr_dist.choices import Documents
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Documents
 from apr_dist.gates.preflight import Preflight
 from apr_dist.model.packing import Boundaries
 from apr_dist.parallel import runtime as processes

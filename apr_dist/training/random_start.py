@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from apr_dist.choices import Strategy
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.strategy import Strategy
 from apr_dist.parallel.weights import draw_weights
 from apr_dist.training.evaluation import evaluate
 

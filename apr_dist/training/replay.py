@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from apr_dist.choices import Documents, StrategyChoice
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Documents, StrategyChoice
+from apr_dist.config.text import load_config
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.preflight import run_preflight
@@ -28,7 +29,6 @@ from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.state import restore
 from apr_dist.parallel.weights import draw_weights, load_weights
 from apr_dist.parsing import parse_json
-from apr_dist.training.config_text import load_config
 from apr_dist.training.display import Display
 from apr_dist.training.evaluation import Batch
 from apr_dist.training.metrics import MetricsFile

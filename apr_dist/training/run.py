@@ -12,8 +12,8 @@ import torch
 
 from apr_dist import __version__
 from apr_dist.atomic_files import write_atomically
+from apr_dist.choices import Precision
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Precision
 from apr_dist.contracts.evidence import package_digest
 from apr_dist.cores import has_bf16_arithmetic
 from apr_dist.errors import AprDistError, DistributedError, OutputError

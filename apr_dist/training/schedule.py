@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from apr_dist.choices import ScheduleKind
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import ScheduleKind
 from apr_dist.errors import UsageError
 
 LR_FLOOR: Final = 1e-7

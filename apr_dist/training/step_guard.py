@@ -12,7 +12,8 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from apr_dist.config_sections import GuardsSection, OnNonFinite, OnSpike, SpikeOf
+from apr_dist.choices import OnNonFinite, OnSpike, SpikeOf
+from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import NumericalInstability
 
 NON_FINITE = "INV-TRAIN-007"

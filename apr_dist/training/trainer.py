@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
+from apr_dist.choices import Documents, Offload, Strategy
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Documents
 from apr_dist.errors import AprDistError
 from apr_dist.gates.result import GateResult
 from apr_dist.model.sending import send
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.strategy import Offload, Strategy
 from apr_dist.parallel.weights import model_digest
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.training.checkpoint import perplexity

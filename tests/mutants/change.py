@@ -50,8 +50,8 @@ MATCH, IMPORT, REPAIR, LOOP = (
     "INV-TRAIN-",
 )
 
-CONFIG = "apr_dist/config.py"
-CONFIG_SECTIONS = "apr_dist/config_sections.py"
+CONFIG = "apr_dist/config/schema.py"
+CONFIG_SECTIONS = "apr_dist/config/sections.py"
 FILES = "apr_dist/apr/files.py"
 ATOMIC = "apr_dist/atomic_files.py"
 STRUCTURE = "apr_dist/apr/structure.py"

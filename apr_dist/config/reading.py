@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from apr_dist.config import TrainConfig, flag_of, leaves, nearest
+from apr_dist.config.schema import TrainConfig, flag_of, leaves, nearest
 from apr_dist.errors import UsageError
 from apr_dist.parsing import parse_yaml
 

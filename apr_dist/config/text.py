@@ -18,8 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from apr_dist.config import TrainConfig, leaves, nearest
-from apr_dist.config_input import plain_message, read_tree, read_yaml, validate
+from apr_dist.config.reading import plain_message, read_tree, read_yaml, validate
+from apr_dist.config.schema import TrainConfig, leaves, nearest
 
 CONFIG_NAME = "config.yaml"
 """Name of the resolved configuration in a run folder."""

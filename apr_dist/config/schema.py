@@ -3,7 +3,7 @@
 Every key exists once. Its dotted path is the key in the YAML file and the flag on the command line
 (``optimizer.weight_decay`` is ``--optimizer.weight-decay``); a flag wins over the file. What a mode
 defaults to (learning rate, warm-up, target) is resolved here and nowhere else, so what a run stores
-is what it used. How text becomes values is in ``config_input``; whether files are good is for the gates.
+is what it used. How text becomes values is in ``reading``; whether files are good is for the gates.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ import yaml
 from pydantic import BaseModel, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from apr_dist.config_sections import (
+from apr_dist.choices import TRACKERS, Device, Mode, ProgressStyle
+from apr_dist.config.sections import (
     MODE_DEFAULTS,
-    TRACKERS,
     CheckpointSection,
     ComputeSection,
-    Device,
     EarlyStopSection,
     EvaluationSection,
     GuardsSection,
     LoaderSection,
-    Mode,
     OptimizerSection,
     ParallelSection,
-    ProgressStyle,
     Section,
 )
 
