@@ -46,7 +46,7 @@ class Terminal(io.StringIO):
 
 
 def train_in_terminal(inputs: Inputs, run: Path, *flags: str, columns: int, **how: object) -> Shown:
-    sizes = ("--num-steps", "4", "--steps-per-epoch", "2", "--init", str(inputs.pretrained))
+    sizes = ("--num-steps", "4", "--eval-every", "2", "--init", str(inputs.pretrained))
     command = [sys.executable, str(TRAIN), *inputs.data_flags(), "--run-dir", str(run), *sizes, *flags]
     return run_in_terminal(command, columns=columns, **how)  # type: ignore[arg-type]
 
@@ -82,7 +82,7 @@ def test_an_interrupted_run_leaves_the_terminal_clean_and_its_picture_complete(
     shown = train_in_terminal(
         inputs,
         tmp_path / "run",
-        *("--num-steps", "100000", "--steps-per-epoch", "100000"),
+        *("--num-steps", "100000", "--eval-every", "100000"),
         columns=100,
         interrupt_when=lambda raw: b"step 5" in raw,
     )
@@ -163,7 +163,7 @@ def test_what_libraries_say_is_shown_once_in_words() -> None:
 
 
 def test_the_pace_knows_the_time_left() -> None:
-    pace = Pace(steps=10, steps_per_epoch=4, done=2)
+    pace = Pace(steps=10, eval_every=4, done=2)
     assert pace.left_s is None
     pace.evaluation({"wall_ms": 3000.0})
     pace.step(STEP)
@@ -173,6 +173,6 @@ def test_the_pace_knows_the_time_left() -> None:
 
 
 def test_figures_that_nobody_measured_are_not_guessed() -> None:
-    figures = figures_of(STEP, Pace(steps=10, steps_per_epoch=4))
+    figures = figures_of(STEP, Pace(steps=10, eval_every=4))
     assert figures["MFU"] == figures["memory"] == "n/a"
     assert figures["data wait"] == "1.0 %"

@@ -16,7 +16,7 @@ from apr_dist.training.trackers import Trackers, check_installed
 
 
 def flags(inputs: Inputs, run: Path, *more: str) -> list[str]:
-    sizes = ("--num-steps", "4", "--steps-per-epoch", "2", "--init", str(inputs.pretrained))
+    sizes = ("--num-steps", "4", "--eval-every", "2", "--init", str(inputs.pretrained))
     return [*inputs.data_flags(), "--run-dir", str(run), *sizes, *more]
 
 

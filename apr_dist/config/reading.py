@@ -16,7 +16,8 @@ from typing import Any, NoReturn, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from apr_dist.config.schema import TrainConfig, flag_of, leaves, nearest
+from apr_dist.config.advice import advice, renamed
+from apr_dist.config.schema import TrainConfig, flag_of, leaves
 from apr_dist.errors import UsageError
 from apr_dist.parsing import parse_yaml
 
@@ -38,9 +39,7 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     parser = _parser()
     given, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        _refuse_unknown(
-            unknown[0], [flag_of(key) for key, _ in leaves(TrainConfig)] + ["--config", "--debug"]
-        )
+        _refuse_unknown(unknown[0])
     values = vars(given)
     debug, path = bool(values.pop("debug", False)), values.pop("config", None)
     tree = read_yaml(Path(path)) if path else {}
@@ -49,13 +48,17 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     return Invocation(config=validate(tree, where="command line"), debug=debug)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, saved: bool = False) -> dict[str, Any]:
     """Read a configuration file into a tree, refusing unknown keys by their path.
+
+    Args:
+        path: the file.
+        saved: whether a run wrote it, whose keys may have had other names then.
 
     Raises:
         UsageError: missing, not YAML, not a mapping, or with a key that does not exist.
     """
-    tree = read_tree(path)
+    tree = renamed(read_tree(path)) if saved else read_tree(path)
     _check_keys(tree, TrainConfig, path, "")
     return tree
 
@@ -175,24 +178,23 @@ def _check_keys(tree: Mapping[str, Any], section: type[BaseModel], path: Path, p
     for key, value in tree.items():
         field = section.model_fields.get(str(key))
         if field is None:
-            close = nearest(str(key), list(section.model_fields))
             raise UsageError(
                 f"unknown key {prefix}{key}",
                 where=path,
                 expected=f"one of {', '.join(section.model_fields)}",
-                remedy=f"did you mean {prefix}{close}?".rstrip("?") if close else "remove the key",
+                remedy=advice(f"{prefix}{key}", is_flag=False) or "remove the key",
             )
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict):
             _check_keys(value, inner, path, f"{prefix}{key}.")
 
 
-def _refuse_unknown(argument: str, known: Sequence[str]) -> NoReturn:
+def _refuse_unknown(argument: str) -> NoReturn:
     word = argument.split("=", 1)[0]
-    close = nearest(word, known) if word.startswith("-") else None
+    is_flag = word.startswith("-")
     raise UsageError(
-        f"unknown {'flag' if word.startswith('-') else 'argument'} {word}",
+        f"unknown {'flag' if is_flag else 'argument'} {word}",
         where="command line",
         expected="one of the flags that --help lists",
-        remedy=f"use {close}" if close else "see --help",
+        remedy=(advice(word.lstrip("-"), is_flag=True) if is_flag else None) or "see --help",
     )

@@ -42,9 +42,9 @@ MODE_DEFAULTS: Mapping[Mode, ModeDefaults] = {
 
 
 class Section(BaseModel):
-    """A group of keys; unknown keys are errors, values never change after validation."""
+    """A group of keys; unknown keys are errors, numbers are finite, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False, allow_inf_nan=False)
 
 
 def _number_from_text(value: object) -> object:
@@ -96,10 +96,10 @@ def _ids_from_text(value: object) -> object:
 class LoaderSection(Section):
     """How training sequences are drawn from the shards."""
 
-    mixture: Annotated[
-        Mapping[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_weights_from_text)
-    ] = Field(
-        {}, description="in place of dataset: folders of training shards and their weights in the stream"
+    mixture: Annotated[Mapping[str, Annotated[float, Field(gt=0)]], BeforeValidator(_weights_from_text)] = (
+        Field(
+            {}, description="in place of dataset: folders of training shards and their weights in the stream"
+        )
     )
 
     shuffle: ShuffleOrder = Field(
@@ -150,7 +150,7 @@ class EarlyStopSection(Section):
     """When a run ends before its steps do (GATE-TRAIN-004)."""
 
     patience: int = Field(2, gt=0, description="evaluations without improvement that are allowed")
-    min_epochs: int = Field(3, gt=0, description="never stop before this many evaluations")
+    min_evaluations: int = Field(3, gt=0, description="never stop before this many evaluations")
 
 
 class CheckpointSection(Section):

@@ -212,7 +212,7 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
         cuda=config.device is Device.CUDA,
         checkpointing=config.compute.activation_checkpointing,
         copies=config.checkpoint.background,
-        trains_meanwhile=config.steps_per_epoch < config.num_steps,
+        trains_meanwhile=config.save_period < config.num_steps,
     )
     # Without a given size, hsdp shards over one machine; 8 GPUs are what one has.
     shard = config.parallel.shard_size or min(world, 8)
@@ -246,10 +246,8 @@ def _warnings(plan: Plan) -> list[str]:
             f"warm-up of {config.warmup:,} steps does not end within {config.num_steps:,}:"
             f" lr reaches {plan.schedule.lr_at(config.num_steps - 1):.1e}, never {config.peak_lr:g}"
         )
-    if 0 < config.num_steps < config.steps_per_epoch:
-        found.append(
-            f"steps_per_epoch {config.steps_per_epoch:,} is above num_steps: one evaluation, at the end"
-        )
+    if 0 < config.num_steps < config.eval_every:
+        found.append(f"eval_every {config.eval_every:,} is above num_steps: one evaluation, at the end")
     limit = plan.model.rope_scaling.original_max_position_embeddings if plan.model.rope_scaling else None
     if limit and config.seq_length > limit:
         found.append(f"sequences of {config.seq_length:,} are longer than the {limit:,} the model began with")

@@ -83,7 +83,8 @@ def _sizes(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"run           {config.num_steps:,} steps, {plan.tokens:,} tokens,"
-        f" {plan.tokens_per_parameter:.3g} a parameter; evaluated every {config.steps_per_epoch:,} steps"
+        f" {plan.tokens_per_parameter:.3g} a parameter; evaluated every {config.eval_every:,} steps,"
+        f" saved every {config.save_period:,}"
     )
     if plan.data is not None and plan.passes is not None:
         yield (

@@ -17,11 +17,11 @@ from typing import Any
 from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
-from apr_dist.config.reading import read_yaml, validate
+from apr_dist.config.text import load_config
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.gates.result import GateResult
 from apr_dist.parsing import parse_json
-from apr_dist.report.run_folder import CONFIG_NAME, METRICS_NAME, VERDICT_NAME
+from apr_dist.report.run_folder import METRICS_NAME, VERDICT_NAME
 from apr_dist.training.run_log import LOG_NAME
 from apr_dist.training.verdict import Agreement, Status, evaluation_gates, final_gates, step_zero_gates
 
@@ -118,7 +118,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
     checkpoint, refusal = _checkpoint(folder / CHECKPOINT_NAME)
     run = FinishedRun(
         folder=folder,
-        config=validate(read_yaml(folder / CONFIG_NAME), where=folder / CONFIG_NAME),
+        config=load_config(folder),
         verdict=verdict,
         lines=lines,
         log=log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "",

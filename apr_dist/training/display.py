@@ -34,12 +34,12 @@ class Pace:
 
     Attributes:
         steps: steps of the whole run.
-        steps_per_epoch: steps between evaluations.
+        eval_every: steps between evaluations.
         done: steps that are done.
     """
 
     steps: int
-    steps_per_epoch: int
+    eval_every: int
     done: int = 0
     _wall_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     _evaluation_s: float = 0.0
@@ -68,7 +68,7 @@ class Pace:
         if not self._wall_s:
             return None
         step_s = sum(self._wall_s) / len(self._wall_s)
-        evaluations = -(-self.steps // self.steps_per_epoch) - self.done // self.steps_per_epoch
+        evaluations = -(-self.steps // self.eval_every) - self.done // self.eval_every
         return (self.steps - self.done) * step_s + evaluations * self._evaluation_s
 
 

@@ -41,7 +41,6 @@ class Progress:
     """Where a run is; changed by the trainer alone."""
 
     step: int = 0
-    epoch: int = 0
     tokens_seen: int = 0
     train_loss: float | None = None
     grad_norm_max: float = 0.0
@@ -57,7 +56,6 @@ class Progress:
         """Where the run stood when ``state`` was saved."""
         return cls(
             step=state.step,
-            epoch=state.epoch,
             tokens_seen=state.tokens_seen,
             train_loss=state.train_loss,
             grad_norm_max=state.grad_norm_max,
@@ -73,6 +71,11 @@ class Progress:
             first_gates=[GateResult(**gate) for gate in state.first_gates],
             guard=GuardState(**state.guard),
         )
+
+    @property
+    def evaluation(self) -> int:
+        """Number of the newest evaluation; the one before the first step is 0."""
+        return max(0, len(self.evaluations) - 1)
 
     @property
     def val_loss(self) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apr_dist.config import TrainConfig, flag_of
+from apr_dist.config.advice import renamed
 from apr_dist.errors import UsageError
 from apr_dist.training.step_folders import SavedState, newest_whole, read_state
 
@@ -21,7 +22,7 @@ NEVER, AUTO = "never", "auto"
 
 _FREE = {
     *("run_dir", "overwrite", "resume", "resume_allow", "init", "dataset", "val_dataset", "tokenizer"),
-    *("progress", "track", "device", "steps_per_epoch", "micro_batch_size", "target_val_loss"),
+    *("progress", "track", "device", "eval_every", "save_every", "micro_batch_size", "target_val_loss"),
     *(
         "parallel.strategy",
         "parallel.shard_size",
@@ -36,7 +37,7 @@ _FREE = {
         "loader.pin_memory",
         "compute.activation_checkpointing",
     ),
-    *("early_stop.patience", "early_stop.min_epochs", "evaluation.micro_batch_size", "log_every"),
+    *("early_stop.patience", "early_stop.min_evaluations", "evaluation.micro_batch_size", "log_every"),
     *("checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.background"),
 }
 """Keys that change where and how often, not what is computed. Files are compared by content instead; a
@@ -79,7 +80,7 @@ def refuse_changes(config: TrainConfig, point: ResumePoint) -> None:
     """
     allowed = {key.strip() for key in config.resume_allow.split(",")}
     # A key that the saved configuration does not know had its default then.
-    before = flat(TrainConfig().model_dump(mode="json")) | flat(point.state.config)
+    before = flat(TrainConfig().model_dump(mode="json")) | flat(renamed(point.state.config))
     now = flat(config.model_dump(mode="json"))
     changed = [
         f"{key} was {before.get(key)} and is {now.get(key)}"

@@ -240,7 +240,6 @@ class Saver:
     def _state(self, progress: Progress) -> SavedState:
         return SavedState(
             step=progress.step,
-            epoch=progress.epoch,
             tokens_seen=progress.tokens_seen,
             train_loss=progress.train_loss,
             grad_norm_max=progress.grad_norm_max,
@@ -257,7 +256,7 @@ class Saver:
 
     def _facts(self, progress: Progress) -> CheckpointFacts:
         return CheckpointFacts(
-            epoch=progress.epoch,
+            epoch=progress.evaluation,
             step=progress.step,
             train_loss=progress.train_loss,
             val_loss=progress.val_loss,

@@ -33,7 +33,6 @@ class SavedState:
 
     Attributes:
         step: optimizer steps done; also the number of the next global batch.
-        epoch: evaluations after step 0 done.
         tokens_seen: target tokens trained on.
         train_loss: of the last step.
         grad_norm_max: largest norm so far.
@@ -51,7 +50,6 @@ class SavedState:
     """
 
     step: int
-    epoch: int
     tokens_seen: int
     train_loss: float | None
     grad_norm_max: float
@@ -124,8 +122,10 @@ def read_state(folder: Path) -> SavedState:
     """
     path = folder / STATE_NAME
     try:
-        state = SavedState(**parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        content.pop("epoch", None)  # of older versions: the number of the newest evaluation
+        state = SavedState(**content)
+    except (AttributeError, OSError, ValueError, TypeError) as error:
         raise _damaged(path, f"the state cannot be read ({error})") from error
     if state.version != STATE_VERSION:
         raise _damaged(path, f"it is of version {state.version}, and {STATE_VERSION} is read here")

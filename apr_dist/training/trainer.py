@@ -105,6 +105,7 @@ class Trainer:
             done = train_data.progress(resumed.step)
             self.progress.data_epochs = {name: one.newest_pass for name, one in done.items()}
         guard = StepGuard(config.guards, batch_size=config.batch_size, state=self.progress.guard)
+        self._saved = self._place
         self.began = time.perf_counter()
         set_up_compute(model, config, runtime.device)
         options = config.optimizer
@@ -153,7 +154,7 @@ class Trainer:
             self._step(last=batch)
 
     def fit(self) -> Outcome:
-        """Train to the end of the steps, the target, or the patience, saving at every evaluation.
+        """Train to the end of the steps, the target, or the patience.
 
         Raises:
             LossRefused, Divergence, NumericalInstability, DataError, OutputError: see ``guards`` and
@@ -162,10 +163,10 @@ class Trainer:
         """
         state, stop = (
             self.progress,
-            EarlyStop(self.config.early_stop.patience, self.config.early_stop.min_epochs),
+            EarlyStop(self.config.early_stop.patience, self.config.early_stop.min_evaluations),
         )
         self.display(self.efficiency.describe())
-        pace = Pace(steps=self.config.num_steps, steps_per_epoch=self.config.steps_per_epoch, done=state.step)
+        pace = Pace(steps=self.config.num_steps, eval_every=self.config.eval_every, done=state.step)
         with (
             self.display.training(pace),
             self.stop_request,
@@ -178,12 +179,13 @@ class Trainer:
                 stop = stop.after(done.loss)
             if self._stopped_before_evaluating():
                 stop = stop.after(self._evaluate_and_save())
-            ended = self._ended(stop) if state.epoch else None
+            ended = self._ended(stop) if state.evaluation else None
             while ended is None and state.step < self.config.num_steps:
                 self._stop_if_asked()
-                self._epoch()
+                self._train_to_evaluation()
                 stop = stop.after(self._evaluate_and_save())
                 ended = self._ended(stop)
+            self._save_what_is_new()
         HERE.enter(Phase.ENDING)
         status, detail = ended or (Status.COMPLETED, f"all {self.config.num_steps} steps done")
         return self._outcome(status, detail)
@@ -214,27 +216,32 @@ class Trainer:
         vocab_size = self.start.model_config.vocab_size
         return random_start_gates(**measured.to_json(), vocab_size=vocab_size)
 
-    def _epoch(self) -> None:
-        """Steps up to the next multiple of ``steps_per_epoch``, wherever the run stands."""
-        state, length = self.progress, self.config.steps_per_epoch
-        last = min((state.step // length + 1) * length, self.config.num_steps)
-        while state.step < last:
-            signal_number = self._step(last=last)
-            if signal_number:
+    def _train_to_evaluation(self) -> None:
+        """Steps up to the next multiple of ``eval_every``, wherever the run stands, with the saves due."""
+        state, total = self.progress, self.config.num_steps
+        evaluated = _next_multiple(state.step, self.config.eval_every, total)
+        while state.step < evaluated:
+            last = _next_multiple(state.step, self.config.save_period, evaluated)
+            while state.step < last:
+                signal_number = self._step(last=last)
+                if signal_number:
+                    self._save()
+                    self.saver.finish()
+                    raise self.stop_request.as_error(signal_number, step=state.step)
+            if last < evaluated:
                 self._save()
-                self.saver.finish()
-                raise self.stop_request.as_error(signal_number, step=state.step)
 
     def _stopped_before_evaluating(self) -> bool:
-        """Whether a signal ended this run between the last step of an epoch and its evaluation."""
+        """Whether a signal ended this run between a step and the evaluation due after it."""
         state = self.progress
-        due = state.step % self.config.steps_per_epoch == 0 or state.step == self.config.num_steps
+        due = state.step % self.config.eval_every == 0 or state.step == self.config.num_steps
         return due and state.evaluated_at < state.step
 
     def _stop_if_asked(self) -> None:
-        """End the run here, where its state is saved, when a signal came to any rank."""
+        """End the run here, its state saved, when a signal came to any rank."""
         number = first_signal(self.runtime.sum(self._signals()).tolist())
         if number:
+            self._save_what_is_new()
             self.saver.finish()
             raise self.stop_request.as_error(number, step=self.progress.step)
 
@@ -290,19 +297,20 @@ class Trainer:
         return signal_number
 
     def _evaluate_and_save(self) -> float:
-        """The validation loss of this step, which is saved with it; or, on a signal, without it."""
+        """The validation loss of this step, saved with it where a save is due; on a signal, without it."""
         try:
             loss = self._evaluate().loss
         except EvaluationStopped:
             self._save()
             self._stop_if_asked()
             raise
-        self._save()
+        if self.progress.step % self.config.save_period == 0:
+            self._save()
         return loss
 
     def _evaluate(self) -> Evaluation:
         collect()
-        state, epoch = self.progress, len(self.progress.evaluations)
+        state, number = self.progress, len(self.progress.evaluations)
         with HERE.during(Phase.EVALUATION, step=state.step):
             result = evaluate(
                 self.engine.evaluated,
@@ -316,7 +324,7 @@ class Trainer:
             "evaluation",
             {
                 "step": state.step,
-                "epoch": epoch,
+                "evaluation": number,
                 "val_loss": result.loss if math.isfinite(result.loss) else None,
                 "val_ppl": perplexity(result.loss),
                 "tokens": result.tokens,
@@ -328,28 +336,38 @@ class Trainer:
             previous=state.evaluations[-1].loss if state.evaluations else None,
             vocab_size=self.start.model_config.vocab_size,
             from_scratch=not self.start.from_init,
-            epoch=epoch,
+            evaluation=number,
         )
         state.evaluations.append(result)
-        state.evaluated_at, state.epoch = state.step, epoch
+        state.evaluated_at = state.step
         return result
 
     def _ended(self, stop: EarlyStop) -> tuple[Status, str] | None:
         state = self.progress
         loss = state.val_loss
-        if loss <= self.config.target and state.epoch >= self.config.early_stop.min_epochs:
+        if loss <= self.config.target and state.evaluation >= self.config.early_stop.min_evaluations:
             return Status.OK, f"validation loss {loss:.4f} reached the target {self.config.target}"
-        if stop.stops(state.epoch):
+        if stop.stops(state.evaluation):
             return (
                 Status.EARLY_STOP,
                 f"best validation loss {stop.best:.4f}; {stop.without_improvement} without improvement",
             )
         return None
 
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Steps and evaluations done: what tells two saves apart."""
+        return self.progress.step, len(self.progress.evaluations)
+
+    def _save_what_is_new(self) -> None:
+        if self.progress.step and self._saved != self._place:
+            self._save()
+
     def _save(self) -> None:
         began = time.perf_counter()
         with HERE.during(Phase.SAVING, step=self.progress.step):
             self.saver.save(self.model, self.engine.optimizer, self.progress)
+        self._saved = self._place
         wall_ms = (time.perf_counter() - began) * 1e3
         self.metrics.event("save", {"step": self.progress.step, "wall_ms": wall_ms})
 
@@ -380,3 +398,8 @@ class Trainer:
             "device": device_name(self.runtime.device),
         }
         return Outcome(status=status, detail=detail, gates=gates, facts=facts)
+
+
+def _next_multiple(step: int, period: int, limit: int) -> int:
+    """The first multiple of ``period`` after ``step``, or ``limit`` before it."""
+    return min((step // period + 1) * period, limit)

@@ -134,7 +134,7 @@ MUTANTS: tuple[Change, ...] = (
         DISTRIBUTED + "004",
         "a signal ends the run without a save",
         TRAINER_FILE,
-        "            if signal_number:\n                self._save()\n",
-        "            if signal_number:\n",
+        "                if signal_number:\n                    self._save()\n",
+        "                if signal_number:\n",
     ),
 )

@@ -142,7 +142,7 @@ MUTANTS: tuple[Change, ...] = (
         LOOP + "004",
         "a run may stop before its third evaluation",
         GUARDS,
-        "self.without_improvement > self.patience and epochs_done >= self.min_epochs",
+        "self.without_improvement > self.patience and evaluations_done >= self.min_evaluations",
         "self.without_improvement > self.patience",
     ),
     Change(
