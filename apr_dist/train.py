@@ -22,15 +22,11 @@ from apr_dist.config import TrainConfig
 from apr_dist.config.reading import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode, as_known
 from apr_dist.gates.preflight import Preflight, run_preflight
-from apr_dist.parallel import state_bits
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.planning.plan import under_trained
-from apr_dist.training import trackers
 from apr_dist.training.display import Display, hear_libraries, open_display
 from apr_dist.training.run_log import RunLog
-from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error
 
 if TYPE_CHECKING:
@@ -57,8 +53,6 @@ def run(invocation: Invocation, watch: Watch) -> ExitCode:
 
 
 def _run(config: TrainConfig, display: Display, rank: int, world_size: int, watch: Watch) -> ExitCode:
-    if config.init is not None and config.mode == "from-scratch":
-        display.warn("--mode from-scratch with --init: the file's weights, the from-scratch defaults")
     preflight, point, refusal = _ask_gates(config, rank, world_size, display)
     try:
         if refusal is not None and world_size == 1:
@@ -88,9 +82,6 @@ def _ask_gates(
         return None, None, None
     HERE.enter(Phase.GATES)
     try:
-        trackers.check_installed(config.trackers)
-        state_bits.check_installed(config.optimizer.state_bits)
-        schedule_of(config)
         point = _resume_point(config, display.warn)
         folder = point.folder / "checkpoint.apr" if point else None
         found = run_preflight(config, world_size=world_size, say=display, resume_from=folder)
@@ -104,8 +95,7 @@ def _ask_gates(
         internal = as_known(error)
         internal.__cause__ = error
         return None, None, internal
-    too_few = under_trained(config, found.model_config.parameter_count())
-    for warning in (*found.warnings, *([too_few] if too_few else [])):
+    for warning in found.warnings:
         display.warn(warning)
     return found, point, None
 

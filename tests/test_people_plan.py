@@ -13,12 +13,13 @@ from builders.models import random_weights, tiny_config
 from builders.people import LiveBytes, decoder_config, peak_bytes, two_steps
 from builders.runs import TINY, Inputs, run_here
 
-from apr_dist.choices import ActivationCheckpointing, Mode, Precision, StrategyChoice
+from apr_dist.choices import ActivationCheckpointing, Precision, Strategy
 from apr_dist.cli import main
 from apr_dist.cli.plan import plan as plan_verb
 from apr_dist.config import TrainConfig
 from apr_dist.config.reading import validate
 from apr_dist.errors import ModelFileError, UsageError
+from apr_dist.gates.warnings import under_trained
 from apr_dist.model.config import PRESETS
 from apr_dist.planning import memory, plan
 from apr_dist.planning.memory import Load, estimate
@@ -36,7 +37,7 @@ def load(**values: object) -> Load:
 
 def single(model: object, one: Load) -> memory.Memory:
     """The estimate for one process."""
-    return estimate(model, one, strategy=StrategyChoice.SINGLE, world_size=1, shard_size=1)  # type: ignore[arg-type]
+    return estimate(model, one, strategy=Strategy.SINGLE, world_size=1, shard_size=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -96,14 +97,14 @@ def test_the_estimate_is_what_a_real_run_takes_over_a_bare_process(
 def test_sharding_cuts_the_state_and_ddp_adds_its_buckets() -> None:
     model = PRESETS["qwen2.5-7b"]
     one = load(cuda=True, precision=Precision.BF16)
-    by = {s: estimate(model, one, strategy=s, world_size=8, shard_size=4) for s in StrategyChoice}
+    by = {s: estimate(model, one, strategy=s, world_size=8, shard_size=4) for s in Strategy}
     whole = 4 * model.parameter_count()
-    assert by[StrategyChoice.DDP].buckets == whole
-    assert by[StrategyChoice.DDP].gradients == 0
-    assert by[StrategyChoice.ZERO1].optimizer == 2 * whole // 8
-    assert by[StrategyChoice.FSDP2].optimizer == 2 * whole // 8
-    assert by[StrategyChoice.HSDP].optimizer == 2 * whole // 4
-    order = [StrategyChoice.DDP, StrategyChoice.ZERO1, StrategyChoice.ZERO2, StrategyChoice.FSDP2]
+    assert by[Strategy.DDP].buckets == whole
+    assert by[Strategy.DDP].gradients == 0
+    assert by[Strategy.ZERO1].optimizer == 2 * whole // 8
+    assert by[Strategy.FSDP2].optimizer == 2 * whole // 8
+    assert by[Strategy.HSDP].optimizer == 2 * whole // 4
+    order = [Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Strategy.FSDP2]
     totals = [by[s].total for s in order]
     assert totals == sorted(totals, reverse=True)
 
@@ -200,8 +201,7 @@ def test_a_run_from_scratch_warns_of_too_few_tokens_before_its_first_step(
 @pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-035")
 @pytest.mark.parametrize(("steps", "warned"), [(9, True), (10, False), (11, False)])
 def test_ten_tokens_a_parameter_are_enough(steps: int, warned: bool) -> None:
-    config = TrainConfig(mode=Mode.FROM_SCRATCH, num_steps=steps, batch_size=2, seq_length=50)
-    assert (plan.under_trained(config, 100) is not None) == warned
+    assert (under_trained(steps, 2, 50, parameters=100) is not None) == warned
 
 
 def test_a_high_rate_a_tiny_validation_set_and_many_passes_are_warned_of(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.gates.preflight import run_preflight
-from apr_dist.parallel.state_bits import check_installed
 from apr_dist.training.display import open_display
 
 
@@ -30,7 +29,6 @@ def profile(arguments: Sequence[str]) -> int:
     if given.steps < 1:
         raise UsageError(f"--steps is {given.steps}", where="command line", expected="at least 1")
     config = parse_command_line(rest).config.resolved()
-    check_installed(config.optimizer.state_bits)
     display = open_display(config.progress, rank=0, synthetic=config.synthetic)
     preflight = run_preflight(config, world_size=1, say=display)
     try:

@@ -1,7 +1,8 @@
 """Every gate that can be asked before a process group or a large allocation exists, in order.
 
 Rank 0 runs this alone, on headers, manifests and mapped bytes. The order is fixed: the file, its
-family, its dimensions, every shape, every value, the vocabulary, the data, the output.
+family, its dimensions, every shape, every value, the vocabulary, the data, the output. Settings that
+contradict each other come before all of them.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary, weights
-from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
+from apr_dist.gates.data import check_disjoint
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.output import check_run_dir
 from apr_dist.gates.result import GateResult
+from apr_dist.gates.settings import check_settings
+from apr_dist.gates.warnings import DataFacts, warnings_of
 from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
 from apr_dist.parsing import parse_json
 
@@ -48,7 +51,8 @@ class Preflight:
         reader: the open init file; None from scratch. Closed by ``close``.
         results: the gates that passed, in order.
         provenance: digests for the checkpoint and the verdict.
-        warnings: what could not be checked, one sentence each.
+        warnings: what could not be checked and what will hurt, one sentence each.
+        data: what the shards hold; None for made-up tokens.
         recorded_val_loss: what the init file says this same evaluation gave when it was saved.
         given_init_digest: digest of ``--init`` when weights come from a checkpoint to resume instead.
     """
@@ -58,6 +62,7 @@ class Preflight:
     results: list[GateResult] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    data: DataFacts | None = None
     recorded_val_loss: float | None = None
     given_init_digest: str | None = None
 
@@ -88,15 +93,7 @@ def run_preflight(
     Raises:
         AprDistError: the first gate's refusal; the file is closed again.
     """
-    micro_batch = config.micro_batch(world_size)
-    check_batch(batch_size=config.batch_size, micro_batch=micro_batch, world_size=world_size)
-    if config.init is not None and config.model != TrainConfig.model_fields["model"].default:
-        raise UsageError(
-            f"--model {config.model} and --init {config.init} both name an architecture",
-            where="command line",
-            expected="the file's own architecture with --init, or --model without it",
-            remedy="leave one of them out",
-        )
+    check_settings(config, world_size=world_size)
     with ExitStack() as stack:
         path = resume_from or config.init
         found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config)
@@ -107,6 +104,7 @@ def run_preflight(
             check_documents(config, ())
         else:
             _check_data(found, config, say)
+        found.warnings += warnings_of(config, found.model_config, found.data)
         size = found.model_config.parameter_count() * BYTES_PER_WEIGHT
         # Begun and stopped before its first checkpoint, a run that resumes by itself begins again.
         begun = config.resume == "auto" and not (config.run_dir / "checkpoint.apr").exists()
@@ -267,8 +265,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     parts, everything = parts_of(training), (*parts_of(training), held_out)
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
     check_documents(config, parts)
-    sequences = sum(check_sequences(part, seq_length=config.seq_length) for part in parts)
-    held = check_sequences(held_out, seq_length=config.seq_length)
+    found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
     for part in parts:
         check_disjoint(part, held_out)
     rows = found.model_config.vocab_size
@@ -280,7 +277,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         id=vocabulary.SHARD_ID,
         gate="shards fit the model",
         measured=f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
-        f"{sequences:,} + {held:,} sequences",
+        f"{data.sequences:,} + {data.held_out_sequences:,} sequences",
         required=f"ids below {rows:,}; nothing held out is trained on",
     )
     _note(found, say, result)

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from apr_dist.choices import Precision, StrategyChoice
+from apr_dist.choices import Precision, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.model.config import TransformerConfig
+from apr_dist.parallel.strategy import GPUS_PER_MACHINE
 from apr_dist.planning.memory import F32, PARTS, Load, Memory, estimate
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-GPUS_PER_MACHINE = 8
 MOST_LAYERS = 1 << 14
 _GIB = 1 << 30
 
@@ -36,7 +36,7 @@ class Simulated:
         largest_parameters: its parameters.
     """
 
-    strategy: StrategyChoice
+    strategy: Strategy
     gpus: int
     memory: Memory
     sent_bytes: int
@@ -50,7 +50,7 @@ def simulate(
     config: TrainConfig,
     *,
     gpu_bytes: int,
-    strategies: tuple[StrategyChoice, ...] = (),
+    strategies: tuple[Strategy, ...] = (),
 ) -> list[Simulated]:
     """Every strategy on every number of GPUs.
 
@@ -61,13 +61,12 @@ def simulate(
         gpu_bytes: memory of one GPU that the run may use.
         strategies: those to look at; none: all that use several processes.
     """
-    alone = {StrategyChoice.AUTO, StrategyChoice.SINGLE}
-    wanted = strategies or tuple(one for one in StrategyChoice if one not in alone)
+    wanted = strategies or tuple(one for one in Strategy if one is not Strategy.SINGLE)
     return [_simulated(model, config, one, gpus, gpu_bytes) for one in wanted for gpus in WORLDS]
 
 
 def _simulated(
-    model: TransformerConfig, config: TrainConfig, strategy: StrategyChoice, gpus: int, gpu_bytes: int
+    model: TransformerConfig, config: TrainConfig, strategy: Strategy, gpus: int, gpu_bytes: int
 ) -> Simulated:
     micro = config.micro_batch_size or 1
     micro_batches = max(1, config.batch_size // (micro * gpus))
@@ -115,7 +114,7 @@ def _simulated(
 
 def sent_bytes(
     parameters: int,
-    strategy: StrategyChoice,
+    strategy: Strategy,
     *,
     gpus: int,
     shard_size: int,
@@ -138,16 +137,16 @@ def sent_bytes(
     def ring(volume: int, ranks: int) -> int:
         return volume * (ranks - 1) // ranks
 
-    if strategy is StrategyChoice.DDP:
+    if strategy is Strategy.DDP:
         return 2 * ring(whole, gpus)
-    if strategy is StrategyChoice.ZERO1:  # gradients at the last micro-batch, then the new weights
+    if strategy is Strategy.ZERO1:  # gradients at the last micro-batch, then the new weights
         return 2 * ring(whole, gpus)
-    if strategy is StrategyChoice.ZERO2:
+    if strategy is Strategy.ZERO2:
         return micro_batches * ring(whole, gpus) + ring(whole, gpus)
-    if strategy is StrategyChoice.ZERO3:
+    if strategy is Strategy.ZERO3:
         return micro_batches * 3 * ring(whole, gpus)
-    size = shard_size if strategy is StrategyChoice.HSDP else gpus
-    gathers = 1 if strategy is StrategyChoice.SHARD_GRAD_OP else 2
+    size = shard_size if strategy is Strategy.HSDP else gpus
+    gathers = 1 if strategy is Strategy.SHARD_GRAD_OP else 2
     between_copies = 2 * ring(whole // size, gpus // size)
     return micro_batches * (gathers * ring(gathered, size) + ring(whole, size) + between_copies)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from apr_dist.choices import Documents, StrategyChoice
+from apr_dist.choices import Documents, Offload, StrategyChoice
 from apr_dist.config import TrainConfig
 from apr_dist.config.text import load_config
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
@@ -114,11 +114,12 @@ def replay(run_dir: Path, *, step: int | None, device: str | None, say: Callable
     """
     config = load_config(run_dir)
     wanted = _step(run_dir, step, config)
-    alone = {"strategy": StrategyChoice.SINGLE, "shard_size": None}
+    alone = {"strategy": StrategyChoice.SINGLE, "shard_size": None, "offload": Offload.NONE}
     config = config.model_copy(
         update={
             "run_dir": run_dir,
             "overwrite": True,
+            "track": "",
             "device": device or config.device,
             "parallel": config.parallel.model_copy(update=alone),
         }

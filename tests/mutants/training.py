@@ -296,7 +296,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "035",
         "the ratio is of the wrong numbers",
-        "apr_dist/planning/plan.py",
+        "apr_dist/gates/warnings.py",
         "tokens >= FEW_TOKENS_PER_PARAMETER * parameters:",
         "tokens * FEW_TOKENS_PER_PARAMETER >= parameters:",
     ),
@@ -304,7 +304,7 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "035",
         "only the plan warns",
         "apr_dist/train.py",
-        "(*found.warnings, *([too_few] if too_few else [])):",
-        "found.warnings:",
+        "    for warning in found.warnings:",
+        "    for warning in found.warnings[:0]:",
     ),
 )
