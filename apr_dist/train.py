@@ -25,12 +25,12 @@ from apr_dist.gates.preflight import Preflight, run_preflight
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.training.display import Display, hear_libraries, open_display
-from apr_dist.training.run_log import RunLog
+from apr_dist.runs.display import Display, hear_libraries, open_display
+from apr_dist.runs.log import RunLog
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error
 
 if TYPE_CHECKING:
-    from apr_dist.training.resume import ResumePoint
+    from apr_dist.runs.resume import ResumePoint
 
 
 def run(invocation: Invocation, watch: Watch) -> ExitCode:
@@ -86,7 +86,7 @@ def _ask_gates(
         folder = point.folder / "checkpoint.apr" if point else None
         found = run_preflight(config, world_size=world_size, say=display, resume_from=folder)
         if point is not None:
-            from apr_dist.training.resume import refuse_other_inputs  # noqa: PLC0415
+            from apr_dist.runs.resume import refuse_other_inputs  # noqa: PLC0415
 
             refuse_other_inputs(point, found.provenance, init_digest=found.given_init_digest)
     except AprDistError as refusal:
@@ -103,7 +103,7 @@ def _ask_gates(
 def _resume_point(config: TrainConfig, say: Callable[[str], None]) -> ResumePoint | None:
     if config.resume == "never":
         return None
-    from apr_dist.training.resume import find_resume_point  # noqa: PLC0415  (imports PyTorch)
+    from apr_dist.runs.resume import find_resume_point  # noqa: PLC0415  (imports PyTorch)
 
     return find_resume_point(config, say)
 

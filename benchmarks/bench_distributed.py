@@ -44,11 +44,10 @@ from apr_dist.parallel.gather import save_weights, weight_parts
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.runs.progress import Evaluation, Progress, Start
+from apr_dist.runs.saving import Saver
 from apr_dist.training.efficiency import process_age_s
-from apr_dist.training.evaluation import Evaluation
 from apr_dist.training.optimizer import build_optimizer
-from apr_dist.training.progress import Progress, Start
-from apr_dist.training.saving import Saver
 
 PHASES = ("launch", "import", "join", "build", "load", "prepare", "first step")
 STRATEGIES = ["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]

@@ -30,8 +30,9 @@ from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights
+from apr_dist.runs.progress import GuardState
 from apr_dist.training.optimizer import build_optimizer
-from apr_dist.training.step_guard import GuardState, StepGuard
+from apr_dist.training.step_guard import StepGuard
 from apr_dist.training.stepping import BatchFeed, Stepper
 
 LAYERS, VOCABULARY = 8, 8192

@@ -29,7 +29,7 @@ from builders.runs import Inputs, make_inputs, metrics
 from builders.warm_ranks import Hurt, WarmRanks, open_ranks
 
 from apr_dist.errors import ExitCode
-from apr_dist.training.step_folders import newest_whole
+from apr_dist.runs.step_folders import newest_whole
 
 STEPS = 4000
 """Longer than any chain of launches gets; part of the learning rate, so the same for all."""

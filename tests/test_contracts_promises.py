@@ -21,6 +21,7 @@ from apr_dist.apr.writer import AprWriter
 from apr_dist.config import TrainConfig
 from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import ExitCode, UsageError, WeightsRefused
+from apr_dist.gates.losses import final_gates
 from apr_dist.gates.preflight import run_preflight
 from apr_dist.gates.weights import check_values
 from apr_dist.model.config import Family, preset
@@ -30,7 +31,6 @@ from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.runtime import Runtime, reset_state
 from apr_dist.parallel.weights import load_weights, prove_weights, weight_digests
-from apr_dist.training.verdict import final_gates
 
 if TYPE_CHECKING:
     from builders.runs import Inputs

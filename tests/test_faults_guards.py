@@ -15,7 +15,8 @@ from apr_dist.cli import main
 from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import ExitCode, NumericalInstability
 from apr_dist.parallel.runtime import reset_state
-from apr_dist.training.step_guard import GuardState, SkipStep, StepGuard
+from apr_dist.runs.progress import GuardState
+from apr_dist.training.step_guard import SkipStep, StepGuard
 
 if TYPE_CHECKING:
     from builders.runs import Inputs

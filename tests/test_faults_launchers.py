@@ -17,7 +17,7 @@ from builders.runs import REPOSITORY, TRAIN, metrics, verdict
 from builders.warm_ranks import open_ranks
 
 from apr_dist.errors import ExitCode
-from apr_dist.training.step_folders import newest_whole
+from apr_dist.runs.step_folders import newest_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

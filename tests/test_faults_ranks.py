@@ -18,7 +18,7 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.cli import main
 from apr_dist.errors import ExitCode
 from apr_dist.parallel.runtime import reset_state
-from apr_dist.training.step_folders import newest_whole
+from apr_dist.runs.step_folders import newest_whole
 
 if TYPE_CHECKING:
     from builders.runs import Inputs

@@ -13,7 +13,7 @@ from builders.faults import ENDLESS, Launch, launch
 from builders.runs import TRAIN, metrics, run_here, verdict
 
 from apr_dist.errors import ExitCode
-from apr_dist.training.step_folders import newest_whole
+from apr_dist.runs.step_folders import newest_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

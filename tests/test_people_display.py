@@ -14,7 +14,7 @@ from builders.runs import TRAIN, Inputs, run_here
 from builders.terminal import Shown, run_in_terminal
 
 from apr_dist.choices import ProgressStyle
-from apr_dist.training.display import (
+from apr_dist.runs.display import (
     Pace,
     PlainDisplay,
     QuietDisplay,

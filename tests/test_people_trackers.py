@@ -13,7 +13,7 @@ from apr_dist.choices import TRACKERS
 from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import UsageError
 from apr_dist.gates.settings import check_trackers
-from apr_dist.training.trackers import Trackers
+from apr_dist.runs.trackers import Trackers
 
 
 def flags(inputs: Inputs, run: Path, *more: str) -> list[str]:

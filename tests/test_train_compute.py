@@ -28,9 +28,9 @@ from apr_dist.errors import ExitCode
 from apr_dist.model.config import Family, TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import ReplicaEngine
+from apr_dist.runs.metrics import MetricsFile, StepMetrics
 from apr_dist.training import efficiency, run
 from apr_dist.training.efficiency import process_age_s
-from apr_dist.training.metrics import MetricsFile, StepMetrics
 from apr_dist.training.stepping import BatchFeed, Stepper
 from apr_dist.training.trainer import Trainer
 

@@ -18,7 +18,7 @@ from apr_dist.data.encode import encode_corpus
 from apr_dist.data.manifest import Manifest, Shard
 from apr_dist.data.training_set import tail_names
 from apr_dist.errors import ExitCode
-from apr_dist.training.step_folders import whole_folders
+from apr_dist.runs.step_folders import whole_folders
 
 if TYPE_CHECKING:
     from builders.runs import Inputs

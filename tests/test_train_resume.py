@@ -19,7 +19,7 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter
 from apr_dist.errors import ExitCode, OutputError
 from apr_dist.parallel import gather
-from apr_dist.training.step_folders import newest_whole, whole_folders
+from apr_dist.runs.step_folders import newest_whole, whole_folders
 
 if TYPE_CHECKING:
     from builders.runs import Inputs

@@ -22,24 +22,18 @@ from apr_dist.errors import (
     OutputError,
     WeightsRefused,
 )
+from apr_dist.gates.losses import Agreement, evaluation_gates, final_gates, refuse_failed, step_zero_gates
+from apr_dist.runs.metrics import MetricsFile, StepMetrics
+from apr_dist.runs.progress import GuardState
+from apr_dist.runs.verdict import Status, Verdict
 from apr_dist.training.guards import EarlyStop, check_validation
-from apr_dist.training.metrics import MetricsFile, StepMetrics
 from apr_dist.training.optimizer import (
     apply_lr,
     assert_each_parameter_once,
     build_optimizer,
 )
 from apr_dist.training.schedule import Schedule, schedule_of
-from apr_dist.training.step_guard import GuardState, StepGuard
-from apr_dist.training.verdict import (
-    Agreement,
-    Status,
-    Verdict,
-    evaluation_gates,
-    final_gates,
-    refuse_failed,
-    step_zero_gates,
-)
+from apr_dist.training.step_guard import StepGuard
 
 SCHEDULE = Schedule(peak_lr=1e-3, warmup_steps=10, total_steps=110, lr_min=1e-5)
 

@@ -12,7 +12,7 @@ from apr_dist.contracts.evidence import sign
 from apr_dist.errors import ExitCode
 from apr_dist.report.finetune_verdict import CONTRACT_STEPS, judge, keep_evidence
 from apr_dist.report.verdict_table import verdict_lines
-from apr_dist.training.checkpoint import json_bytes
+from apr_dist.runs.checkpoint import json_bytes
 
 OUTPUT_NAME = "finetune-verdict.json"
 

@@ -1,7 +1,7 @@
 """The finetune contract asked of a finished run: its gates, the signed verdict, and evidence to keep.
 
 Nothing is believed that can be worked out again from the files (``finished_run``). What the bounds are is in
-``training.verdict``; what a kept verdict must be is in ``contracts.evidence``.
+``runs.verdict``; what a kept verdict must be is in ``contracts.evidence``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 from apr_dist.atomic_files import write_atomically
 from apr_dist.contracts.evidence import read_verdict, sha256_of, sign
 from apr_dist.errors import OutputError, UsageError
+from apr_dist.gates.losses import PLAUSIBLE_SHARE, random_start_gates
 from apr_dist.gates.result import GateResult
 from apr_dist.report.finished_run import FinishedRun, contradictions, expected_gates, read_finished_run
 from apr_dist.report.run_folder import CONFIG_NAME, METRICS_NAME, VERDICT_NAME
-from apr_dist.training.checkpoint import json_bytes
-from apr_dist.training.run_log import LOG_NAME
-from apr_dist.training.verdict import PLAUSIBLE_SHARE, Status, Verdict, random_start_gates
+from apr_dist.runs.checkpoint import json_bytes
+from apr_dist.runs.log import LOG_NAME
+from apr_dist.runs.verdict import Status, Verdict
 
 CONTRACT = "apr-pretrain-init-finetune-v1"
 CONTRACT_STEPS = 500

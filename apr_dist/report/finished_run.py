@@ -19,11 +19,12 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
 from apr_dist.config.text import load_config
 from apr_dist.errors import ModelFileError, UsageError
+from apr_dist.gates.losses import Agreement, evaluation_gates, final_gates, step_zero_gates
 from apr_dist.gates.result import GateResult
 from apr_dist.parsing import parse_json
 from apr_dist.report.run_folder import METRICS_NAME, VERDICT_NAME
-from apr_dist.training.run_log import LOG_NAME
-from apr_dist.training.verdict import Agreement, Status, evaluation_gates, final_gates, step_zero_gates
+from apr_dist.runs.log import LOG_NAME
+from apr_dist.runs.verdict import Status
 
 CHECKPOINT_NAME = "checkpoint.apr"
 _LAST_LINE = re.compile(r"\(exit code (\d+)\)$")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apr_dist.gates.result import GateResult
-from apr_dist.training.verdict import Verdict
+from apr_dist.runs.verdict import Verdict
 
 _LEAST_FOR_A_TABLE = 80
 

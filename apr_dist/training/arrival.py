@@ -15,8 +15,9 @@ from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder, reshard
 from apr_dist.parallel.weights import draw_weights, load_weights
-from apr_dist.training.display import Display
-from apr_dist.training.random_start import RandomStart, can_measure, compare_with_random
+from apr_dist.runs.display import Display
+from apr_dist.runs.progress import RandomStart
+from apr_dist.training.random_start import can_measure, compare_with_random
 from apr_dist.training.run_data import held_out
 
 

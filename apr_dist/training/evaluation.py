@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +16,7 @@ from apr_dist.model.packing import Boundaries
 from apr_dist.model.sending import send
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.whereabouts import HERE
+from apr_dist.runs.progress import Evaluation
 
 STOP_EVERY = 8
 """Batches between two agreements of the ranks on whether a signal came."""
@@ -33,26 +32,6 @@ class EvaluationData(Protocol):
     def __iter__(self) -> Iterable[torch.Tensor]: ...
 
     def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A measured loss.
-
-    Attributes:
-        loss: mean negative log-likelihood in nats per token, over every token of the sample.
-        tokens: how many target tokens that was, over all ranks.
-        wall_s: seconds it took.
-    """
-
-    loss: float
-    tokens: int
-    wall_s: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite when that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 class Batch(NamedTuple):

@@ -28,8 +28,8 @@ from apr_dist.parallel.engine import Engine, prepare
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights
+from apr_dist.runs.display import Display
 from apr_dist.training.compute import set_up_compute, set_up_machine
-from apr_dist.training.display import Display
 from apr_dist.training.efficiency import Efficiency, efficiency_of, peak_bytes
 from apr_dist.training.evaluation import Batch
 from apr_dist.training.garbage import collected_on_request

@@ -8,8 +8,6 @@ losses must be is in ``verdict``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
@@ -18,26 +16,8 @@ from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.weights import draw_weights
+from apr_dist.runs.progress import RandomStart
 from apr_dist.training.evaluation import evaluate
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomStart:
-    """Two losses of the same held-out sequences in nats per token.
-
-    Attributes:
-        random_loss: of freshly drawn weights.
-        init_loss: of the file's weights.
-        tokens: target tokens that both were measured on.
-    """
-
-    random_loss: float
-    init_loss: float
-    tokens: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
-        return asdict(self)
 
 
 def can_measure(runtime: Runtime) -> bool:

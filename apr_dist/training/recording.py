@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from apr_dist.errors import NumericalInstability
+from apr_dist.gates.losses import Agreement
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.training.display import Display
+from apr_dist.runs.display import Display
+from apr_dist.runs.metrics import MetricsFile, StepMetrics
+from apr_dist.runs.progress import Progress
 from apr_dist.training.efficiency import Efficiency, host_peak_bytes, peak_bytes
-from apr_dist.training.metrics import MetricsFile, StepMetrics
-from apr_dist.training.progress import Progress
 from apr_dist.training.step_guard import SkipStep, StepGuard
 from apr_dist.training.stepping import Taken, TrainingData
-from apr_dist.training.verdict import Agreement
 
 
 class StepRecorder:

@@ -29,19 +29,19 @@ from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.state import restore
 from apr_dist.parallel.weights import draw_weights, load_weights
 from apr_dist.parsing import parse_json
-from apr_dist.training.display import Display
-from apr_dist.training.evaluation import Batch
-from apr_dist.training.metrics import MetricsFile
-from apr_dist.training.progress import Start
-from apr_dist.training.run import METRICS_NAME, VERDICT_NAME
-from apr_dist.training.run_data import open_data
-from apr_dist.training.saving import Saver
-from apr_dist.training.step_folders import (
+from apr_dist.runs.display import Display
+from apr_dist.runs.metrics import MetricsFile
+from apr_dist.runs.progress import Start
+from apr_dist.runs.saving import Saver
+from apr_dist.runs.step_folders import (
     CHECKPOINT_NAME,
     SavedState,
     read_state,
     whole_folders,
 )
+from apr_dist.training.evaluation import Batch
+from apr_dist.training.run import METRICS_NAME, VERDICT_NAME
+from apr_dist.training.run_data import open_data
 from apr_dist.training.stepping import BatchFeed
 from apr_dist.training.trainer import Trainer
 

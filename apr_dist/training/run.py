@@ -29,21 +29,21 @@ from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state import restore
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.training.aborts import AbortRecord
+from apr_dist.runs.aborts import AbortRecord
+from apr_dist.runs.checkpoint import json_bytes
+from apr_dist.runs.display import Display
+from apr_dist.runs.log import LOG_NAME, RunLog
+from apr_dist.runs.metrics import MetricsFile
+from apr_dist.runs.progress import Start
+from apr_dist.runs.resume import ResumePoint, flat
+from apr_dist.runs.saving import Saver
+from apr_dist.runs.step_folders import CHECKPOINT_NAME, SavedState
+from apr_dist.runs.trackers import Trackers
+from apr_dist.runs.verdict import Verdict
 from apr_dist.training.arrival import Weights, build_model
-from apr_dist.training.checkpoint import json_bytes
 from apr_dist.training.compute import set_up_machine
-from apr_dist.training.display import Display
-from apr_dist.training.metrics import MetricsFile
-from apr_dist.training.progress import Start
-from apr_dist.training.resume import ResumePoint, flat
 from apr_dist.training.run_data import open_data
-from apr_dist.training.run_log import LOG_NAME, RunLog
-from apr_dist.training.saving import Saver
-from apr_dist.training.step_folders import CHECKPOINT_NAME, SavedState
-from apr_dist.training.trackers import Trackers
 from apr_dist.training.trainer import Trainer
-from apr_dist.training.verdict import Verdict
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"

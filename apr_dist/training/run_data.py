@@ -17,7 +17,7 @@ from apr_dist.data.synthetic import SyntheticEvaluation, SyntheticTokens
 from apr_dist.data.training_set import open_training_set
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.training.display import Display
+from apr_dist.runs.display import Display
 from apr_dist.training.stepping import TrainingData
 
 

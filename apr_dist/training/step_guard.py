@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
 from typing import Any
 
 from apr_dist.choices import OnNonFinite, OnSpike, SpikeOf
 from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import NumericalInstability
+from apr_dist.runs.progress import GuardState
 
 NON_FINITE = "INV-TRAIN-007"
 
@@ -30,19 +30,6 @@ class SkipStep(Exception):
     def __init__(self, why: str, facts: dict[str, Any]) -> None:
         super().__init__(why)
         self.why, self.facts = why, facts
-
-
-@dataclass
-class GuardState:
-    """What a guard remembers; part of every step folder.
-
-    Attributes:
-        skipped: steps of this run whose update was left out.
-        recent: what the newest updates were judged by, oldest first.
-    """
-
-    skipped: int = 0
-    recent: list[float] = field(default_factory=list)
 
 
 class StepGuard:

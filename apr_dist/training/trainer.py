@@ -17,6 +17,13 @@ import torch
 from apr_dist.choices import Documents, Offload, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError
+from apr_dist.gates.losses import (
+    evaluation_gates,
+    final_gates,
+    random_start_gates,
+    refuse_failed,
+    step_zero_gates,
+)
 from apr_dist.gates.result import GateResult
 from apr_dist.model.sending import send
 from apr_dist.model.transformer import Decoder
@@ -24,36 +31,29 @@ from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.weights import model_digest
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.training.checkpoint import perplexity
+from apr_dist.runs.checkpoint import perplexity
+from apr_dist.runs.display import Display, Pace
+from apr_dist.runs.metrics import MetricsFile
+from apr_dist.runs.progress import Evaluation, Progress, Start
+from apr_dist.runs.saving import Saver
+from apr_dist.runs.step_folders import SavedState
+from apr_dist.runs.verdict import Status
 from apr_dist.training.compute import set_up_compute
-from apr_dist.training.display import Display, Pace
 from apr_dist.training.efficiency import (
     device_name,
     efficiency_of,
     gpu_utilisation,
     launch_text,
 )
-from apr_dist.training.evaluation import Evaluation, EvaluationStopped, evaluate
+from apr_dist.training.evaluation import EvaluationStopped, evaluate
 from apr_dist.training.garbage import collect, collected_on_request
 from apr_dist.training.guards import EarlyStop, check_targets, check_validation
-from apr_dist.training.metrics import MetricsFile
 from apr_dist.training.optimizer import build_optimizer
-from apr_dist.training.progress import Progress, Start
 from apr_dist.training.recording import StepRecorder
-from apr_dist.training.saving import Saver
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.signals import SIGNALS, StopRequest, first_signal
-from apr_dist.training.step_folders import SavedState
 from apr_dist.training.step_guard import StepGuard
 from apr_dist.training.stepping import BatchFeed, Stepper, TrainingData
-from apr_dist.training.verdict import (
-    Status,
-    evaluation_gates,
-    final_gates,
-    random_start_gates,
-    refuse_failed,
-    step_zero_gates,
-)
 
 
 @dataclass(frozen=True, kw_only=True)

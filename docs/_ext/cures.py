@@ -33,4 +33,4 @@ CURES: Mapping[str, str] = {
         "advisory: train for longer, or set `target_val_loss` to what this model can reach on this data"
     ),
 }
-"""Id of a gate of ``training/verdict.py`` to its cure."""
+"""Id of a gate of ``gates/losses.py`` to its cure."""

@@ -32,8 +32,9 @@ from apr_dist.parallel.gather import save_weights, weight_parts
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import assert_spread, build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights, model_digest, prove_weights
+from apr_dist.runs.progress import GuardState
 from apr_dist.training.optimizer import build_optimizer
-from apr_dist.training.step_guard import GuardState, SkipStep, StepGuard
+from apr_dist.training.step_guard import SkipStep, StepGuard
 
 CASES = (
     (Strategy.FSDP2, 2),

@@ -103,14 +103,14 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         CHECKPOINT + "006",
         "digests of a step folder are not compared",
-        "apr_dist/training/step_folders.py",
+        "apr_dist/runs/step_folders.py",
         "        if not file.is_file() or file_digest(file) != digest:",
         "        if not file.is_file():",
     ),
     Change(
         CHECKPOINT + "007",
         "another setting is no other run",
-        "apr_dist/training/resume.py",
+        "apr_dist/runs/resume.py",
         "    if changed:\n",
         "    if changed and not before:\n",
     ),
@@ -124,7 +124,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         CHECKPOINT + "009",
         "the last good folder goes before the new one is whole",
-        "apr_dist/training/saving.py",
+        "apr_dist/runs/saving.py",
         "        self._runtime.on_main(lambda: _make(job.folder))\n",
         "        self._runtime.on_main(lambda: _make(job.folder))\n"
         "        for old in (self._run_dir / 'steps').glob('*/state.json'):\n            old.unlink()\n"

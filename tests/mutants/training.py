@@ -127,7 +127,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOOP + "002",
         "the facts lose a figure",
-        "apr_dist/training/saving.py",
+        "apr_dist/runs/saving.py",
         "            train_ppl=perplexity(progress.train_loss),",
         "            train_ppl=None,",
     ),
@@ -197,7 +197,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOOP + "010",
         "a synthetic line is not marked",
-        "apr_dist/training/display.py",
+        "apr_dist/runs/display.py",
         'prefix = "[SYNTHETIC] " if synthetic else ""',
         'prefix = ""',
     ),
@@ -261,7 +261,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "026",
         "the end of the steps is OK",
-        VERDICT,
+        "apr_dist/runs/verdict.py",
         '    COMPLETED = "COMPLETED"',
         '    COMPLETED = "OK "',
     ),
@@ -282,7 +282,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOOP + "003",
         "the facts carry the digest of the model",
-        "apr_dist/training/saving.py",
+        "apr_dist/runs/saving.py",
         "        facts = replace(job.facts, optimizer_state_sha=optimizer_digest)",
         "        facts = replace(job.facts, optimizer_state_sha=file_digest(target))",
     ),

@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from apr_dist.apr.metadata import AprMetadata
+from apr_dist.gates.losses import Agreement
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
-from apr_dist.training.evaluation import Evaluation
-from apr_dist.training.random_start import RandomStart
-from apr_dist.training.step_folders import SavedState
-from apr_dist.training.step_guard import GuardState
-from apr_dist.training.verdict import Agreement
+from apr_dist.runs.step_folders import SavedState
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measured loss.
+
+    Attributes:
+        loss: mean negative log-likelihood in nats per token, over every token of the sample.
+        tokens: how many target tokens that was, over all ranks.
+        wall_s: seconds it took.
+    """
+
+    loss: float
+    tokens: int
+    wall_s: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite when that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomStart:
+    """Two losses of the same held-out sequences in nats per token.
+
+    Attributes:
+        random_loss: of freshly drawn weights.
+        init_loss: of the file's weights.
+        tokens: target tokens that both were measured on.
+    """
+
+    random_loss: float
+    init_loss: float
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass
+class GuardState:
+    """What a guard remembers; part of every step folder.
+
+    Attributes:
+        skipped: steps of this run whose update was left out.
+        recent: what the newest updates were judged by, oldest first.
+    """
+
+    skipped: int = 0
+    recent: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

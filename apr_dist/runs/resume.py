@@ -14,7 +14,7 @@ from typing import Any
 from apr_dist.config import TrainConfig, flag_of
 from apr_dist.config.advice import renamed
 from apr_dist.errors import UsageError
-from apr_dist.training.step_folders import SavedState, newest_whole, read_state
+from apr_dist.runs.step_folders import SavedState, newest_whole, read_state
 
 CHANGED = "FALSIFY-APR-DIST-CHECKPOINT-007"
 

@@ -13,8 +13,8 @@ from apr_dist.errors import AprDistError, ExitCode, OutputError
 from apr_dist.gates.result import GateResult
 from apr_dist.parallel.watch import Failure
 from apr_dist.parallel.whereabouts import HERE
-from apr_dist.training.checkpoint import json_bytes
-from apr_dist.training.verdict import Status, Verdict
+from apr_dist.runs.checkpoint import json_bytes
+from apr_dist.runs.verdict import Status, Verdict
 
 
 class AbortRecord:

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from apr_dist.training.display import (
+from apr_dist.runs.display import (
     NOT_AVAILABLE,
     Display,
     Pace,

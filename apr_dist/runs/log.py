@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apr_dist.errors import OutputError
-from apr_dist.training.display import Display, Pace, PlainDisplay
+from apr_dist.runs.display import Display, Pace, PlainDisplay
 
 LOG_NAME = "train.log"
 

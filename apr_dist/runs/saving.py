@@ -37,15 +37,15 @@ from apr_dist.parallel.state import (
     write_part,
 )
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.training.checkpoint import (
+from apr_dist.runs.checkpoint import (
     FACTS_NAME,
     CheckpointFacts,
     checkpoint_metadata,
     json_bytes,
     perplexity,
 )
-from apr_dist.training.progress import Progress, Start
-from apr_dist.training.step_folders import CHECKPOINT_NAME, SavedState, finish, retire, step_folder
+from apr_dist.runs.progress import Progress, Start
+from apr_dist.runs.step_folders import CHECKPOINT_NAME, SavedState, finish, retire, step_folder
 
 LEAVING_S = 8.0
 """How long a run that ends with an error still waits for the save under way."""

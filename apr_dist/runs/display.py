@@ -183,7 +183,7 @@ def open_display(wanted: ProgressStyle, *, rank: int, synthetic: bool) -> Displa
         return QuietDisplay(sys.stdout, prefix=prefix)
     if style is ProgressStyle.PLAIN:
         return PlainDisplay(sys.stdout, prefix=prefix)
-    from apr_dist.training.live_display import LiveDisplay  # noqa: PLC0415  (only a terminal needs rich)
+    from apr_dist.runs.live_display import LiveDisplay  # noqa: PLC0415  (only a terminal needs rich)
 
     return LiveDisplay(sys.stdout, prefix=prefix)
 
