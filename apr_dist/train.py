@@ -25,7 +25,8 @@ from apr_dist.gates.preflight import Preflight, run_preflight
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.runs.display import Display, hear_libraries, open_display
+from apr_dist.runs.display import Display, hear_libraries
+from apr_dist.runs.display_choice import open_display
 from apr_dist.runs.log import RunLog
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error
 

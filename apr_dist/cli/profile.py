@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.gates.preflight import run_preflight
-from apr_dist.runs.display import open_display
+from apr_dist.runs.display_choice import open_display
 
 
 def profile(arguments: Sequence[str]) -> int:

@@ -197,7 +197,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOOP + "010",
         "a synthetic line is not marked",
-        "apr_dist/runs/display.py",
+        "apr_dist/runs/display_choice.py",
         'prefix = "[SYNTHETIC] " if synthetic else ""',
         'prefix = ""',
     ),
