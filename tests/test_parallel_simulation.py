@@ -90,7 +90,12 @@ def test_the_verb_prints_every_strategy_and_names_what_does_not_fit(
     assert fits["fsdp2", 64]
     assert plan_verb([*flags, "--simulate", "6"]) == 0
     table = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in table.splitlines())
     assert "4,096" in table
     assert "NO" in table
+    for strategy in {name for name, _ in fits}:
+        enough = [gpus for gpus in WORLDS if fits[strategy, gpus]]
+        ends = f"fits on {min(enough):,} GPUs of 6 GiB or more" if enough else "does not fit on GPUs of 6 GiB"
+        assert f"\n{strategy}: {ends}" in table
     with pytest.raises(UsageError, match="simulate is 0"):
         plan_verb([*flags, "--simulate", "0"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,12 @@ import pytest
 from builders.files import write_apr
 from builders.models import random_weights, tiny_config
 from builders.people import LiveBytes, decoder_config, peak_bytes, two_steps
-from builders.runs import TINY, Inputs, run_here
+from builders.runs import REPOSITORY, TINY, Inputs, run_here
 
-from apr_dist.choices import ActivationCheckpointing, Precision, Strategy
+from apr_dist.choices import ActivationCheckpointing, Precision, Strategy, StrategyChoice
 from apr_dist.cli import main
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config import TrainConfig
+from apr_dist.config import TrainConfig, flag_of, leaves
 from apr_dist.config.reading import validate
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.gates.warnings import under_trained
@@ -214,6 +216,62 @@ def test_a_high_rate_a_tiny_validation_set_and_many_passes_are_warned_of(
     assert "high for pretrained weights" in text
     assert "too few to tell small gains from noise" in text
     assert "passes over the data" in text
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_a_plan_fits_80_columns_explains_its_terms_and_ends_with_what_fits(
+    processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--synthetic", "--mode", "from-scratch", "--run-dir", str(tmp_path / "r")]
+    flags += ["--processes", str(processes), "--batch-size", "16", "--memory", "5"]
+    assert main(["plan", *flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert main(["plan", *flags]) == 0
+    text = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in text.splitlines())
+    chosen, parts = next(iter(planned["memory_bytes"].items()))
+    for part, (name, what) in memory.PARTS.items():
+        assert (f"{name:<20}{parts[part] / 2**30:>8.2f}  {what}\n" in text) == bool(parts[part])
+    last = " ".join(text.rpartition("\n\n")[2].split())
+    fits = [name for name, size in planned["memory_bytes"].items() if size["total"] <= 5 * 2**30]
+    others = [name for name in planned["memory_bytes"] if name not in fits]
+    assert planned["fits"] == {name: name in fits for name in planned["memory_bytes"]}
+    assert last.startswith(f"Fits in 5 GiB: {', '.join(fits) or 'nothing'}")
+    assert last.endswith(f"does not fit: {', '.join(others)}")
+    assert chosen in others
+
+
+def test_a_plan_that_is_refused_ends_with_that(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--init", str(inputs.pretrained), *inputs.data_flags(), "--run-dir", str(tmp_path / "r")]
+    assert main(["plan", *flags, "--parallel.offload", "optimizer", "--memory", "1"]) == 2
+    text = capsys.readouterr().out
+    assert text.endswith("The run would be refused; see NO above.\n")
+
+
+@pytest.mark.parametrize("width", ["80", "132"])
+@pytest.mark.parametrize("arguments", [["-m", "apr_dist", "plan", "--help"], ["apr_dist/train.py", "--help"]])
+def test_the_help_fits_its_terminal_and_cuts_no_word(arguments: list[str], width: str) -> None:
+    environment = {**os.environ, "COLUMNS": width}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+        env=environment,
+    )
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= int(width) or len(line.split()) <= 2 for line in lines), [
+        line for line in lines if len(line) > int(width)
+    ]
+    if "train.py" in arguments[0]:
+        words = " ".join(done.stdout.split())
+        for strategy in StrategyChoice:
+            assert re.search(rf"\b{strategy}\b", words)
+        for key, _ in leaves(TrainConfig):
+            assert f" {flag_of(key)}" in words
 
 
 def test_the_plot_rises_and_falls_like_the_schedule() -> None:

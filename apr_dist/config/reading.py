@@ -133,6 +133,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
+        usage="train.py [--config PATH] [--KEY VALUE ...]",
         description="Train a language model, from a pretrained APR file or from scratch.",
         epilog="Example: accelerate launch apr_dist/train.py --init model.apr --dataset data/train "
         "--val-dataset data/validation --run-dir runs/first --num-steps 500",
@@ -141,13 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="PATH", help="YAML file of the keys below; a flag wins over it")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for key, field in leaves(TrainConfig):
-        text = f"{field.description} (default: {_shown(field.get_default(call_default_factory=True))})"
+        room = key.rpartition(".")[0]
+        group = groups[room] = groups.get(room) or parser.add_argument_group(room or "the run")
+        words = _words(field)
+        default = f"default: {_shown(field.get_default(call_default_factory=True))}"
+        unsaid = ", ".join(words) + "; " if any(word not in str(field.description) for word in words) else ""
+        text = f"{field.description} ({unsaid}{default})"
         flag, help_text = flag_of(key), text.replace("%", "%%")
         if field.annotation is bool:
-            parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=help_text)
+            group.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=help_text)
         else:
-            parser.add_argument(flag, dest=key, metavar=_metavar(field), help=help_text)
+            group.add_argument(flag, dest=key, metavar="WORD" if words else _metavar(field), help=help_text)
     return parser
 
 
@@ -161,10 +168,13 @@ def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is tuple:
         return "INT,..."
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
-    kind = kinds[0]
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        return "{" + ",".join(kind) + "}"
-    return getattr(kind, "__name__", "VALUE").upper()
+    return getattr(kinds[0], "__name__", "VALUE").upper()
+
+
+def _words(field: FieldInfo) -> list[str]:
+    """The words that a key may hold; none where it is not a choice."""
+    kind = field.annotation
+    return list(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else []
 
 
 def _put(tree: dict[str, Any], key: str, value: object) -> None:

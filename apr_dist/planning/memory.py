@@ -360,17 +360,17 @@ def _unfit_bytes(*, gradients: int, activations: int) -> int:
     return int(UNFIT_SHARE * min(gradients, activations))
 
 
-PARTS: Mapping[str, str] = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "masters": "masters",
-    "buckets": "buckets",
-    "activations": "activations",
-    "loss": "logits, head",
-    "working": "in passing",
-    "unfit": "unfit",
-    "copies": "save copies",
-    "offloaded": "offloaded",
+PARTS: Mapping[str, tuple[str, str]] = {
+    "weights": ("weights", "in f32, and copies in the compute type"),
+    "gradients": ("gradients", "of the parameters that have one then"),
+    "optimizer": ("optimizer", "AdamW's two moments"),
+    "masters": ("masters", "f32 weights that DeepSpeed updates"),
+    "buckets": ("buckets", "from which gradients are sent"),
+    "activations": ("activations", "what forward keeps for backward"),
+    "loss": ("logits, head", "a chunk of logits, the head's gradient"),
+    "working": ("temporary", "what backward computes on the way"),
+    "unfit": ("fragmentation", "freed blocks that nothing later fits into"),
+    "copies": ("copies while saving", "of weights and moments, while they are written"),
+    "offloaded": ("offloaded", "in host memory, on a CPU the same memory"),
 }
-"""Attribute of ``Memory`` to what a table calls it, in order."""
+"""Attribute of ``Memory`` to its name and what it is, in order."""

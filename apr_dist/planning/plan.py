@@ -57,6 +57,7 @@ class Plan:
         refusal: the gate that said no, if one did.
         warnings: what will hurt, one sentence each.
         wall_s: seconds of training steps at the given speed.
+        memory_bytes: memory of one device, where it was given.
     """
 
     config: TrainConfig
@@ -70,6 +71,7 @@ class Plan:
     refusal: AprDistError | None
     warnings: list[str]
     wall_s: float | None
+    memory_bytes: int | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -94,8 +96,14 @@ class Plan:
         return self.tokens / self.model.parameter_count()
 
 
-def make_plan(config: TrainConfig, *, world_size: int, rate: Rate) -> Plan:
+def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes: int | None = None) -> Plan:
     """Ask every gate that can be asked now, and work out the rest from dimensions.
+
+    Args:
+        config: the configuration of the run.
+        world_size: processes that will run.
+        rate: the speed that is expected.
+        memory_bytes: memory of one device, to tell what fits.
 
     Raises:
         AprDistError: the model itself cannot be known, so there is nothing to plan.
@@ -118,6 +126,7 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate) -> Plan:
         refusal=refusal,
         warnings=found.warnings,
         wall_s=tokens / speed if speed else None,
+        memory_bytes=memory_bytes,
     )
 
 

@@ -15,7 +15,7 @@ from apr_dist.choices import Precision, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE
-from apr_dist.planning.memory import F32, PARTS, Load, Memory, estimate
+from apr_dist.planning.memory import F32, Load, Memory, estimate
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MOST_LAYERS = 1 << 14
@@ -162,29 +162,37 @@ def _most(fits: Callable[[int], bool]) -> int:
     return low
 
 
-ON_A_GPU = [name for name in PARTS if name not in {"unfit", "copies", "offloaded"}]
-"""Parts of a GPU's memory; the others are a CPU's."""
+STATE = ("weights", "gradients", "optimizer", "masters", "buckets")
+WORK = ("activations", "loss", "working")
 
 
-def simulation_rows(points: list[Simulated]) -> Iterator[tuple[str, ...]]:
-    """Cells of a table under `HEADINGS`; GiB of one GPU, and of host memory for it."""
-    for point in points:
-        parts = tuple(f"{getattr(point.memory, name) / _GIB:.1f}" for name in ON_A_GPU)
-        largest = f"{point.largest_parameters / 1e9:.1f} B" if point.largest_layers else "none"
-        yield (
-            point.strategy.value,
-            f"{point.gpus:,}",
-            *parts,
-            f"{point.memory.total / _GIB:.1f}",
-            f"{point.memory.host / _GIB:.1f}",
-            f"{point.sent_bytes / _GIB:.1f}",
-            "yes" if point.fits else "NO",
-            largest,
-        )
+def simulation_lines(points: list[Simulated], *, gpu_bytes: int) -> Iterator[str]:
+    """A table in 80 columns, what its columns are, and which strategy fits where."""
+    widths = (14, 6, 9, 9, 9, 9, 9, 5, 10)
+    headings = ("strategy", "GPUs", "state", "work", "GiB", "host", "sent", "fits", "largest")
+    for cells in (headings, *map(_cells, points)):
+        first, *rest = cells
+        yield f"{first:<{widths[0]}}" + "".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:], strict=True))
+    yield ""
+    yield "state: GiB of weights, gradients, optimizer, f32 masters and buckets on one GPU"
+    yield "work: GiB of activations, logits and what backward computes on the way"
+    yield "GiB: both; host: GiB in host memory for one GPU; sent: GiB it sends in a step"
+    yield "largest: parameters of the largest model of this width that would fit"
+    yield ""
+    for strategy in dict.fromkeys(point.strategy for point in points):
+        worlds = [point.gpus for point in points if point.strategy is strategy and point.fits]
+        size = f"of {gpu_bytes / _GIB:g} GiB"
+        where = f"fits on {min(worlds):,} GPUs {size} or more" if worlds else f"does not fit on GPUs {size}"
+        yield f"{strategy.value}: {where}"
 
 
-HEADINGS = (
-    *("strategy", "GPUs", *(PARTS[name] for name in ON_A_GPU), "GiB", "host GiB", "sent GiB"),
-    *("fits", "largest"),
-)
-"""Headings of that table."""
+def _cells(point: Simulated) -> tuple[str, ...]:
+    state, work = (sum(getattr(point.memory, part) for part in parts) for parts in (STATE, WORK))
+    sizes = (state, work, point.memory.total, point.memory.host, point.sent_bytes)
+    return (
+        point.strategy.value,
+        f"{point.gpus:,}",
+        *(f"{size / _GIB:,.1f}" for size in sizes),
+        "yes" if point.fits else "NO",
+        f"{point.largest_parameters / 1e9:,.1f} B" if point.largest_layers else "none",
+    )
