@@ -96,12 +96,12 @@ def run_preflight(
     check_settings(config, world_size=world_size)
     with ExitStack() as stack:
         path = resume_from or config.init
-        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config)
+        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)
         if resume_from is not None:
-            _identify_init(found, config)
-        _note(found, say, _positions(found, config))
+            _identify_init(found, config.init)
+        _note(found, say, _positions(found.model_config, config.seq_length))
         if config.synthetic:
-            check_documents(config, ())
+            check_documents(config.loader.documents, config.compute, (), synthetic=True)
         else:
             _check_data(found, config, say)
         found.warnings += warnings_of(config, found.model_config, found.data)
@@ -184,12 +184,12 @@ def prove_model_file(
     return found
 
 
-def _identify_init(found: Preflight, config: TrainConfig) -> None:
+def _identify_init(found: Preflight, init: Path | None) -> None:
     """A resumed run's init is the file it began with; the checkpoint it goes on from remembers which."""
     assert found.reader is not None
     found.provenance["init_digest"] = found.reader.metadata.custom.get("apr_dist.init_digest")
-    if config.init is not None and config.init.exists():
-        with AprReader(config.init) as given:
+    if init is not None and init.exists():
+        with AprReader(init) as given:
             found.given_init_digest = given.digest()
 
 
@@ -224,15 +224,15 @@ def _weights_result(expected: dict[str, tuple[int, ...]], values: int | None) ->
     )
 
 
-def _from_scratch(config: TrainConfig) -> Preflight:
-    return Preflight(model_config=model_from_name(config.model), reader=None)
+def _from_scratch(name: str) -> Preflight:
+    return Preflight(model_config=model_from_name(name), reader=None)
 
 
-def _positions(found: Preflight, config: TrainConfig) -> GateResult:
-    limit = found.model_config.max_position_embeddings
-    if config.seq_length > limit:
+def _positions(model: TransformerConfig, seq_length: int) -> GateResult:
+    limit = model.max_position_embeddings
+    if seq_length > limit:
         raise UsageError(
-            f"seq_length {config.seq_length:,} is more than the model's {limit:,} positions",
+            f"seq_length {seq_length:,} is more than the model's {limit:,} positions",
             where="--seq-length",
             expected=f"at most {limit:,}",
             remedy="lower --seq-length",
@@ -240,8 +240,8 @@ def _positions(found: Preflight, config: TrainConfig) -> GateResult:
     return GateResult(
         id="FALSIFY-APR-PRETRAIN-ARCH-003",
         gate="dimensions come from the model",
-        measured=f"{found.model_config.parameter_count():,} parameters, {limit:,} positions",
-        required=f"at least {config.seq_length:,} positions",
+        measured=f"{model.parameter_count():,} parameters, {limit:,} positions",
+        required=f"at least {seq_length:,} positions",
     )
 
 
@@ -264,7 +264,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     check_shares(training, global_batch=config.batch_size, block=block)
     parts, everything = parts_of(training), (*parts_of(training), held_out)
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
-    check_documents(config, parts)
+    check_documents(order.documents, config.compute, parts, synthetic=False)
     found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
     for part in parts:
         check_disjoint(part, held_out)
@@ -310,7 +310,7 @@ def _check_tokenizer(
     found: Preflight, config: TrainConfig, parts: Sequence[Manifest], rows: int
 ) -> GateResult:
     recorded = next((part.tokenizer for part in parts if part.tokenizer), None)
-    own, where = _own_tokenizer(config, found.reader)
+    own, where = _own_tokenizer(config.tokenizer, config.init, found.reader)
     where = where or parts[0].folder
     identity = own or recorded
     # Ids may have gaps: what the model needs rows for is the bound of the ids, not their number.
@@ -342,14 +342,14 @@ def _check_tokenizer(
 
 
 def _own_tokenizer(
-    config: TrainConfig, reader: AprReader | None
+    named: Path | None, init: Path | None, reader: AprReader | None
 ) -> tuple[TokenizerIdentity | None, Path | None]:
     """The tokenizer that was named, else the one inside the model file, else the one beside it."""
     embedded = reader.metadata.custom.get(TOKENIZER_TEXT) if reader else None
-    if config.tokenizer is None and reader is not None and isinstance(embedded, str):
+    if named is None and reader is not None and isinstance(embedded, str):
         content = embedded.encode()
         return identify(parse_tokenizer_json(content, where=reader.path), content, {}), reader.path
-    folder = config.tokenizer or _beside(config.init)
+    folder = named or _beside(init)
     return (load_tokenizer(folder).identity, folder) if folder else (None, None)
 
 
