@@ -128,6 +128,7 @@ check: $(BUILD)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/circles.py
 	$(BIN)/apr-dist contracts lint --strict-test-binding
 	$(BIN)/python tests/mutate.py --list > /dev/null
 	cargo fmt --manifest-path rust_loader/Cargo.toml --check

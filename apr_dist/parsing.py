@@ -28,11 +28,29 @@ def parse_yaml(text: str) -> Any:
     """The plain value that a YAML text holds; no tag builds an object.
 
     Raises:
-        ValueError: it is not YAML, or nested too deeply.
+        ValueError: it is not YAML, gives a key twice, or is nested too deeply.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _EachKeyOnce)  # noqa: S506  (a safe loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """The safe loader, which alone would let the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node, whose keys differ; what ``<<`` merges in may be overridden."""
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -18,12 +18,13 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import Invocation, parse_command_line
+from apr_dist.config.reading import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode, as_known
 from apr_dist.parallel.launch import Launch, read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.runs.display import Display, hear_libraries, open_display
+from apr_dist.runs.display import Display, hear_libraries
+from apr_dist.runs.display_choice import open_display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock
 from apr_dist.runs.log import RunLog
@@ -49,8 +50,6 @@ def run(invocation: Invocation, watch: Watch) -> ExitCode:
 
 
 def _run(config: TrainConfig, display: Display, launch: Launch, around: Around) -> ExitCode:
-    if config.init is not None and config.mode == "from-scratch":
-        display.warn("--mode from-scratch with --init: the file's weights, the from-scratch defaults")
     proven = prove(config, launch, around)
     try:
         if proven.refusal is not None and launch.world_size == 1:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from apr_dist.config_sections import GuardsSection
+from apr_dist.config.sections import GuardsSection
 from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress
 from apr_dist.model.config import TransformerConfig, preset

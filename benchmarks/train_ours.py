@@ -13,7 +13,7 @@ import torch
 from train_rivals import BETAS, EPS, GRAD_CLIP, LR, WEIGHT_DECAY, Setting, activation_peak, product_rate
 from train_turns import Step
 
-from apr_dist.config_sections import GuardsSection
+from apr_dist.config.sections import GuardsSection
 from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress
 from apr_dist.model.matmul import mm

@@ -68,7 +68,7 @@ class Bench:
     def flags(self, run_dir: Path, *more: str) -> list[str]:
         """A fine-tuning that saves after every step."""
         flags = [*self.inputs.data_flags(), "--init", str(self.inputs.pretrained), "--run-dir", str(run_dir)]
-        flags += ["--num-steps", str(STEPS), "--steps-per-epoch", "1", "--resume", "auto"]
+        flags += ["--num-steps", str(STEPS), "--eval-every", "1", "--resume", "auto"]
         flags += ["--evaluation.max-sequences", "2", "--early-stop.patience", str(STEPS), "--lr", "1e-5"]
         return [*flags, "--evaluation.random-sequences", "0", "--target-val-loss", "0.01", *more]
 
@@ -76,7 +76,7 @@ class Bench:
         """Loss and norm of each step of a run that nothing happened to."""
         run_dir = self.folder / f"reference-{world_size}"
         self.ranks.launch(
-            [*self.flags(run_dir), "--steps-per-epoch", str(steps)],
+            [*self.flags(run_dir), "--eval-every", str(steps)],
             world_size=world_size,
             hurt=Hurt(number=signal.SIGTERM, ranks=(0,), after=str(marker(run_dir, steps))),
         )
@@ -187,7 +187,7 @@ def slow_rank(bench: Bench, tally: Tally, held_s: float) -> Tally:
     """One rank does nothing for a while, then goes on."""
     run_dir = bench.folder / "slow"
     hurt = Hurt(number=signal.SIGSTOP, ranks=(1,), after=str(marker(run_dir, 1)), held_s=held_s)
-    flags = [*bench.flags(run_dir), "--num-steps", "40", "--steps-per-epoch", "1"]
+    flags = [*bench.flags(run_dir), "--num-steps", "40", "--eval-every", "1"]
     ended = bench.ranks.launch(flags, world_size=2, hurt=hurt)
     tally.times += 1
     tally.check(set(ended.codes) == {0}, f"codes {ended.codes}: {ended.errors[0][-200:]}")

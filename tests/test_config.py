@@ -9,10 +9,14 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+from apr_dist.choices import Mode
 from apr_dist.config import TrainConfig, flag_of, leaves
-from apr_dist.config_input import parse_command_line, read_yaml, validate
-from apr_dist.config_sections import MODE_DEFAULTS, Mode
+from apr_dist.config.advice import _ABSENT, _MEANT
+from apr_dist.config.reading import parse_command_line, read_yaml, validate
+from apr_dist.config.sections import MODE_DEFAULTS
+from apr_dist.config.text import load_config, problems
 from apr_dist.errors import ExitCode, UsageError
+from apr_dist.parsing import parse_yaml
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -74,7 +78,7 @@ def test_an_unknown_key_is_refused_with_its_file_and_the_nearest_one(tmp_path: P
         read_yaml(path)
     assert str(path) in str(refused.value)
     assert "optimizer.weight_decya" in str(refused.value)
-    assert "did you mean optimizer.weight_decay" in str(refused.value)
+    assert "use optimizer.weight_decay." in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +147,115 @@ def test_every_flag_reaches_the_script_through_either_launcher() -> None:
         for key, _ in [*leaves(TrainConfig), ("config", None), ("debug", None)]:
             given = launcher.parse_args(["train.py", flag_of(key), "value"])
             assert given.training_script_args == [flag_of(key), "value"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "remedy"),
+    [
+        ("--learning-rate", "use --lr."),
+        ("--learning_rate=1e-4", "use --lr."),
+        ("--save-steps", "use --save-every."),
+        ("--bf16", "use --parallel.precision bf16."),
+        ("--lora", "adapters are not supported"),
+        ("--lora_alpha", "adapters are not supported"),
+        ("--report-to", "use --track."),
+        ("--gpus", "accelerate launch --num_processes N"),
+        ("--num-train-epochs", "counted in steps, num_steps"),
+        ("--weight-decay", "use --optimizer.weight-decay."),
+        ("--per-device-train-batch-size", "use --micro-batch-size."),
+        ("--confg", "use --config."),
+        ("--lerning-rate", "use --lr."),
+        ("--qqq", "see --help"),
+    ],
+)
+def test_a_flag_of_another_trainer_is_answered_with_ours_or_with_what_there_is(
+    flag: str, remedy: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(flag, "1")
+    assert remedy in str(refused.value)
+
+
+@pytest.mark.parametrize("word", ["overwrit", "over-write", "overwrite_output_dir", "overwrite-run", "force"])
+def test_a_flag_that_destroys_a_run_is_never_proposed(word: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(f"--{word}")
+    assert "use --overwrite" not in str(refused.value)
+
+
+def test_every_answer_names_a_key_that_there_is_and_no_flag_of_ours_is_taken_for_another_s() -> None:
+    keys = {key for key, _ in leaves(TrainConfig)}
+    assert {target.split()[0] for target in _MEANT} <= keys
+    for target in _MEANT:
+        key, _, value = target.partition(" ")
+        if value:
+            assert parse(flag_of(key), value)
+    ours = {key.rpartition(".")[2] for key in keys} - {"max_epochs"}
+    assert not ours & {name for names in (*_MEANT.values(), *_ABSENT.values()) for name in names.split()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("steps_per_epoch", "eval_every"), ("early_stop.min_epochs", "early_stop.min_evaluations")],
+)
+def test_an_old_key_is_refused_with_its_new_name_in_a_file_and_as_a_flag(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"it is now called {flag_of(new)}"):
+        parse(flag_of(old), "3")
+    with pytest.raises(UsageError, match=f"nearest is {new}"):
+        parse("--resume-allow", old)
+    path = tmp_path / "run.yaml"
+    group, _, last = old.rpartition(".")
+    path.write_text(f"{group}:\n  {last}: 3\n" if group else f"{last}: 3\n")
+    with pytest.raises(UsageError, match=f"it is now called {new}"):
+        read_yaml(path)
+    assert [one.text for one in problems(path)] == [f"unknown key; it is now called {new}"]
+
+
+def test_what_an_earlier_version_saved_is_read_under_the_new_names(tmp_path: Path) -> None:
+    saved = "steps_per_epoch: 7\nearly_stop:\n  min_epochs: 2\nresume_allow: num_steps,steps_per_epoch\n"
+    (tmp_path / "config.yaml").write_text(saved)
+    config = load_config(tmp_path)
+    assert (config.eval_every, config.early_stop.min_evaluations) == (7, 2)
+    assert config.resume_allow == "num_steps,eval_every"
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400"])
+def test_every_number_of_a_configuration_is_finite(value: str, tmp_path: Path) -> None:
+    def refuses(key: str, given: str) -> None:
+        with pytest.raises(UsageError, match="Expected a finite number"):
+            parse(f"{flag_of(key)}={given}")
+
+    numbers = [key for key, field in leaves(TrainConfig) if "float" in str(field.annotation)]
+    assert {"lr", "optimizer.eps", "parallel.timeout_s", "guards.spike_factor"} <= set(numbers)
+    for key in numbers:
+        refuses(key, f"a={value}" if key == "loader.mixture" else value)
+    for text in (f"lr: .{value}\n", f"optimizer:\n  eps: .{value}\n") if "e" not in value else ():
+        path = tmp_path / "run.yaml"
+        path.write_text(text.replace(".-", "-."))
+        with pytest.raises(UsageError, match="Expected a finite number"):
+            parse("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("lr: 1.0e-4\nseed: 1\nlr: 2.0e-4\n", "lr"),
+        ("optimizer:\n  eps: 1.0e-8\noptimizer:\n  beta1: 0.8\n", "optimizer"),
+        ("optimizer: {eps: 1.0e-8, eps: 1.0e-6}\n", "eps"),
+        ("seed: 1\n'seed': 2\n", "seed"),
+    ],
+)
+def test_a_key_that_a_file_gives_twice_is_refused(text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=f"the key {key} is given twice"):
+        parse("--config", str(path))
+
+
+def test_a_value_that_is_merged_in_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optimizer: &usual {beta1: 0.8}\nguards: {}\n")
+    assert parse("--config", str(path)).optimizer.beta1 == 0.8
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  x: 3\n")["b"] == {"x": 3, "y": 2}

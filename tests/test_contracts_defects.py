@@ -129,7 +129,7 @@ def test_the_held_out_sample_never_moves_and_is_never_trained_on(inputs: Inputs)
 def test_a_resumed_run_trains_on_the_batches_that_were_next(inputs: Inputs, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     flags = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    flags += ["--num-steps", "4", "--steps-per-epoch", "2", "--lr", "1e-3", "--checkpoint.keep-last", "9"]
+    flags += ["--num-steps", "4", "--eval-every", "2", "--lr", "1e-3", "--checkpoint.keep-last", "9"]
     assert run_here(*flags) == 0
     losses = [line["train_loss"] for line in metrics(run_dir)]
     shutil.rmtree(run_dir / "steps" / "000004")

@@ -19,7 +19,7 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import parse_command_line
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import ExitCode, UsageError, WeightsRefused
 from apr_dist.gates.losses import final_gates
 from apr_dist.gates.preflight import run_preflight

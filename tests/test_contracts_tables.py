@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apr_dist.config_input import parse_command_line
+from apr_dist.config.reading import parse_command_line
 from apr_dist.contracts.repository import read_contracts
 from apr_dist.errors import AprDistError
 from apr_dist.gates.architecture import HeadFacts, check_dimensions, check_family

@@ -25,7 +25,7 @@ ONE_FOLDER = "FALSIFY-APR-DIST-DISTRIBUTED-023"
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--num-steps", "2", "--steps-per-epoch", "1", "--lr", "1e-4", "--target-val-loss", "0.1"]
+    given += ["--num-steps", "2", "--eval-every", "1", "--lr", "1e-4", "--target-val-loss", "0.1"]
     return [*given, "--evaluation.random-sequences", "0", *more]
 
 

@@ -12,7 +12,7 @@ from builders.broken import token_of_one_sequence, write_model_that_breaks_at
 from builders.runs import metrics, run_here, verdict
 
 from apr_dist.cli import main
-from apr_dist.config_sections import GuardsSection
+from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import ExitCode, NumericalInstability
 from apr_dist.parallel.runtime import reset_state
 from apr_dist.runs.progress import GuardState
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--num-steps", "6", "--steps-per-epoch", "2", "--warmup-steps", "1", "--target-val-loss", "0.1"]
+    given += ["--num-steps", "6", "--eval-every", "2", "--warmup-steps", "1", "--target-val-loss", "0.1"]
     return [*given, *more]
 
 
@@ -49,7 +49,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_logs_its_batch(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    long = ("--num-steps", "6", "--steps-per-epoch", "6")
+    long = ("--num-steps", "6", "--eval-every", "6")
     assert run_here(*flags(inputs, run_dir, *EXPLODING, *long)) == ExitCode.NUMERICAL_INSTABILITY
     assert "step 2, global batch 1, sequences 4 to 7: " in capfd.readouterr().err
     (refused,) = metrics(run_dir, "refused")
@@ -66,7 +66,7 @@ def test_steps_that_are_no_number_are_skipped_up_to_the_limit_where_that_is_conf
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    skipping = ("--guards.on-nonfinite", "skip", "--guards.max-skipped", "2", "--steps-per-epoch", "6")
+    skipping = ("--guards.on-nonfinite", "skip", "--guards.max-skipped", "2", "--eval-every", "6")
     code = run_here(*flags(inputs, run_dir, *EXPLODING, *skipping))
     assert code == ExitCode.NUMERICAL_INSTABILITY
     assert "2 steps were skipped and this one would be the next" in capfd.readouterr().err

@@ -30,7 +30,7 @@ STEPS = 80
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
     given += ["--lr", "1e-4", "--parallel.strategy", "ddp", "--resume", "auto", "--target-val-loss", "0.1"]
-    given += ["--num-steps", str(STEPS), "--steps-per-epoch", "5", "--early-stop.patience", "99"]
+    given += ["--num-steps", str(STEPS), "--eval-every", "5", "--early-stop.patience", "99"]
     return [*given, "--evaluation.max-sequences", "2", "--evaluation.random-sequences", "0", *more]
 
 
@@ -118,7 +118,7 @@ def test_two_hosts_train_over_tcp_and_both_end_when_their_link_is_cut(
     """The recipe of launch/ for two machines; the cable is pulled in the middle of training."""
     run_dir = tmp_path / "run"
     recipe = str(REPOSITORY / "launch" / "two-nodes-torchrun.sh")
-    endless = ("--num-steps", "100000", "--steps-per-epoch", "20", "--parallel.precision", "f32")
+    endless = ("--num-steps", "100000", "--eval-every", "20", "--parallel.precision", "f32")
     given = {"INIT": str(inputs.pretrained), "DATA": str(inputs.train.parent), "RUN_DIR": str(run_dir)}
     given |= {"STRATEGY": "fsdp2", "PROCESSES": "1", "MASTER": hosts.address(0)}
     given["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -44,7 +44,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
 
 
 def flags(inputs: Inputs, init: Path, run_dir: Path, *more: str) -> list[str]:
-    given = [*inputs.data_flags(), "--init", str(init), "--run-dir", str(run_dir), "--steps-per-epoch", "1"]
+    given = [*inputs.data_flags(), "--init", str(init), "--run-dir", str(run_dir), "--eval-every", "1"]
     given += ["--evaluation.max-sequences", str(EVALUATED), "--evaluation.random-sequences", "0"]
     return [*given, "--target-val-loss", "0.1", "--early-stop.patience", "100000", *more]
 

@@ -142,7 +142,7 @@ def test_a_signal_between_the_last_step_and_its_evaluation_loses_no_evaluation(
     """The signal comes while the evaluation after step 2 runs; resumed, the run is the straight one."""
     from apr_dist.training import evaluation  # noqa: PLC0415
 
-    small = ("--num-steps", "4", "--steps-per-epoch", "2", "--evaluation.micro-batch-size", "1")
+    small = ("--num-steps", "4", "--eval-every", "2", "--evaluation.micro-batch-size", "1")
     given = flags(inputs, tmp_path / "run", *small)
     given[given.index("ddp")] = "single"
     straight = [str(tmp_path / "straight") if flag == str(tmp_path / "run") else flag for flag in given]
@@ -164,4 +164,4 @@ def test_a_signal_between_the_last_step_and_its_evaluation_loses_no_evaluation(
     for kind, key in (("evaluation", "val_loss"), ("step", "train_loss")):
         ours, theirs = (metrics(tmp_path / name, kind) for name in ("run", "straight"))
         assert [(line["step"], line[key]) for line in ours] == [(line["step"], line[key]) for line in theirs]
-    assert metrics(tmp_path / "run", "evaluation")[-1]["epoch"] == 2
+    assert metrics(tmp_path / "run", "evaluation")[-1]["evaluation"] == 2

@@ -27,7 +27,7 @@ Tamper = Callable[[Path], None]
 def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good fine-tuning run of six steps; copied before anything in it is changed."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    flags = ("--num-steps", "6", "--steps-per-epoch", "3", "--lr", "1e-3", "--warmup-steps", "1")
+    flags = ("--num-steps", "6", "--eval-every", "3", "--lr", "1e-3", "--warmup-steps", "1")
     init = ("--init", str(inputs.pretrained), "--run-dir", str(run_dir))
     assert run_here(*inputs.data_flags(), *init, *flags) == 0
     return run_dir
@@ -271,7 +271,7 @@ def test_what_is_no_finished_run_is_refused_in_a_sentence(
 
 @pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-INIT-FINETUNE-001")
 def test_a_run_that_was_stopped_has_not_ended_well(inputs: Inputs, tmp_path: Path) -> None:
-    flags = ("--num-steps", "6", "--steps-per-epoch", "3", "--warmup-steps", "0", "--lr", "1e6")
+    flags = ("--num-steps", "6", "--eval-every", "3", "--warmup-steps", "0", "--lr", "1e6")
     init = ("--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "run"))
     assert run_here(*inputs.data_flags(), *init, *flags) != 0
     log = (tmp_path / "run" / "train.log").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +246,26 @@ def test_a_batch_that_does_not_divide_is_refused_with_its_three_numbers() -> Non
         check_batch(batch_size=9, micro_batch=2, world_size=2)
     with pytest.raises(UsageError, match="batch_size 1 "):
         check_batch(batch_size=1, micro_batch=1, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "proposed"),
+    [
+        (7, None, 2, "use --batch-size 6 or 8."),
+        (9, 2, 2, "use --batch-size 8 or 12, or change --micro-batch-size."),
+        (1, None, 4, "use --batch-size 4."),
+        (3, 4, 1, "use --batch-size 4, or change --micro-batch-size."),
+        (1001, None, 8, "use --batch-size 1000 or 1008."),
+    ],
+)
+def test_the_batch_sizes_next_to_the_refused_one_are_proposed_and_are_accepted(
+    batch: int, micro: int | None, world: int, proposed: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        check_batch(batch_size=batch, micro_batch=micro, world_size=world)
+    assert proposed in str(refused.value)
+    for size in re.findall(r"\d+", proposed):
+        check_batch(batch_size=int(size), micro_batch=micro, world_size=world)
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-003")

@@ -37,7 +37,7 @@ def settings(inputs: Inputs, run_dir: Path, **more: Any) -> dict[str, Any]:
         "tokenizer": str(inputs.tokenizer),
         "run_dir": str(run_dir),
         "num_steps": 4,
-        "steps_per_epoch": 2,
+        "eval_every": 2,
         "batch_size": 4,
         "seq_length": 32,
         "lr": 1e-3,
@@ -52,7 +52,7 @@ def settings(inputs: Inputs, run_dir: Path, **more: Any) -> dict[str, Any]:
 
 def flags(inputs: Inputs, run_dir: Path) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--num-steps", "4", "--steps-per-epoch", "2", "--lr", "1e-3", "--warmup-steps", "2"]
+    given += ["--num-steps", "4", "--eval-every", "2", "--lr", "1e-3", "--warmup-steps", "2"]
     return [*given, "--evaluation.random-sequences", "0", "--target-val-loss", "0.1"]
 
 

@@ -35,7 +35,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--num-steps", "2", "--steps-per-epoch", "2", "--target-val-loss", "0.1"]
+    given += ["--num-steps", "2", "--eval-every", "2", "--target-val-loss", "0.1"]
     return [*given, "--evaluation.random-sequences", "0", *more]
 
 
@@ -149,7 +149,7 @@ def test_a_killed_rank_0_leaves_a_verdict_by_a_rank_that_saw_it(
     inputs: Inputs, ranks: WarmRanks, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    long = ("--num-steps", "4000", "--steps-per-epoch", "2", "--early-stop.patience", "4000")
+    long = ("--num-steps", "4000", "--eval-every", "2", "--early-stop.patience", "4000")
     marker = run_dir / "steps" / "000002" / "state.json"
     hurt = Hurt(number=signal.SIGKILL, ranks=(0,), after=str(marker))
     ended = ranks.launch(

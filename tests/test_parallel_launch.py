@@ -15,11 +15,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from builders.runs import run_here
 
+from apr_dist.choices import Offload, Strategy, StrategyChoice
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import parse_command_line
-from apr_dist.config_sections import StrategyChoice
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import DistributedError, ExitCode, UsageError
-from apr_dist.parallel.strategy import Offload, Strategy, choose, group_size, refuse_offload
+from apr_dist.parallel.strategy import choose, group_size, refuse_offload
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -169,7 +169,7 @@ def test_accelerate_hands_the_strategy_of_a_recipe_to_the_trainer(
         if before.get(key) != said:
             monkeypatch.setenv(key, said)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    assert choose("auto") is strategy
+    assert choose("auto", processes) is strategy
 
 
 def test_an_offload_the_strategy_cannot_do_is_refused_with_what_it_can() -> None:
@@ -200,7 +200,7 @@ def test_a_launcher_and_a_configuration_that_disagree_are_refused(monkeypatch: p
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(DistributedError, match=r"DISTRIBUTED-001.*says zero2.*says fsdp2"):
-        choose("fsdp2")
+        choose("fsdp2", 8)
 
 
 @pytest.mark.parametrize(
@@ -224,19 +224,18 @@ def test_the_configuration_decides_and_auto_asks_the_launcher(
 ) -> None:
     for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_RESHARD_AFTER_FORWARD"):
         monkeypatch.delenv(key, raising=False)
-    for key, said in {**launched, "WORLD_SIZE": str(world)}.items():
+    for key, said in launched.items():
         monkeypatch.setenv(key, said)
-    assert choose(asked) is expected
+    assert choose(asked, world) is expected
 
 
 def test_every_strategy_that_can_be_configured_exists() -> None:
     assert {choice.value for choice in StrategyChoice} == {"auto", *(strategy.value for strategy in Strategy)}
 
 
-def test_a_shard_size_must_divide_the_processes_and_belongs_to_hsdp(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert group_size(Strategy.HSDP, 16, None) == 4
+def test_a_shard_size_must_divide_the_processes_and_belongs_to_hsdp() -> None:
+    assert group_size(Strategy.HSDP, 16, None, 4) == 4
+    assert group_size(Strategy.HSDP, 16, None) == 8
     assert group_size(Strategy.HSDP, 16, 8) == 8
     assert group_size(Strategy.FSDP2, 16, None) == 16
     assert group_size(Strategy.ZERO2, 16, None) == 1

@@ -9,13 +9,13 @@ import pytest
 from builders.runs import TINY, verdict
 from builders.several import HAS_COMPILER, STEPS, STRATEGIES
 
+from apr_dist.choices import Precision, Strategy
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config_input import validate
-from apr_dist.config_sections import Precision, StrategyChoice
+from apr_dist.config.reading import validate
 from apr_dist.errors import UsageError
 from apr_dist.model.config import Family, TransformerConfig, preset
-from apr_dist.training.memory import Load, estimate
-from apr_dist.training.simulation import WORLDS, sent_bytes, simulate
+from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.simulation import WORLDS, sent_bytes, simulate
 
 
 def tiny() -> TransformerConfig:
@@ -36,7 +36,7 @@ def test_shares_of_weights_and_moments_are_those_real_ranks_hold(
     facts = verdict(run)["facts"]
     load = Load(micro_batch=1, seq_length=32, accumulates=True, precision=Precision.F32, cuda=False)
     size = 2 if name == "hsdp" else world
-    said = estimate(tiny(), load, strategy=StrategyChoice(name), world_size=world, shard_size=size)
+    said = estimate(tiny(), load, strategy=Strategy(name), world_size=world, shard_size=size)
     assert said.weights >= 4 * facts["shard_elements"][0]
     if name in {"ddp", "zero1", "zero2"}:  # nothing is gathered beside
         assert said.weights == 4 * facts["shard_elements"][0]
@@ -46,21 +46,19 @@ def test_shares_of_weights_and_moments_are_those_real_ranks_hold(
 
 
 def test_volumes_are_those_of_ring_collectives() -> None:
-    def sent(
-        strategy: StrategyChoice, *, micro_batches: int = 1, precision: Precision = Precision.BF16
-    ) -> int:
+    def sent(strategy: Strategy, *, micro_batches: int = 1, precision: Precision = Precision.BF16) -> int:
         return sent_bytes(
             1000, strategy, gpus=16, shard_size=8, micro_batches=micro_batches, precision=precision
         )
 
-    assert sent(StrategyChoice.DDP) == sent(StrategyChoice.DDP, micro_batches=4) == 2 * 4000 * 15 // 16
-    assert sent(StrategyChoice.ZERO1, micro_batches=4) == sent(StrategyChoice.DDP)
-    assert sent(StrategyChoice.ZERO2, micro_batches=4) == 5 * (4000 * 15 // 16)
-    assert sent(StrategyChoice.ZERO3, micro_batches=2) == 6 * (4000 * 15 // 16)
-    assert sent(StrategyChoice.FSDP2) == 2 * (2000 * 15 // 16) + 4000 * 15 // 16
-    assert sent(StrategyChoice.FSDP2, precision=Precision.F32) == sent(StrategyChoice.ZERO3)
-    assert sent(StrategyChoice.SHARD_GRAD_OP) == 2000 * 15 // 16 + 4000 * 15 // 16
-    assert sent(StrategyChoice.HSDP) == 2 * (2000 * 7 // 8) + 4000 * 7 // 8 + 2 * (500 // 2)
+    assert sent(Strategy.DDP) == sent(Strategy.DDP, micro_batches=4) == 2 * 4000 * 15 // 16
+    assert sent(Strategy.ZERO1, micro_batches=4) == sent(Strategy.DDP)
+    assert sent(Strategy.ZERO2, micro_batches=4) == 5 * (4000 * 15 // 16)
+    assert sent(Strategy.ZERO3, micro_batches=2) == 6 * (4000 * 15 // 16)
+    assert sent(Strategy.FSDP2) == 2 * (2000 * 15 // 16) + 4000 * 15 // 16
+    assert sent(Strategy.FSDP2, precision=Precision.F32) == sent(Strategy.ZERO3)
+    assert sent(Strategy.SHARD_GRAD_OP) == 2000 * 15 // 16 + 4000 * 15 // 16
+    assert sent(Strategy.HSDP) == 2 * (2000 * 7 // 8) + 4000 * 7 // 8 + 2 * (500 // 2)
 
 
 def test_more_gpus_hold_larger_models_only_where_the_state_is_cut() -> None:
@@ -71,12 +69,12 @@ def test_more_gpus_hold_larger_models_only_where_the_state_is_cut() -> None:
     points = simulate(preset("llama-370m"), config, gpu_bytes=80 << 30)
     by = {(point.strategy, point.gpus): point for point in points}
     assert {gpus for _, gpus in by} == set(WORLDS)
-    ddp = [by[StrategyChoice.DDP, gpus].largest_parameters for gpus in WORLDS]
-    fsdp2 = [by[StrategyChoice.FSDP2, gpus].largest_parameters for gpus in WORLDS]
+    ddp = [by[Strategy.DDP, gpus].largest_parameters for gpus in WORLDS]
+    fsdp2 = [by[Strategy.FSDP2, gpus].largest_parameters for gpus in WORLDS]
     assert len(set(ddp)) == 1
     assert fsdp2 == sorted(fsdp2)
     assert fsdp2[-1] > fsdp2[0] > 2 * ddp[0]  # what is left are activations, which nobody cuts
-    hsdp = [by[StrategyChoice.HSDP, gpus].largest_parameters for gpus in WORLDS]
+    hsdp = [by[Strategy.HSDP, gpus].largest_parameters for gpus in WORLDS]
     assert set(hsdp) == {fsdp2[0]}  # its shards lie over one machine of eight
 
 
@@ -92,7 +90,12 @@ def test_the_verb_prints_every_strategy_and_names_what_does_not_fit(
     assert fits["fsdp2", 64]
     assert plan_verb([*flags, "--simulate", "6"]) == 0
     table = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in table.splitlines())
     assert "4,096" in table
     assert "NO" in table
+    for strategy in {name for name, _ in fits}:
+        enough = [gpus for gpus in WORLDS if fits[strategy, gpus]]
+        ends = f"fits on {min(enough):,} GPUs of 6 GiB or more" if enough else "does not fit on GPUs of 6 GiB"
+        assert f"\n{strategy}: {ends}" in table
     with pytest.raises(UsageError, match="simulate is 0"):
         plan_verb([*flags, "--simulate", "0"])

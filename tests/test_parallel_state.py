@@ -13,10 +13,9 @@ from builders.runs import REPOSITORY
 from builders.several import HAS_COMPILER
 from builders.state_ranks import CASES, EIGHT_BIT, SHAPE
 
+from apr_dist.choices import Offload, Precision, Strategy
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config_sections import Precision, StrategyChoice
-from apr_dist.parallel.strategy import Offload, Strategy
-from apr_dist.training.memory import F32, Load, State, estimate, most_possible, shards
+from apr_dist.planning.memory import F32, Load, State, estimate, most_possible, shards
 
 WORLD = 2
 LOAD = Load(micro_batch=1, seq_length=32, accumulates=False, precision=Precision.F32, cuda=True)
@@ -43,8 +42,7 @@ def test_the_state_of_a_plan_is_the_state_of_a_real_rank(
 ) -> None:
     if strategy.zero_stage and not HAS_COMPILER:
         pytest.skip("DeepSpeed builds its CPU modules with a C++ compiler, and there is none")
-    choice = StrategyChoice(strategy.value)
-    said = State.of(SHAPE, shards(choice, WORLD, WORLD), choice, WORLD, offload)
+    said = State.of(SHAPE, shards(strategy, WORLD, WORLD), strategy, offload)
     wanted = said.weights + said.optimizer + said.masters + said.host
     if strategy is Strategy.ZERO3 and offload is Offload.NONE:
         wanted += said.gradients  # their buffer stays; the others let go of gradients after a step
@@ -58,9 +56,8 @@ def test_the_state_of_a_plan_is_the_state_of_a_real_rank(
 
 @pytest.mark.parametrize("strategy", EIGHT_BIT)
 def test_a_plan_knows_how_small_8_bit_state_is(strategy: Strategy, held: list[dict[str, int]]) -> None:
-    choice = StrategyChoice(strategy.value)
-    cut = shards(choice, WORLD, WORLD)
-    eight, whole = (State.of(SHAPE, cut, choice, WORLD, Offload.NONE, bits) for bits in (8, 32))
+    cut = shards(strategy, WORLD, WORLD)
+    eight, whole = (State.of(SHAPE, cut, strategy, Offload.NONE, bits) for bits in (8, 32))
     assert eight.optimizer < 0.4 * whole.optimizer
     wanted = eight.weights + eight.optimizer + eight.buckets
     for rank in held:
@@ -81,9 +78,8 @@ def test_a_plan_counts_8_bits_only_where_the_strategy_has_them(capsys: pytest.Ca
 
 @pytest.mark.parametrize(("strategy", "offload"), CASES)
 def test_what_is_offloaded_leaves_the_gpu_and_is_in_host_memory(strategy: Strategy, offload: Offload) -> None:
-    choice = StrategyChoice(strategy.value)
     without, said = (
-        estimate(SHAPE, LOAD, strategy=choice, world_size=8, shard_size=8, offload=one)
+        estimate(SHAPE, LOAD, strategy=strategy, world_size=8, shard_size=8, offload=one)
         for one in (Offload.NONE, offload)
     )
     assert said.offload is offload
@@ -97,10 +93,10 @@ def test_what_is_offloaded_leaves_the_gpu_and_is_in_host_memory(strategy: Strate
 
 def test_a_strategy_offloads_as_much_of_what_is_asked_as_it_can() -> None:
     both = Offload.OPTIMIZER_AND_PARAMETERS
-    assert most_possible(StrategyChoice.DDP, both) is Offload.NONE
-    assert most_possible(StrategyChoice.ZERO2, both) is Offload.OPTIMIZER
-    assert most_possible(StrategyChoice.FSDP2, Offload.OPTIMIZER) is Offload.NONE
-    assert most_possible(StrategyChoice.ZERO3, both) is both
+    assert most_possible(Strategy.DDP, both) is Offload.NONE
+    assert most_possible(Strategy.ZERO2, both) is Offload.OPTIMIZER
+    assert most_possible(Strategy.FSDP2, Offload.OPTIMIZER) is Offload.NONE
+    assert most_possible(Strategy.ZERO3, both) is both
 
 
 def test_a_plan_and_a_simulation_say_what_host_memory_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def train(inputs: Inputs, run_dir: Path, world_size: int, *flags: str) -> Path:
     done = run_script(
         *inputs.data_flags(),
         *("--init", str(inputs.pretrained), "--run-dir", str(run_dir), "--batch-size", "8"),
-        *("--micro-batch-size", "2", "--num-steps", "4", "--steps-per-epoch", "2", "--lr", "1e-3"),
+        *("--micro-batch-size", "2", "--num-steps", "4", "--eval-every", "2", "--lr", "1e-3"),
         *("--warmup-steps", "1", "--checkpoint.keep-last", "9", *flags),
         world_size=world_size,
         timeout_s=500,

@@ -13,17 +13,16 @@ import pytest
 from builders.runs import TRAIN, Inputs, run_here
 from builders.terminal import Shown, run_in_terminal
 
-from apr_dist.config_sections import ProgressStyle
+from apr_dist.choices import ProgressStyle
 from apr_dist.runs.display import (
     Pace,
     PlainDisplay,
     QuietDisplay,
-    choose_style,
     duration,
     figures_of,
     hear_libraries,
-    open_display,
 )
+from apr_dist.runs.display_choice import choose_style, open_display
 
 STEP = {
     "kind": "step",
@@ -46,7 +45,7 @@ class Terminal(io.StringIO):
 
 
 def train_in_terminal(inputs: Inputs, run: Path, *flags: str, columns: int, **how: object) -> Shown:
-    sizes = ("--num-steps", "4", "--steps-per-epoch", "2", "--init", str(inputs.pretrained))
+    sizes = ("--num-steps", "4", "--eval-every", "2", "--init", str(inputs.pretrained))
     command = [sys.executable, str(TRAIN), *inputs.data_flags(), "--run-dir", str(run), *sizes, *flags]
     return run_in_terminal(command, columns=columns, **how)  # type: ignore[arg-type]
 
@@ -82,7 +81,7 @@ def test_an_interrupted_run_leaves_the_terminal_clean_and_its_picture_complete(
     shown = train_in_terminal(
         inputs,
         tmp_path / "run",
-        *("--num-steps", "100000", "--steps-per-epoch", "100000"),
+        *("--num-steps", "100000", "--eval-every", "100000"),
         columns=100,
         interrupt_when=lambda raw: b"step 5" in raw,
     )
@@ -122,13 +121,14 @@ def test_a_log_has_a_line_a_step_and_no_escape_codes(
     assert all("MFU n/a" in line and re.search(r"left \d+:\d\d:\d\d", line) for line in lines)
 
 
-def test_quiet_shows_the_verdict_alone(
+def test_quiet_shows_warnings_and_the_verdict_alone(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--init", str(inputs.pretrained), "--num-steps", "1", "--run-dir", str(tmp_path / "run"))
     assert run_here(*inputs.data_flags(), *flags, "--progress", "quiet") == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[1] == "Verdict"
+    said = [line for line in out.splitlines() if not line.startswith("warning: ")]
+    assert said[1] == "Verdict"
     assert "gate passed:" not in out
     assert "validation loss 3" not in out
 
@@ -163,7 +163,7 @@ def test_what_libraries_say_is_shown_once_in_words() -> None:
 
 
 def test_the_pace_knows_the_time_left() -> None:
-    pace = Pace(steps=10, steps_per_epoch=4, done=2)
+    pace = Pace(steps=10, eval_every=4, done=2)
     assert pace.left_s is None
     pace.evaluation({"wall_ms": 3000.0})
     pace.step(STEP)
@@ -173,6 +173,6 @@ def test_the_pace_knows_the_time_left() -> None:
 
 
 def test_figures_that_nobody_measured_are_not_guessed() -> None:
-    figures = figures_of(STEP, Pace(steps=10, steps_per_epoch=4))
+    figures = figures_of(STEP, Pace(steps=10, eval_every=4))
     assert figures["MFU"] == figures["memory"] == "n/a"
     assert figures["data wait"] == "1.0 %"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +13,20 @@ import pytest
 from builders.files import write_apr
 from builders.models import random_weights, tiny_config
 from builders.people import LiveBytes, decoder_config, peak_bytes, two_steps
-from builders.runs import TINY, Inputs, run_here
+from builders.runs import REPOSITORY, TINY, Inputs, run_here
 
+from apr_dist.choices import ActivationCheckpointing, Precision, Strategy, StrategyChoice
 from apr_dist.cli import main
 from apr_dist.cli.plan import plan as plan_verb
-from apr_dist.config import TrainConfig
-from apr_dist.config_input import validate
-from apr_dist.config_sections import ActivationCheckpointing, Mode, Precision, StrategyChoice
+from apr_dist.config import TrainConfig, flag_of, leaves
+from apr_dist.config.reading import validate
 from apr_dist.errors import ModelFileError, UsageError
+from apr_dist.gates.warnings import under_trained
 from apr_dist.model.config import PRESETS
-from apr_dist.training import memory, plan
-from apr_dist.training.memory import Load, estimate
-from apr_dist.training.plan import Rate, make_plan
-from apr_dist.training.plan_text import lr_plot, plan_lines
+from apr_dist.planning import memory, plan
+from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.plan import Rate, make_plan
+from apr_dist.planning.plan_text import lr_plot, plan_lines
 
 SMALL = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 384}
 
@@ -36,7 +39,7 @@ def load(**values: object) -> Load:
 
 def single(model: object, one: Load) -> memory.Memory:
     """The estimate for one process."""
-    return estimate(model, one, strategy=StrategyChoice.SINGLE, world_size=1, shard_size=1)  # type: ignore[arg-type]
+    return estimate(model, one, strategy=Strategy.SINGLE, world_size=1, shard_size=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -96,14 +99,14 @@ def test_the_estimate_is_what_a_real_run_takes_over_a_bare_process(
 def test_sharding_cuts_the_state_and_ddp_adds_its_buckets() -> None:
     model = PRESETS["qwen2.5-7b"]
     one = load(cuda=True, precision=Precision.BF16)
-    by = {s: estimate(model, one, strategy=s, world_size=8, shard_size=4) for s in StrategyChoice}
+    by = {s: estimate(model, one, strategy=s, world_size=8, shard_size=4) for s in Strategy}
     whole = 4 * model.parameter_count()
-    assert by[StrategyChoice.DDP].buckets == whole
-    assert by[StrategyChoice.DDP].gradients == 0
-    assert by[StrategyChoice.ZERO1].optimizer == 2 * whole // 8
-    assert by[StrategyChoice.FSDP2].optimizer == 2 * whole // 8
-    assert by[StrategyChoice.HSDP].optimizer == 2 * whole // 4
-    order = [StrategyChoice.DDP, StrategyChoice.ZERO1, StrategyChoice.ZERO2, StrategyChoice.FSDP2]
+    assert by[Strategy.DDP].buckets == whole
+    assert by[Strategy.DDP].gradients == 0
+    assert by[Strategy.ZERO1].optimizer == 2 * whole // 8
+    assert by[Strategy.FSDP2].optimizer == 2 * whole // 8
+    assert by[Strategy.HSDP].optimizer == 2 * whole // 4
+    order = [Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Strategy.FSDP2]
     totals = [by[s].total for s in order]
     assert totals == sorted(totals, reverse=True)
 
@@ -114,7 +117,7 @@ def test_a_plan_of_a_real_run_names_its_gates_and_counts_its_passes(inputs: Inpu
     )
     assert made.refusal is None
     assert made.wall_s == pytest.approx(made.tokens / 1000)
-    text = "\n".join(plan_lines(made))
+    text = " ".join(" ".join(plan_lines(made)).split())  # wherever a line of a long path breaks
     assert "FALSIFY-APR-DIST-TRAINER-008" in text or "shards fit the model" in text
     assert "sequences held out" in text
     assert not (tmp_path / "run").exists()
@@ -200,8 +203,7 @@ def test_a_run_from_scratch_warns_of_too_few_tokens_before_its_first_step(
 @pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-035")
 @pytest.mark.parametrize(("steps", "warned"), [(9, True), (10, False), (11, False)])
 def test_ten_tokens_a_parameter_are_enough(steps: int, warned: bool) -> None:
-    config = TrainConfig(mode=Mode.FROM_SCRATCH, num_steps=steps, batch_size=2, seq_length=50)
-    assert (plan.under_trained(config, 100) is not None) == warned
+    assert (under_trained(steps, 2, 50, parameters=100) is not None) == warned
 
 
 def test_a_high_rate_a_tiny_validation_set_and_many_passes_are_warned_of(
@@ -214,6 +216,62 @@ def test_a_high_rate_a_tiny_validation_set_and_many_passes_are_warned_of(
     assert "high for pretrained weights" in text
     assert "too few to tell small gains from noise" in text
     assert "passes over the data" in text
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_a_plan_fits_80_columns_explains_its_terms_and_ends_with_what_fits(
+    processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--synthetic", "--mode", "from-scratch", "--run-dir", str(tmp_path / "r")]
+    flags += ["--processes", str(processes), "--batch-size", "16", "--memory", "5"]
+    assert main(["plan", *flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert main(["plan", *flags]) == 0
+    text = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in text.splitlines())
+    chosen, parts = next(iter(planned["memory_bytes"].items()))
+    for part, (name, what) in memory.PARTS.items():
+        assert (f"{name:<20}{parts[part] / 2**30:>8.2f}  {what}\n" in text) == bool(parts[part])
+    last = " ".join(text.rpartition("\n\n")[2].split())
+    fits = [name for name, size in planned["memory_bytes"].items() if size["total"] <= 5 * 2**30]
+    others = [name for name in planned["memory_bytes"] if name not in fits]
+    assert planned["fits"] == {name: name in fits for name in planned["memory_bytes"]}
+    assert last.startswith(f"Fits in 5 GiB: {', '.join(fits) or 'nothing'}")
+    assert last.endswith(f"does not fit: {', '.join(others)}")
+    assert chosen in others
+
+
+def test_a_plan_that_is_refused_ends_with_that(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--init", str(inputs.pretrained), *inputs.data_flags(), "--run-dir", str(tmp_path / "r")]
+    assert main(["plan", *flags, "--parallel.offload", "optimizer", "--memory", "1"]) == 2
+    text = capsys.readouterr().out
+    assert text.endswith("The run would be refused; see NO above.\n")
+
+
+@pytest.mark.parametrize("width", ["80", "132"])
+@pytest.mark.parametrize("arguments", [["-m", "apr_dist", "plan", "--help"], ["apr_dist/train.py", "--help"]])
+def test_the_help_fits_its_terminal_and_cuts_no_word(arguments: list[str], width: str) -> None:
+    environment = {**os.environ, "COLUMNS": width}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+        env=environment,
+    )
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= int(width) or len(line.split()) <= 2 for line in lines), [
+        line for line in lines if len(line) > int(width)
+    ]
+    if "train.py" in arguments[0]:
+        words = " ".join(done.stdout.split())
+        for strategy in StrategyChoice:
+            assert re.search(rf"\b{strategy}\b", words)
+        for key, _ in leaves(TrainConfig):
+            assert f" {flag_of(key)}" in words
 
 
 def test_the_plot_rises_and_falls_like_the_schedule() -> None:

@@ -9,14 +9,15 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from builders.runs import Inputs, metrics, run_here
 
-from apr_dist.config_input import parse_command_line
-from apr_dist.config_sections import TRACKERS
+from apr_dist.choices import TRACKERS
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import UsageError
-from apr_dist.runs.trackers import Trackers, check_installed
+from apr_dist.gates.settings import check_trackers
+from apr_dist.runs.trackers import Trackers
 
 
 def flags(inputs: Inputs, run: Path, *more: str) -> list[str]:
-    sizes = ("--num-steps", "4", "--steps-per-epoch", "2", "--init", str(inputs.pretrained))
+    sizes = ("--num-steps", "4", "--eval-every", "2", "--init", str(inputs.pretrained))
     return [*inputs.data_flags(), "--run-dir", str(run), *sizes, *more]
 
 
@@ -74,7 +75,7 @@ def test_a_tracker_that_fails_in_mid_run_warns_once_and_training_goes_on(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Failing)
-    monkeypatch.setattr("apr_dist.train.trackers.check_installed", lambda _: None)
+    monkeypatch.setattr("apr_dist.gates.settings.check_trackers", lambda _: None)
     assert run_here(*flags(inputs, tmp_path / "run", "--track", "wandb")) == 0
     out = capsys.readouterr().out
     assert out.count("warning: the tracker wandb failed and is told no more") == 1
@@ -128,7 +129,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command(
 
 def _there(name: str) -> bool:
     try:
-        check_installed((name,))
+        check_trackers((name,))
     except UsageError:
         return False
     return True

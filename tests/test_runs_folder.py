@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--num-steps", "8", "--steps-per-epoch", "2", "--lr", "1e-3", "--warmup-steps", "2"]
+    given += ["--num-steps", "8", "--eval-every", "2", "--lr", "1e-3", "--warmup-steps", "2"]
     given += ["--evaluation.random-sequences", "0", "--target-val-loss", "0.1", "--early-stop.patience", "99"]
     return [*given, *more]
 
@@ -164,7 +164,6 @@ def saved(run: RunFolder, step: int, *, val_loss: float = 1.0, identity: str = "
     )
     state = SavedState(
         step=step,
-        epoch=1,
         tokens_seen=1,
         train_loss=1.0,
         grad_norm_max=1.0,
@@ -221,7 +220,7 @@ def test_a_second_process_in_the_folder_is_refused_and_changes_nothing(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    long = ("--num-steps", "100000", "--steps-per-epoch", "100000", "--resume", "auto")
+    long = ("--num-steps", "100000", "--eval-every", "100000", "--resume", "auto")
     command = [sys.executable, str(TRAIN), *flags(inputs, run_dir, *long)]
     first = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -269,7 +268,7 @@ def test_other_held_out_data_are_refused_or_begin_a_comparison_of_their_own(
     assert run_here(*given, "--resume-allow", "val_dataset") == 0
     lines = metrics(run_dir, "evaluation")
     restarted = [line for line in lines if line["step"] >= 4][1:]
-    assert [line["epoch"] for line in restarted] == [0, 1, 2]
+    assert [line["evaluation"] for line in restarted] == [0, 1, 2]
     assert verdict(run_dir)["facts"]["val_losses"] == [line["val_loss"] for line in restarted]
 
 
@@ -385,7 +384,7 @@ def test_a_killed_run_is_named_by_the_next_start(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    long = ("--num-steps", "100000", "--steps-per-epoch", "2", "--checkpoint.keep-best", "0")
+    long = ("--num-steps", "100000", "--eval-every", "2", "--checkpoint.keep-best", "0")
     process = subprocess.Popen(
         [sys.executable, str(TRAIN), *flags(inputs, run_dir, *long)],
         cwd=REPOSITORY,

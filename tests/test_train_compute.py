@@ -42,7 +42,7 @@ def train(inputs: Inputs, run_dir: Path, *flags: str) -> int:
     return run_here(
         *inputs.data_flags(),
         *("--init", str(inputs.pretrained), "--run-dir", str(run_dir), "--num-steps", "4"),
-        *("--steps-per-epoch", "4", "--lr", "1e-3", "--warmup-steps", "1", *flags),
+        *("--eval-every", "4", "--lr", "1e-3", "--warmup-steps", "1", *flags),
     )
 
 
@@ -92,7 +92,7 @@ def test_compiled_blocks_give_the_same_losses_without_a_break_or_a_late_compilat
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     flags = ("--compute.compile", "block", "--compute.activation-checkpointing", "full")
-    assert train(inputs, tmp_path / "run", *flags, "--steps-per-epoch", "3") == 0
+    assert train(inputs, tmp_path / "run", *flags, "--eval-every", "3") == 0
     assert "blocks compiled, checkpointing full" in capfd.readouterr().out
     assert losses(tmp_path / "run") == pytest.approx(plain, rel=1e-5)
     assert graphs[1] > 0
@@ -156,7 +156,7 @@ def test_after_a_loss_that_is_no_number_nothing_moves_until_the_run_stops(
 
     monkeypatch.setattr(Stepper, "take", watching)
     monkeypatch.setattr(Decoder, "forward", broken)
-    flags = ("--log-every", "8", "--num-steps", "6", "--steps-per-epoch", "6")
+    flags = ("--log-every", "8", "--num-steps", "6", "--eval-every", "6")
     assert train(inputs, tmp_path / "run", *flags) == ExitCode.NUMERICAL_INSTABILITY
     assert "step 3" in capfd.readouterr().err
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
@@ -185,7 +185,7 @@ def test_the_next_batch_is_sent_while_the_step_before_it_computes(
     noted(BatchFeed, "send_ahead", "send the next")
     noted(ReplicaEngine, "step", "update")
     noted(Stepper, "read", "wait")
-    flags = ("--log-every", "2", "--num-steps", "6", "--steps-per-epoch", "6")
+    flags = ("--log-every", "2", "--num-steps", "6", "--eval-every", "6")
     assert train(inputs, tmp_path / "run", *flags) == 0
     step = ["take", "compute", "tell", "send the next", "update"]
     last = [what for what in step if what != "send the next"]
@@ -211,7 +211,7 @@ def test_no_step_waits_for_the_gpu(
 
     monkeypatch.setattr(Stepper, "take", taking)
     options = ("--device", "cuda", "--parallel.precision", "bf16", "--log-every", "8", *flags)
-    assert train(inputs, tmp_path / "run", "--num-steps", "6", "--steps-per-epoch", "6", *options) == 0
+    assert train(inputs, tmp_path / "run", "--num-steps", "6", "--eval-every", "6", *options) == 0
     assert strict == [2, 3, 4]
 
 

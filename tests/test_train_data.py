@@ -39,7 +39,7 @@ def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     at = given.index("--dataset")
     del given[at : at + 2]
     given += ["--init", str(inputs.pretrained), "--run-dir", str(run_dir), "--num-steps", "4"]
-    given += ["--steps-per-epoch", "2", "--lr", "1e-3", "--warmup-steps", "1", "--checkpoint.keep-last", "9"]
+    given += ["--eval-every", "2", "--lr", "1e-3", "--warmup-steps", "1", "--checkpoint.keep-last", "9"]
     return [*given, *more]
 
 

@@ -133,7 +133,7 @@ def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
         "--lr",
         "1e-3",
     ]
-    given += ["--num-steps", "4", "--steps-per-epoch", "2", "--warmup-steps", "2", "--target-val-loss", "0.1"]
+    given += ["--num-steps", "4", "--eval-every", "2", "--warmup-steps", "2", "--target-val-loss", "0.1"]
     return [*given, "--checkpoint.keep-last", "9", *more]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from builders.runs import (
     REPOSITORY,
     TRAIN,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--num-steps", "6", "--steps-per-epoch", "2", "--lr", "1e-3", "--warmup-steps", "2"]
+    given += ["--num-steps", "6", "--eval-every", "2", "--lr", "1e-3", "--warmup-steps", "2"]
     return [*given, "--checkpoint.keep-last", "9", "--target-val-loss", "0.1", *more]
 
 
@@ -274,10 +275,10 @@ def test_a_signal_saves_the_step_just_finished_and_the_run_goes_on_from_there(
     long = (
         "--num-steps",
         "100000",
-        "--steps-per-epoch",
+        "--eval-every",
         "100000",
         "--resume-allow",
-        "num_steps,steps_per_epoch",
+        "num_steps,eval_every",
     )
     process = subprocess.Popen(
         [sys.executable, str(TRAIN), *flags(inputs, run_dir, *long)],
@@ -302,9 +303,50 @@ def test_a_signal_saves_the_step_just_finished_and_the_run_goes_on_from_there(
     assert step >= 5
     assert metrics(run_dir)[-1]["step"] == step
     assert verdict(run_dir)["status"] == "ABORTED"
-    more = ("--resume", "auto", "--num-steps", str(step + 1), "--steps-per-epoch", "100000")
+    more = ("--resume", "auto", "--num-steps", str(step + 1), "--eval-every", "100000")
     assert run_here(*flags(inputs, run_dir, *long, *more)) == 0
     assert metrics(run_dir)[-1]["step"] == step + 1
+
+
+def test_saves_have_a_period_of_their_own_and_the_last_step_is_saved(inputs: Inputs, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert (
+        run_here(*flags(inputs, run_dir, "--num-steps", "7", "--eval-every", "3", "--save-every", "2")) == 0
+    )
+    assert [folder.name for folder in whole_folders(run_dir)] == ["000002", "000004", "000006", "000007"]
+    assert [line["step"] for line in metrics(run_dir, "evaluation")] == [0, 3, 6, 7]
+    assert [line["evaluation"] for line in metrics(run_dir, "evaluation")] == [0, 1, 2, 3]
+    rare = tmp_path / "rare"
+    assert run_here(*flags(inputs, rare, "--eval-every", "2", "--save-every", "4")) == 0
+    assert [folder.name for folder in whole_folders(rare)] == ["000004", "000006"]
+    with AprReader(rare / "checkpoint.apr") as reader:
+        assert reader.metadata.custom["apr_dist.val_loss"] == metrics(rare, "evaluation")[-1]["val_loss"]
+
+
+def test_a_run_resumed_between_two_evaluations_is_the_straight_one(
+    straight: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run_here(*flags(inputs, run_dir, "--save-every", "3")) == 0
+    stopped = stopped_after(run_dir, tmp_path / "stopped", 3)
+    assert run_here(*flags(inputs, stopped, "--save-every", "3", "--resume", "auto")) == 0
+    assert state_bytes(stopped, 6) == state_bytes(run_dir, 6)
+    assert metrics(stopped, "evaluation")[-1]["val_loss"] == metrics(straight, "evaluation")[-1]["val_loss"]
+
+
+def test_a_step_folder_of_an_earlier_version_is_read_under_the_new_names(
+    straight: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    run_dir = stopped_after(straight, tmp_path / "run", 4)
+    path = run_dir / "steps" / "000004" / "state.json"
+    state = json.loads(path.read_text())
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["steps_per_epoch"] = config.pop("eval_every")
+    config["early_stop"]["min_epochs"] = config["early_stop"].pop("min_evaluations")
+    del config["save_every"]
+    path.write_text(json.dumps({**state, "config": config, "epoch": 2}))
+    assert run_here(*flags(inputs, run_dir, "--resume", "auto")) == 0
+    assert state_bytes(run_dir, 6) == state_bytes(straight, 6)
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-009")
@@ -313,7 +355,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_step_to_go_on_from(
 ) -> None:
     """A run that saves after every step is killed at moments that differ; the newest folder is whole."""
     run_dir = tmp_path / "run"
-    saving = ("--num-steps", "100000", "--steps-per-epoch", "1", "--evaluation.max-sequences", "1")
+    saving = ("--num-steps", "100000", "--eval-every", "1", "--evaluation.max-sequences", "1")
     saving += ("--early-stop.patience", "100000", "--resume", "auto", "--checkpoint.keep-last", "1")
     reached = 0
     for moment_s in (0.05, 0.11):

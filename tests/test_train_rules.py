@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from apr_dist.choices import ScheduleKind
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import GuardsSection, ScheduleKind
+from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import (
     Divergence,
     ExitCode,
@@ -187,7 +188,7 @@ def test_a_validation_loss_outside_its_band_stops_the_run(
 ) -> None:
     def check() -> None:
         check_validation(
-            val_loss=val_loss, previous=previous, vocab_size=512, from_scratch=from_scratch, epoch=1
+            val_loss=val_loss, previous=previous, vocab_size=512, from_scratch=from_scratch, evaluation=1
         )
 
     if good:
@@ -200,7 +201,7 @@ def test_a_validation_loss_outside_its_band_stops_the_run(
 
 @pytest.mark.falsifies("INV-TRAIN-004")
 def test_patience_stops_after_more_than_that_many_bad_evaluations_and_never_before_the_third() -> None:
-    stop = EarlyStop(patience=2, min_epochs=3).after(3.0).after(3.1).after(3.0)
+    stop = EarlyStop(patience=2, min_evaluations=3).after(3.0).after(3.1).after(3.0)
     assert stop.without_improvement == 2
     assert not stop.stops(5)
     assert stop.after(3.2).stops(3)

@@ -42,7 +42,7 @@ def weights(path: Path) -> dict[str, bytes]:
 def tuned(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished fine-tuning run of 12 steps, evaluated every 6, with 5 steps of warm-up."""
     run_dir = tmp_path_factory.mktemp("tuned") / "run"
-    flags = ("--num-steps", "12", "--steps-per-epoch", "6", "--warmup-steps", "5", "--batch-size", "32")
+    flags = ("--num-steps", "12", "--eval-every", "6", "--warmup-steps", "5", "--batch-size", "32")
     assert finetune(inputs, run_dir, *flags, "--evaluation.max-sequences", "128") == 0
     return run_dir
 
@@ -215,7 +215,7 @@ def test_a_learning_rate_that_destroys_the_model_ends_in_a_documented_way(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    code = finetune(inputs, run_dir, "--lr", "3", "--num-steps", "12", "--steps-per-epoch", "3")
+    code = finetune(inputs, run_dir, "--lr", "3", "--num-steps", "12", "--eval-every", "3")
     assert code in (ExitCode.DIVERGENCE, ExitCode.NUMERICAL_INSTABILITY)
     said = verdict(run_dir)
     assert said["status"] == "ABORTED"
@@ -226,7 +226,7 @@ def test_a_learning_rate_that_destroys_the_model_ends_in_a_documented_way(
 
 @pytest.mark.falsifies("INV-TRAIN-004")
 def test_patience_ends_a_run_early_and_says_so(inputs: Inputs, tmp_path: Path) -> None:
-    flags = ("--lr", "1e-9", "--optimizer.weight-decay", "0", "--num-steps", "40", "--steps-per-epoch", "1")
+    flags = ("--lr", "1e-9", "--optimizer.weight-decay", "0", "--num-steps", "40", "--eval-every", "1")
     flags += ("--early-stop.patience", "1", "--evaluation.max-sequences", "4")
     assert finetune(inputs, tmp_path / "run", *flags) == 0
     said = verdict(tmp_path / "run")
@@ -238,7 +238,7 @@ def test_patience_ends_a_run_early_and_says_so(inputs: Inputs, tmp_path: Path) -
 def test_reaching_the_target_is_ok_and_missing_it_is_not_called_converged(
     inputs: Inputs, tuned: Path, tmp_path: Path
 ) -> None:
-    flags = ("--num-steps", "5", "--steps-per-epoch", "1", "--target-val-loss", "9")
+    flags = ("--num-steps", "5", "--eval-every", "1", "--target-val-loss", "9")
     assert finetune(inputs, tmp_path / "run", *flags) == 0
     reached = verdict(tmp_path / "run")
     assert reached["status"] == "OK"

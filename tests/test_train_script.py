@@ -23,7 +23,7 @@ def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
         *given,
         "--num-steps",
         "4",
-        "--steps-per-epoch",
+        "--eval-every",
         "2",
         "--lr",
         "1e-3",

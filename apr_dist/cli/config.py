@@ -8,8 +8,7 @@ from typing import Annotated
 import tyro
 
 from apr_dist.config import TrainConfig
-from apr_dist.errors import ExitCode, UsageError
-from apr_dist.training.config_text import (
+from apr_dist.config.text import (
     commented_yaml,
     differences,
     json_schema,
@@ -17,6 +16,7 @@ from apr_dist.training.config_text import (
     markdown_reference,
     problems,
 )
+from apr_dist.errors import ExitCode, UsageError
 
 Source = Annotated[Path, tyro.conf.Positional]
 

@@ -162,7 +162,7 @@ def strategies() -> Iterator[Finding]:
     """What each way of starting would run here while ``parallel.strategy`` is auto, in this environment."""
     import torch  # noqa: PLC0415
 
-    from apr_dist.parallel.strategy import Strategy  # noqa: PLC0415
+    from apr_dist.choices import Strategy  # noqa: PLC0415
 
     device, gpus = ("cuda", torch.cuda.device_count()) if torch.cuda.is_available() else ("cpu", 0)
     yield Finding("run: python", f"{Strategy.SINGLE} on {device}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from apr_dist.config_sections import Device
+from apr_dist.choices import Device
 from apr_dist.errors import UsageError
 
 

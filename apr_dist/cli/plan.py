@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from apr_dist.cli.tables import table_lines
-from apr_dist.config_input import parse_command_line
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
-from apr_dist.training.plan import Plan, Rate, make_plan
-from apr_dist.training.plan_text import plan_json, plan_lines
-from apr_dist.training.simulation import HEADINGS, simulate, simulation_rows
+from apr_dist.planning.plan import Plan, Rate, make_plan
+from apr_dist.planning.plan_text import plan_json, plan_lines
+from apr_dist.planning.simulation import simulate, simulation_lines
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Say what a run will take, and ask its gates, without starting it; takes the trainer's flags.
+    """Show what a run will take and whether its gates pass, without starting it.
 
-    Example: apr-dist plan --config configs/demo.yaml --init model.apr --tokens-per-second 900
+    Example: apr-dist plan --config configs/demo.yaml --init model.apr
     """
     parser = argparse.ArgumentParser(
         prog="apr-dist plan",
-        description=plan.__doc__,
+        description=inspect.getdoc(plan),
         epilog="Every other flag is the trainer's; apr-dist config show lists their keys.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--processes", type=int, default=1, help="processes that will run (default: 1)")
-    parser.add_argument("--tokens-per-second", type=float, help="speed of the whole run, for its time")
-    parser.add_argument("--mfu", type=float, help="share of --peak-tflops that is reached, such as 0.4")
-    parser.add_argument("--peak-tflops", type=float, help="peak of one device in TFLOP/s, such as 989")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes that will run (default: 1)"
+    )
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of one device, to say what fits")
+    parser.add_argument(
+        "--tokens-per-second", type=float, metavar="N", help="speed of the whole run, for its time"
+    )
+    parser.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="share of --peak-tflops that is reached, such as 0.4"
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="N", help="peak of one device in TFLOP/s, such as 989"
+    )
     parser.add_argument(
         "--simulate", type=float, metavar="GIB", help="every strategy on 8 to 4,096 GPUs of this memory"
     )
@@ -39,7 +49,9 @@ def plan(arguments: Sequence[str]) -> int:
     _check(given)
     peak = None if given.peak_tflops is None else given.peak_tflops * 1e12
     rate = Rate(tokens_per_s=given.tokens_per_second, mfu=given.mfu, peak_flops=peak)
-    made = make_plan(parse_command_line(rest).config, world_size=given.processes, rate=rate)
+    memory_bytes = None if given.memory is None else int(given.memory * 2**30)
+    config = parse_command_line(rest).config
+    made = make_plan(config, world_size=given.processes, rate=rate, memory_bytes=memory_bytes)
     if given.simulate is not None:
         return _simulate(made, int(given.simulate * 2**30), as_json=given.json)
     if given.json:
@@ -54,14 +66,14 @@ def _simulate(made: Plan, gpu_bytes: int, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps([{**asdict(point), "total": point.memory.total} for point in points], indent=2))
     else:
-        print("\n".join(table_lines(HEADINGS, simulation_rows(points), width=150)))
+        print("\n".join(simulation_lines(points, gpu_bytes=gpu_bytes)))
     return int(ExitCode.OK)
 
 
 def _check(given: argparse.Namespace) -> None:
-    for name in ("processes", "tokens_per_second", "mfu", "peak_tflops", "simulate"):
+    for name in ("processes", "memory", "tokens_per_second", "mfu", "peak_tflops", "simulate"):
         value = getattr(given, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{name} is {value}", where="command line", expected="a number above 0")
     if (given.mfu is None) != (given.peak_tflops is None):
         raise UsageError(

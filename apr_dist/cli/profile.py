@@ -6,11 +6,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from apr_dist.config_input import parse_command_line
+from apr_dist.config.reading import parse_command_line
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.gates.output import check_run_dir
 from apr_dist.parallel.launch import read_launch
-from apr_dist.runs.display import open_display
+from apr_dist.runs.display_choice import open_display
 from apr_dist.training.proving import Around, prove
 
 

@@ -9,20 +9,29 @@ TOO_SHORT = "FALSIFY-APR-DIST-LOADER-001"
 SHARED = "FALSIFY-APR-DIST-TRAINER-011"
 
 
-def check_batch(*, batch_size: int, micro_batch: int, world_size: int) -> None:
+def check_batch(*, batch_size: int, micro_batch: int | None, world_size: int) -> None:
     """The global batch divides over processes and micro-batches.
 
+    Args:
+        batch_size: sequences of a step, over all processes.
+        micro_batch: sequences per process and forward; None: whatever a process gets.
+        world_size: processes.
+
     Raises:
-        UsageError: naming the three numbers.
+        UsageError: naming the numbers, and the batch sizes next to this one that would do.
     """
-    if batch_size % (world_size * micro_batch):
-        raise UsageError(
-            f"batch_size {batch_size} does not divide into micro-batches of {micro_batch} on {world_size}"
-            " rank(s)",
-            where="--batch-size",
-            expected=f"a multiple of {world_size * micro_batch}",
-            remedy="change --batch-size or --micro-batch-size",
-        )
+    unit = world_size * (micro_batch or 1)
+    if not batch_size % unit:
+        return
+    below = batch_size // unit * unit
+    near = f"{below} or {below + unit}" if below else f"{unit}"
+    each = f"micro-batches of {micro_batch} on " if micro_batch else ""
+    raise UsageError(
+        f"batch_size {batch_size} does not divide into {each}{world_size} rank(s)",
+        where="--batch-size",
+        expected=f"a multiple of {unit}",
+        remedy=f"use --batch-size {near}" + (", or change --micro-batch-size" if micro_batch else ""),
+    )
 
 
 def check_sequences(manifest: Manifest, *, seq_length: int) -> int:

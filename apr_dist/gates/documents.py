@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Compile, Documents
+from apr_dist.choices import Compile, Documents
+from apr_dist.config.sections import ComputeSection
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import DataError, UsageError
 
 
-def check_documents(config: TrainConfig, parts: Sequence[Manifest]) -> None:
+def check_documents(
+    documents: Documents, compute: ComputeSection, parts: Sequence[Manifest], *, synthetic: bool
+) -> None:
     """With ``loader.documents`` isolate: boundaries are known, and blocks are not compiled.
 
     Args:
-        config: the resolved configuration.
+        documents: what attention does at a document's end.
+        compute: how the network is computed.
         parts: the training sets; none for made-up tokens.
+        synthetic: whether tokens are made up.
 
     Raises:
         UsageError: made-up tokens, or compiled blocks, whose shapes would change with the documents.
         DataError: a data set does not record where documents begin.
     """
-    if config.loader.documents is Documents.CONTINUE:
+    if documents is Documents.CONTINUE:
         return
-    clash = "--synthetic" if config.synthetic else "--compute.compile block"
-    if config.synthetic or config.compute.compile is Compile.BLOCK:
+    clash = "--synthetic" if synthetic else "--compute.compile block"
+    if synthetic or compute.compile is Compile.BLOCK:
         raise UsageError(
             f"--loader.documents isolate and {clash} do not go together",
             where="command line",

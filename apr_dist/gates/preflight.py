@@ -1,8 +1,8 @@
 """Every gate that can be asked before a process group or a large allocation exists, in order.
 
 Rank 0 runs this alone, on headers, manifests and mapped bytes. The order is fixed: the file, its
-family, its dimensions, every shape, every value, the vocabulary, the data. Whether the run folder is free
-is asked after them, by ``runs.opening``.
+family, its dimensions, every shape, every value, the vocabulary, the data. Settings that contradict each
+other come before all of them; whether the run folder is free is asked after them, by ``runs.opening``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
+from apr_dist.choices import ShuffleOrder
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import ShuffleOrder
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
 from apr_dist.data.mixture import Mixture
 from apr_dist.data.tokenizer import identify, load_tokenizer
@@ -27,9 +27,11 @@ from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary, weights
-from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
+from apr_dist.gates.data import check_disjoint
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.result import GateResult
+from apr_dist.gates.settings import check_settings
+from apr_dist.gates.warnings import DataFacts, warnings_of
 from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
 from apr_dist.parsing import parse_json
 
@@ -45,7 +47,8 @@ class Preflight:
         reader: the open init file; None from scratch. Closed by ``close``.
         results: the gates that passed, in order.
         provenance: digests for the checkpoint and the verdict.
-        warnings: what could not be checked, one sentence each.
+        warnings: what could not be checked and what will hurt, one sentence each.
+        data: what the shards hold; None for made-up tokens.
         recorded_val_loss: what the init file says this same evaluation gave when it was saved.
         given_init_digest: digest of ``--init`` when weights come from a checkpoint to resume instead.
     """
@@ -55,6 +58,7 @@ class Preflight:
     results: list[GateResult] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    data: DataFacts | None = None
     recorded_val_loss: float | None = None
     given_init_digest: str | None = None
 
@@ -87,25 +91,18 @@ def run_preflight(
     Raises:
         AprDistError: the first gate's refusal; the file is closed again.
     """
-    micro_batch = config.micro_batch(world_size)
-    check_batch(batch_size=config.batch_size, micro_batch=micro_batch, world_size=world_size)
-    if config.init is not None and config.model != TrainConfig.model_fields["model"].default:
-        raise UsageError(
-            f"--model {config.model} and --init {config.init} both name an architecture",
-            where="command line",
-            expected="the file's own architecture with --init, or --model without it",
-            remedy="leave one of them out",
-        )
+    check_settings(config, world_size=world_size)
     with ExitStack() as stack:
         path = resume_from or config.init
-        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config)
+        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)
         if resume_from is not None:
-            _identify_init(found, config)
-        _note(found, say, _positions(found, config))
+            _identify_init(found, config.init)
+        _note(found, say, _positions(found.model_config, config.seq_length))
         if config.synthetic:
-            check_documents(config, ())
+            check_documents(config.loader.documents, config.compute, (), synthetic=True)
         else:
             _check_data(found, config, say, own_data=own_data)
+        found.warnings += warnings_of(config, found.model_config, found.data)
         stack.pop_all()
     return found
 
@@ -177,12 +174,12 @@ def prove_model_file(
     return found
 
 
-def _identify_init(found: Preflight, config: TrainConfig) -> None:
+def _identify_init(found: Preflight, init: Path | None) -> None:
     """A resumed run's init is the file it began with; the checkpoint it goes on from remembers which."""
     assert found.reader is not None
     found.provenance["init_digest"] = found.reader.metadata.custom.get("apr_dist.init_digest")
-    if config.init is not None and config.init.exists():
-        with AprReader(config.init) as given:
+    if init is not None and init.exists():
+        with AprReader(init) as given:
             found.given_init_digest = given.digest()
 
 
@@ -217,15 +214,15 @@ def _weights_result(expected: dict[str, tuple[int, ...]], values: int | None) ->
     )
 
 
-def _from_scratch(config: TrainConfig) -> Preflight:
-    return Preflight(model_config=model_from_name(config.model), reader=None)
+def _from_scratch(name: str) -> Preflight:
+    return Preflight(model_config=model_from_name(name), reader=None)
 
 
-def _positions(found: Preflight, config: TrainConfig) -> GateResult:
-    limit = found.model_config.max_position_embeddings
-    if config.seq_length > limit:
+def _positions(model: TransformerConfig, seq_length: int) -> GateResult:
+    limit = model.max_position_embeddings
+    if seq_length > limit:
         raise UsageError(
-            f"seq_length {config.seq_length:,} is more than the model's {limit:,} positions",
+            f"seq_length {seq_length:,} is more than the model's {limit:,} positions",
             where="--seq-length",
             expected=f"at most {limit:,}",
             remedy="lower --seq-length",
@@ -233,15 +230,15 @@ def _positions(found: Preflight, config: TrainConfig) -> GateResult:
     return GateResult(
         id="FALSIFY-APR-PRETRAIN-ARCH-003",
         gate="dimensions come from the model",
-        measured=f"{found.model_config.parameter_count():,} parameters, {limit:,} positions",
-        required=f"at least {config.seq_length:,} positions",
+        measured=f"{model.parameter_count():,} parameters, {limit:,} positions",
+        required=f"at least {seq_length:,} positions",
     )
 
 
 def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None], *, own_data: bool) -> None:
     if own_data:
         found.warnings.append("the batches are the program's own: no gate compares them with the tokenizer")
-        check_documents(config, ())
+        check_documents(config.loader.documents, config.compute, (), synthetic=False)
         return
     missing = "--dataset" if config.dataset is None and not config.loader.mixture else "--val-dataset"
     if missing == "--dataset" or config.val_dataset is None:
@@ -261,9 +258,8 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     check_shares(training, global_batch=config.batch_size, block=block)
     parts, everything = parts_of(training), (*parts_of(training), held_out)
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
-    check_documents(config, parts)
-    sequences = sum(check_sequences(part, seq_length=config.seq_length) for part in parts)
-    held = check_sequences(held_out, seq_length=config.seq_length)
+    check_documents(order.documents, config.compute, parts, synthetic=False)
+    found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
     for part in parts:
         check_disjoint(part, held_out)
     rows = found.model_config.vocab_size
@@ -275,7 +271,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         id=vocabulary.SHARD_ID,
         gate="shards fit the model",
         measured=f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
-        f"{sequences:,} + {held:,} sequences",
+        f"{data.sequences:,} + {data.held_out_sequences:,} sequences",
         required=f"ids below {rows:,}; nothing held out is trained on",
     )
     _note(found, say, result)
@@ -308,7 +304,7 @@ def _check_tokenizer(
     found: Preflight, config: TrainConfig, parts: Sequence[Manifest], rows: int
 ) -> GateResult:
     recorded = next((part.tokenizer for part in parts if part.tokenizer), None)
-    own, where = _own_tokenizer(config, found.reader)
+    own, where = _own_tokenizer(config.tokenizer, config.init, found.reader)
     where = where or parts[0].folder
     identity = own or recorded
     # Ids may have gaps: what the model needs rows for is the bound of the ids, not their number.
@@ -340,14 +336,14 @@ def _check_tokenizer(
 
 
 def _own_tokenizer(
-    config: TrainConfig, reader: AprReader | None
+    named: Path | None, init: Path | None, reader: AprReader | None
 ) -> tuple[TokenizerIdentity | None, Path | None]:
     """The tokenizer that was named, else the one inside the model file, else the one beside it."""
     embedded = reader.metadata.custom.get(TOKENIZER_TEXT) if reader else None
-    if config.tokenizer is None and reader is not None and isinstance(embedded, str):
+    if named is None and reader is not None and isinstance(embedded, str):
         content = embedded.encode()
         return identify(parse_tokenizer_json(content, where=reader.path), content, {}), reader.path
-    folder = config.tokenizer or _beside(config.init)
+    folder = named or _beside(init)
     return (load_tokenizer(folder).identity, folder) if folder else (None, None)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from apr_dist.choices import Strategy
 from apr_dist.errors import DistributedError
 from apr_dist.model.packing import Boundaries
 from apr_dist.model.transformer import Decoder, DecoderBlock
@@ -25,7 +26,7 @@ from apr_dist.parallel.runtime import Runtime, assert_wrapped
 from apr_dist.parallel.sharded import as_fsdp, held_here
 from apr_dist.parallel.sharding import assert_spread
 from apr_dist.parallel.step_clock import StepClock, StepPart
-from apr_dist.parallel.strategy import NOT_AS_ASKED, Strategy
+from apr_dist.parallel.strategy import NOT_AS_ASKED
 from apr_dist.parallel.zero import vector_elements, zero_config
 from apr_dist.parallel.zero_veto import Veto
 

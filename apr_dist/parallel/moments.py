@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from apr_dist.choices import Strategy
 from apr_dist.parallel.eight_bit import AdamW8bit, Quantized
 from apr_dist.parallel.pieces import Piece, local, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.strategy import Strategy
 from apr_dist.parallel.whereabouts import HERE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

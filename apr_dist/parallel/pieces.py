@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apr_dist.choices import Strategy
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharded import as_dtensor, held_here
-from apr_dist.parallel.strategy import Strategy
 from apr_dist.parallel.whereabouts import HERE
 
 RUN_ELEMENTS = 4 << 20

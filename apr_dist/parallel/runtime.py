@@ -25,18 +25,16 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from apr_dist.choices import Offload, Strategy
 from apr_dist.cores import usable_cores
 from apr_dist.errors import AprDistError, DistributedError, UsageError
 from apr_dist.parallel.launch import read_launch
-from apr_dist.parallel.state_bits import refuse_state_bits
 from apr_dist.parallel.strategy import (
     NOT_AS_ASKED,
-    Offload,
-    Strategy,
-    choose,
+    check_strategy,
+    forget_launcher_s,
     group_size,
     prepare_for_deepspeed,
-    refuse_offload,
 )
 from apr_dist.parallel.whereabouts import HERE
 
@@ -161,9 +159,16 @@ def start(
             expected="a visible CUDA device",
             remedy="use --device cpu, or check the driver with nvidia-smi",
         )
-    wanted = choose(strategy)
-    refuse_offload(wanted, Offload(offload))
-    refuse_state_bits(wanted, Offload(offload), state_bits)
+    launch = read_launch()
+    wanted = check_strategy(
+        strategy,
+        world=launch.world_size,
+        per_machine=launch.local_world_size,
+        shard_size=shard_size,
+        offload=Offload(offload),
+        state_bits=state_bits,
+    )
+    forget_launcher_s()
     if wanted.zero_stage:
         prepare_for_deepspeed(use_cpu=use_cpu, offload=Offload(offload))
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
@@ -174,7 +179,7 @@ def start(
         mixed_precision="bf16" if precision == "bf16" else "no",
         # Gradients that are sent are views of what they are sent from: one copy of them less.
         kwargs_handlers=[limits, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-        if read_launch().world_size > 1
+        if launch.world_size > 1
         else [],
         step_scheduler_with_optimizer=False,
     )
@@ -183,7 +188,7 @@ def start(
     return Runtime(
         accelerator=accelerator,
         strategy=wanted,
-        shard_size=group_size(wanted, accelerator.num_processes, shard_size),
+        shard_size=group_size(wanted, launch.world_size, shard_size, launch.local_world_size),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         # Accelerate numbers the CPU by rank; tensors do not, and would be copied to reach what is the same.
@@ -270,9 +275,7 @@ def _assert_as_asked(accelerator: Accelerator, wanted: Strategy) -> None:
             remedy="launch with torchrun or accelerate launch --multi_gpu; on CPU, ACCELERATE_USE_CPU=true",
             falsifier=NOT_AS_ASKED,
         )
-    several = world > 1
-    fits = (wanted is not Strategy.SINGLE) == several
-    if not fits or accelerator.distributed_type not in _DISTRIBUTED_TYPES[several]:
+    if accelerator.distributed_type not in _DISTRIBUTED_TYPES[world > 1]:
         raise DistributedError(
             f"{accelerator.distributed_type.value} over {world} process(es) is active",
             expected=f"strategy {wanted}",

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from apr_dist.choices import Offload, Strategy
 from apr_dist.errors import DistributedError
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.pieces import whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharded import as_dtensor, as_fsdp, held_here
-from apr_dist.parallel.strategy import NOT_AS_ASKED, Offload, Strategy
+from apr_dist.parallel.strategy import NOT_AS_ASKED
 from apr_dist.parallel.zero import zero_init
 
 if TYPE_CHECKING:

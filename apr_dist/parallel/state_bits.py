@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from apr_dist.choices import Offload, Strategy
 from apr_dist.errors import UsageError
-from apr_dist.parallel.strategy import Offload, Strategy
 
 BLOCK = 256
 """Elements that share a scale; the library's kernels know no other number."""

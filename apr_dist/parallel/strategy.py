@@ -1,4 +1,4 @@
-"""Which strategy a run has: the names, what the launcher asked for, and what the machine must offer.
+"""Which strategy a run has: what the launcher asked for, what it can do, and what the machine must offer.
 
 Whether the strategy is really active is proven by ``runtime``, ``sharding`` and ``engine``.
 """
@@ -9,55 +9,16 @@ import os
 import shutil
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 
+from apr_dist.choices import Offload, Strategy, StrategyChoice
 from apr_dist.errors import DistributedError, UsageError
-from apr_dist.parallel.launch import read_launch
+from apr_dist.parallel.state_bits import refuse_state_bits
+
+GPUS_PER_MACHINE = 8
 
 NOT_AS_ASKED = "FALSIFY-APR-DIST-DISTRIBUTED-001"
 """Falsifier of every refusal of processes or a strategy that are not the ones asked for."""
-
-
-class Strategy(StrEnum):
-    """How parameters, gradients and optimizer state lie over the ranks."""
-
-    SINGLE = "single"
-    DDP = "ddp"
-    FSDP2 = "fsdp2"
-    SHARD_GRAD_OP = "shard-grad-op"
-    HSDP = "hsdp"
-    ZERO1 = "zero1"
-    ZERO2 = "zero2"
-    ZERO3 = "zero3"
-
-    @property
-    def is_fsdp(self) -> bool:
-        """Whether PyTorch's FSDP2 shards parameters, gradients and optimizer state."""
-        return self in {Strategy.FSDP2, Strategy.SHARD_GRAD_OP, Strategy.HSDP}
-
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's ZeRO stage, 0 where DeepSpeed is not used."""
-        return int(self.value.removeprefix("zero")) if self.value.startswith("zero") else 0
-
-    @property
-    def shards_parameters(self) -> bool:
-        """Whether a rank holds a part of the parameters only, so that reading one is a collective."""
-        return self.is_fsdp or self is Strategy.ZERO3
-
-    @property
-    def shards_optimizer(self) -> bool:
-        """Whether a rank holds a part of the optimizer state only."""
-        return self.is_fsdp or self.zero_stage > 0
-
-
-class Offload(StrEnum):
-    """What lies in host memory between its uses, where the strategy can."""
-
-    NONE = "none"
-    OPTIMIZER = "optimizer"
-    OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
 
 
 def possible_offloads(strategy: Strategy) -> list[Offload]:
@@ -86,27 +47,76 @@ def refuse_offload(strategy: Strategy, offload: Offload) -> None:
         )
 
 
-def choose(asked: str) -> Strategy:
-    """The strategy to run: the one asked for, else the one the launcher's own configuration names.
+def refuse_world(strategy: Strategy, world: int) -> None:
+    """As many processes as the strategy is for: one for single, several for every other.
 
-    ``accelerate launch`` with an FSDP or DeepSpeed configuration says so in the environment, from where
-    Accelerate would build its own plugins; those are not used, so what it says is taken out.
+    Raises:
+        DistributedError: naming both.
+    """
+    if (strategy is Strategy.SINGLE) == (world > 1):
+        raise DistributedError(
+            f"strategy {strategy} over {world} process(es)",
+            expected="one process for single, several for every other strategy",
+            remedy="start as many processes as the strategy needs, or set parallel.strategy to auto",
+            falsifier=NOT_AS_ASKED,
+        )
+
+
+def check_strategy(
+    asked: str,
+    *,
+    world: int,
+    per_machine: int | None,
+    shard_size: int | None,
+    offload: Offload,
+    state_bits: int,
+) -> Strategy:
+    """The strategy that runs, once it is known to do everything that is asked of it.
+
+    Args:
+        asked: ``auto`` or one of `Strategy`.
+        world: processes in all.
+        per_machine: processes of one machine; None: not known yet.
+        shard_size: ranks that share one copy of the parameters under ``hsdp``.
+        offload: what lies in host memory.
+        state_bits: bits of the optimizer's moments, 8 or 32.
+
+    Raises:
+        UsageError: it cannot offload that, has no moments in 8 bits, or the shard size does not fit.
+        DistributedError: the launcher asks for another one, or it is not for so many processes.
+    """
+    strategy = choose(asked, world)
+    refuse_world(strategy, world)
+    refuse_offload(strategy, offload)
+    refuse_state_bits(strategy, offload, state_bits)
+    group_size(strategy, world, shard_size, per_machine)
+    return strategy
+
+
+def named(asked: str, world: int) -> Strategy:
+    """The strategy of that name; ``auto`` is single for one process, else DDP."""
+    if asked == StrategyChoice.AUTO:
+        return Strategy.SINGLE if world == 1 else Strategy.DDP
+    return Strategy(asked)
+
+
+def choose(asked: str, world: int) -> Strategy:
+    """The strategy to run: the one asked for, else the one the launcher's own configuration names.
 
     Raises:
         DistributedError: both name a strategy, and not the same one.
     """
-    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     launched = None
     if fsdp:
         reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
         launched = Strategy.FSDP2 if reshards else Strategy.SHARD_GRAD_OP
     elif deepspeed:
         launched = Strategy(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}")
-    if asked == "auto":
-        alone = Strategy.SINGLE if read_launch().world_size == 1 else Strategy.DDP
-        return launched or alone
-    wanted = Strategy(asked)
+    wanted = named(asked, world)
+    if asked == StrategyChoice.AUTO:
+        return launched or wanted
     if launched is not None and launched is not wanted and not (fsdp and wanted.is_fsdp):
         raise DistributedError(
             f"the launcher's configuration says {launched} and parallel.strategy says {wanted}",
@@ -139,8 +149,19 @@ def refuse_launched_precision(precision: str) -> None:
     )
 
 
-def group_size(strategy: Strategy, world: int, asked: int | None) -> int:
+def forget_launcher_s() -> None:
+    """Take out of the environment the strategy that ``accelerate launch`` was configured with.
+
+    Accelerate would build its own FSDP or DeepSpeed plugin from it, and those are not used.
+    """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(name, None)
+
+
+def group_size(strategy: Strategy, world: int, asked: int | None, per_machine: int | None = None) -> int:
     """How many ranks together hold one copy of the parameters.
+
+    Under ``hsdp`` those of one machine, of which there are ``GPUS_PER_MACHINE`` where nobody knows better.
 
     Raises:
         UsageError: a size was asked for that does not divide the world, or without hsdp.
@@ -153,7 +174,7 @@ def group_size(strategy: Strategy, world: int, asked: int | None) -> int:
                 remedy="remove it, or use --parallel.strategy hsdp",
             )
         return world if strategy.shards_parameters else 1
-    size = asked if asked is not None else read_launch().local_world_size
+    size = asked or per_machine or min(world, GPUS_PER_MACHINE)
     if world % size:
         raise UsageError(
             f"{world} processes do not divide into groups of {size}",

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from apr_dist.choices import Offload
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.strategy import Offload
 
 BUCKET_ELEMENTS = 100_000_000
 """Elements reduced or gathered together: 400 MB in f32."""

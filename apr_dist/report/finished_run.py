@@ -16,9 +16,9 @@ from typing import Any
 
 from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
+from apr_dist.choices import FinalCheckpoint
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import read_yaml, validate
-from apr_dist.config_sections import FinalCheckpoint
+from apr_dist.config.text import load_config
 from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.gates.losses import Agreement, evaluation_gates, final_gates, step_zero_gates
 from apr_dist.gates.result import GateResult
@@ -82,7 +82,9 @@ class FinishedRun:
     def compared(self) -> list[Mapping[str, Any]]:
         """The evaluations on the present held-out data: a run that changed them counts from 0 again."""
         lines = self.kind("evaluation")
-        first = max((at for at, line in enumerate(lines) if line.get("epoch") == 0), default=0)
+        first = max(
+            (at for at, line in enumerate(lines) if line.get("evaluation", line.get("epoch")) == 0), default=0
+        )
         return lines[first:]
 
     @property
@@ -137,7 +139,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
     checkpoint, refusal = _checkpoint(files.checkpoint)
     run = FinishedRun(
         folder=folder,
-        config=validate(read_yaml(files.config), where=files.config),
+        config=load_config(folder),
         verdict=verdict,
         lines=lines,
         log=log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "",

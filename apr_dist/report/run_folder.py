@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apr_dist.config_input import read_tree
+from apr_dist.config.reading import read_tree
 from apr_dist.errors import UsageError
 from apr_dist.parsing import parse_json
 from apr_dist.runs.folder import RunFolder

@@ -18,7 +18,10 @@ from apr_dist.model.config import TransformerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:
-    """What INV-TRAIN-002 wants beside every checkpoint; losses in nats per token."""
+    """What INV-TRAIN-002 requires next to every checkpoint; losses in nats per token.
+
+    ``epoch`` is that contract's name for the number of the newest evaluation.
+    """
 
     epoch: int
     step: int

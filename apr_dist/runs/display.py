@@ -1,15 +1,13 @@
 """What a person sees while a run goes on: sentences, and the lines of metrics.jsonl in words.
 
-Here are the choice between the kinds of display, the plain and the quiet one, and what other libraries
-have to say. The live picture of a terminal is in ``live_display``, the figures themselves come from
+Here are the plain and the quiet display, and what other libraries have to say. Which one a run has is chosen
+in ``display_choice``, the live picture of a terminal is in ``live_display``, and the figures come from
 ``metrics``. Nothing here imports PyTorch: the gates speak before it is loaded.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
-
-from apr_dist.config_sections import ProgressStyle
 
 SMOOTHING = 0.9
 """Weight of the past in the smoothed training loss."""
@@ -34,12 +30,12 @@ class Pace:
 
     Attributes:
         steps: steps of the whole run.
-        steps_per_epoch: steps between evaluations.
+        eval_every: steps between evaluations.
         done: steps that are done.
     """
 
     steps: int
-    steps_per_epoch: int
+    eval_every: int
     done: int = 0
     _wall_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     _evaluation_s: float = 0.0
@@ -68,7 +64,7 @@ class Pace:
         if not self._wall_s:
             return None
         step_s = sum(self._wall_s) / len(self._wall_s)
-        evaluations = -(-self.steps // self.steps_per_epoch) - self.done // self.steps_per_epoch
+        evaluations = -(-self.steps // self.eval_every) - self.done // self.eval_every
         return (self.steps - self.done) * step_s + evaluations * self._evaluation_s
 
 
@@ -163,29 +159,6 @@ class QuietDisplay(Display):
     def close(self) -> None:
         """Let the verdict through."""
         self._silent = False
-
-
-def choose_style(wanted: ProgressStyle, stream: TextIO, environment: Mapping[str, str]) -> ProgressStyle:
-    """``auto`` as one of the others: the picture on a terminal that can draw one, else plain lines."""
-    if wanted is not ProgressStyle.AUTO:
-        return wanted
-    plain = environment.get("NO_COLOR") or environment.get("CI") or environment.get("TERM") == "dumb"
-    return ProgressStyle.RICH if stream.isatty() and not plain else ProgressStyle.PLAIN
-
-
-def open_display(wanted: ProgressStyle, *, rank: int, synthetic: bool) -> Display:
-    """The display of one rank; a run on made-up tokens says so on everything it shows."""
-    if rank != 0:
-        return Display()
-    prefix = "[SYNTHETIC] " if synthetic else ""
-    style = choose_style(wanted, sys.stdout, os.environ)
-    if style is ProgressStyle.QUIET:
-        return QuietDisplay(sys.stdout, prefix=prefix)
-    if style is ProgressStyle.PLAIN:
-        return PlainDisplay(sys.stdout, prefix=prefix)
-    from apr_dist.runs.live_display import LiveDisplay  # noqa: PLC0415  (only a terminal needs rich)
-
-    return LiveDisplay(sys.stdout, prefix=prefix)
 
 
 def step_text(line: Mapping[str, Any], pace: Pace) -> str:

@@ -70,7 +70,7 @@ class RunLog(Display):
     @contextmanager
     def training(self, pace: Pace) -> Iterator[None]:
         """The block in which steps are made."""
-        own = Pace(steps=pace.steps, steps_per_epoch=pace.steps_per_epoch, done=pace.done)
+        own = Pace(steps=pace.steps, eval_every=pace.eval_every, done=pace.done)
         with self._shown.training(pace), self._plain.training(own):
             yield
 

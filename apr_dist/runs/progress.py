@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from apr_dist.apr.metadata import AprMetadata
+from apr_dist.gates.losses import Agreement
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
 from apr_dist.runs.saved_state import SavedState
-from apr_dist.gates.losses import Agreement
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ class Progress:
     """Where a run is; changed by the trainer alone."""
 
     step: int = 0
-    epoch: int = 0
     tokens_seen: int = 0
     train_loss: float | None = None
     grad_norm_max: float = 0.0
@@ -115,7 +114,6 @@ class Progress:
         """Where the run stood when ``state`` was saved."""
         return cls(
             step=state.step,
-            epoch=state.epoch,
             tokens_seen=state.tokens_seen,
             train_loss=state.train_loss,
             grad_norm_max=state.grad_norm_max,
@@ -132,6 +130,11 @@ class Progress:
             guard=GuardState(**state.guard),
             data_origin=(state.data_origin[0], state.data_origin[1]),
         )
+
+    @property
+    def evaluation(self) -> int:
+        """Number of the newest evaluation; the one before the first step is 0."""
+        return max(0, len(self.evaluations) - 1)
 
     @property
     def val_loss(self) -> float:

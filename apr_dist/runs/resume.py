@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from apr_dist.choices import ShuffleOrder
 from apr_dist.config import TrainConfig, flag_of
-from apr_dist.config_sections import ShuffleOrder
+from apr_dist.config.schema import RENAMED
 from apr_dist.errors import DamagedModelFile, UsageError
 from apr_dist.parallel.state_index import STATE_DAMAGED
 from apr_dist.runs.folder import RunFolder, StepFolder
@@ -24,7 +25,7 @@ NEVER, AUTO = "never", "auto"
 
 _FREE = {
     *("run_dir", "overwrite", "resume", "resume_allow", "init", "dataset", "val_dataset", "tokenizer"),
-    *("progress", "track", "device", "steps_per_epoch", "micro_batch_size", "target_val_loss"),
+    *("progress", "track", "device", "eval_every", "save_every", "micro_batch_size", "target_val_loss"),
     *(
         "parallel.strategy",
         "parallel.shard_size",
@@ -39,7 +40,7 @@ _FREE = {
         "loader.pin_memory",
         "compute.activation_checkpointing",
     ),
-    *("early_stop.patience", "early_stop.min_epochs", "evaluation.micro_batch_size", "log_every"),
+    *("early_stop.patience", "early_stop.min_evaluations", "evaluation.micro_batch_size", "log_every"),
 }
 """Keys that change where and how often, not what is computed. Files are compared by content instead; a
 mixture's fingerprint contains its weights."""
@@ -109,7 +110,7 @@ def refuse_changes(config: TrainConfig, folder: StepFolder, state: SavedState) -
         UsageError: naming the keys, with both values.
     """
     # A key that the saved configuration does not know had its default then.
-    before = binding(TrainConfig()) | {key: value for key, value in flat(state.config).items()}
+    before = binding(TrainConfig()) | _saved(state)
     now = binding(config)
     differ = [key for key in sorted(now) if before.get(key) != now[key]]
     unnamed = [key for key in differ if key not in _named(config)]
@@ -163,7 +164,7 @@ def _with_origin(
     Raises:
         UsageError: the order has no such place.
     """
-    before = flat(state.config)
+    before = _saved(state)
     for key in _ORDER:
         if key in before and before[key] != binding(config)[key]:
             say(f"{key} changed: sequences of this pass over the data may come again or be left out")
@@ -184,6 +185,11 @@ def _with_origin(
             falsifier=CHANGED,
         )
     return replace(state, data_origin=[state.step, position])
+
+
+def _saved(state: SavedState) -> dict[str, Any]:
+    """The saved settings by dotted key, under the names of this version."""
+    return {RENAMED.get(key, key): value for key, value in flat(state.config).items()}
 
 
 def _named(config: TrainConfig) -> set[str]:

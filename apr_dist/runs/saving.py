@@ -164,7 +164,7 @@ class Saver:
         state = read_state(folder, verify=False)
         self._run.hand_over(folder)
         facts = CheckpointFacts(
-            epoch=state.epoch,
+            epoch=state.evaluation_number,
             step=state.step,
             train_loss=state.train_loss,
             val_loss=state.val_loss,
@@ -269,7 +269,6 @@ class Saver:
     def _state(self, progress: Progress) -> SavedState:
         return SavedState(
             step=progress.step,
-            epoch=progress.epoch,
             tokens_seen=progress.tokens_seen,
             train_loss=progress.train_loss,
             grad_norm_max=progress.grad_norm_max,
@@ -290,7 +289,7 @@ class Saver:
 
     def _facts(self, progress: Progress) -> CheckpointFacts:
         return CheckpointFacts(
-            epoch=progress.epoch,
+            epoch=progress.evaluation,
             step=progress.step,
             train_loss=progress.train_loss,
             val_loss=progress.val_loss,

@@ -1,7 +1,7 @@
 """Trackers by Accelerate's own names, told the same lines as metrics.jsonl.
 
-Which names there are is in ``config``; here are what each needs installed, and how it is started, told and
-left alone when it fails: a tracker is a view of a run, never a reason to stop one.
+Which names there are is in ``choices``, and whether one is installed is for the gates. Here is how each is
+started, told and left alone when it fails: a tracker is a view of a run, never a reason to stop one.
 """
 
 from __future__ import annotations
@@ -9,36 +9,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
-
-from apr_dist.errors import UsageError
 
 PROJECT = "apr-dist"
 """What a tracker that groups runs files them under."""
 
-_MODULES: Mapping[str, tuple[str, ...]] = {"tensorboard": ("tensorboard", "tensorboardX")}
-"""Where a tracker can be had from several modules, or from one of another name."""
-
-_EXTRA = {"tensorboard": "'apr-dist[track]'"}
 _ABOUT_THE_LINE = ("kind", "step", "synthetic")
-
-
-def check_installed(names: Sequence[str]) -> None:
-    """Refuse a tracker whose package is not there, before anything is loaded.
-
-    Raises:
-        UsageError: naming the command that installs it.
-    """
-    for name in names:
-        if not any(find_spec(module) for module in _MODULES.get(name, (name,))):
-            raise UsageError(
-                f"the tracker {name} is not installed",
-                where="--track",
-                expected="its package in this environment",
-                remedy=f"pip install {_EXTRA.get(name, name)}",
-            )
 
 
 class Trackers:

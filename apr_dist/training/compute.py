@@ -7,8 +7,8 @@ import shutil
 
 import torch
 
+from apr_dist.choices import Compile, Documents, Precision
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Compile, Documents, Precision
 from apr_dist.errors import UsageError
 from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.host_memory import keep_freed_memory

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from apr_dist.choices import Documents, Precision
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Documents, Precision
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
 from apr_dist.parallel.runtime import Runtime

@@ -35,7 +35,7 @@ def check_targets(*, step: int, targets: int) -> None:
 
 
 def check_validation(
-    *, val_loss: float, previous: float | None, vocab_size: int, from_scratch: bool, epoch: int
+    *, val_loss: float, previous: float | None, vocab_size: int, from_scratch: bool, evaluation: int
 ) -> None:
     """The non-divergence rule: a cap on the first validation loss, a bound on its growth after.
 
@@ -49,7 +49,7 @@ def check_validation(
     before = "the first one" if previous is None else f"{previous:.4f} before"
     raise Divergence(
         f"validation loss is {val_loss:.4f} ({before})",
-        where=f"evaluation {epoch}",
+        where=f"evaluation {evaluation}",
         expected=f"a finite value of at most {bound:.4f}",
         remedy="lower --lr or lengthen --warmup-steps, and start from the last good checkpoint",
         falsifier="INV-TRAIN-005",
@@ -61,7 +61,7 @@ class EarlyStop:
     """Patience over evaluations: how many in a row brought no improvement."""
 
     patience: int
-    min_epochs: int
+    min_evaluations: int
     best: float = math.inf
     without_improvement: int = 0
 
@@ -70,11 +70,11 @@ class EarlyStop:
         improved = val_loss < self.best
         return EarlyStop(
             patience=self.patience,
-            min_epochs=self.min_epochs,
+            min_evaluations=self.min_evaluations,
             best=min(self.best, val_loss),
             without_improvement=0 if improved else self.without_improvement + 1,
         )
 
-    def stops(self, epochs_done: int) -> bool:
-        """Whether to end now: patience used up, and never before ``min_epochs``."""
-        return self.without_improvement > self.patience and epochs_done >= self.min_epochs
+    def stops(self, evaluations_done: int) -> bool:
+        """Whether to end now: patience used up, and never before ``min_evaluations``."""
+        return self.without_improvement > self.patience and evaluations_done >= self.min_evaluations

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from apr_dist.atomic_files import write_atomically
+from apr_dist.choices import ProgressStyle
 from apr_dist.config import TrainConfig
-from apr_dist.config_input import read_yaml, validate
-from apr_dist.config_sections import ProgressStyle
+from apr_dist.config.reading import read_yaml, validate
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.runtime import reset_state
 from apr_dist.parallel.watch import Watch
 from apr_dist.runs.checkpoint import json_bytes
-from apr_dist.runs.display import open_display
+from apr_dist.runs.display_choice import open_display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock
 from apr_dist.runs.verdict import Status, Verdict

@@ -11,19 +11,15 @@ from typing import TYPE_CHECKING, Any
 from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError, as_known
 from apr_dist.gates.preflight import Preflight, run_preflight
-from apr_dist.parallel import state_bits
 from apr_dist.parallel.launch import Launch
 from apr_dist.parallel.strategy import refuse_launched_precision
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
-from apr_dist.runs import trackers
 from apr_dist.runs.display import Display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock
 from apr_dist.runs.opening import check_folder
 from apr_dist.runs.resume import ResumePoint, find_resume_point, refuse_other_inputs
-from apr_dist.training.plan import under_trained
-from apr_dist.training.schedule import schedule_of
 
 if TYPE_CHECKING:
     from apr_dist.training.run_data import OwnData
@@ -109,9 +105,6 @@ def prove(config: TrainConfig, launch: Launch, around: Around) -> Proven:
 
 def _prove(config: TrainConfig, world_size: int, around: Around) -> Proven:
     display, lock, run = around.display, around.lock, RunFolder(config.run_dir)
-    trackers.check_installed(config.trackers)
-    state_bits.check_installed(config.optimizer.state_bits)
-    schedule_of(config)
     refuse_launched_precision(config.parallel.precision)
     if lock is not None:
         lock.take()
@@ -132,7 +125,6 @@ def _prove(config: TrainConfig, world_size: int, around: Around) -> Proven:
     except AprDistError:
         found.close()
         raise
-    too_few = under_trained(config, parameters)
-    for warning in (*found.warnings, *([too_few] if too_few else [])):
+    for warning in found.warnings:
         display.warn(warning)
     return Proven(preflight=found, point=point)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from apr_dist.choices import Strategy
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.strategy import Strategy
 from apr_dist.parallel.weights import draw_weights
 from apr_dist.runs.progress import RandomStart
 from apr_dist.training.evaluation import evaluate

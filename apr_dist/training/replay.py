@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 
+from apr_dist.choices import Offload, StrategyChoice
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import StrategyChoice
+from apr_dist.config.text import load_config
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.preflight import run_preflight
 from apr_dist.model.chunked_loss import IGNORE_INDEX
-from apr_dist.parallel.strategy import Offload
 from apr_dist.parsing import parse_json
 from apr_dist.runs.display import Display
 from apr_dist.runs.folder import RunFolder, StepFolder
 from apr_dist.runs.resume import NEVER, ResumePoint
 from apr_dist.runs.saved_state import read_state
-from apr_dist.training.config_text import load_config
 from apr_dist.training.evaluation import Batch
 from apr_dist.training.proving import Around, Proven
 from apr_dist.training.session import Session

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from apr_dist.choices import ScheduleKind
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import ScheduleKind
-from apr_dist.errors import UsageError
 
 LR_FLOOR: Final = 1e-7
 """No schedule ends below this, unless it never was above."""
@@ -61,22 +60,8 @@ class Schedule:
 
 
 def schedule_of(config: TrainConfig) -> Schedule:
-    """The schedule a configuration asks for.
-
-    Raises:
-        UsageError: ``decay_steps`` without wsd, or more of them than warm-up leaves.
-    """
+    """The schedule a configuration asks for."""
     options = config.optimizer
-    if options.decay_steps is not None:
-        left = max(0, config.num_steps - config.warmup)
-        if options.schedule is not ScheduleKind.WSD or (config.num_steps and options.decay_steps > left):
-            raise UsageError(
-                f"optimizer.decay_steps is {options.decay_steps} with schedule {options.schedule},"
-                f" {config.num_steps} steps and {config.warmup} of warm-up",
-                where="--optimizer.decay-steps",
-                expected="schedule wsd, and at most the steps that follow warm-up",
-                remedy="lower it, leave it out, or use --optimizer.schedule wsd",
-            )
     return Schedule(
         peak_lr=config.peak_lr,
         warmup_steps=config.warmup,

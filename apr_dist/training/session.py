@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 
 from apr_dist.apr.reader import AprReader
+from apr_dist.choices import Documents, Offload, Precision, Strategy
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Documents, Precision
 from apr_dist.contracts.evidence import package_digest
 from apr_dist.cores import has_bf16_arithmetic
 from apr_dist.errors import AprDistError, DataError, DistributedError
@@ -32,7 +32,6 @@ from apr_dist.parallel.live_weights import read_weight, write_weight
 from apr_dist.parallel.run_folder import prove_shared
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state import restore
-from apr_dist.parallel.strategy import Offload, Strategy
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.aborts import AbortRecord
@@ -284,7 +283,6 @@ class Session:
         self.display(f"resumes after step {resumed.step}, with the optimizer state of that step")
         if self._measured_otherwise(resumed):
             self.progress.evaluations.clear()
-            self.progress.epoch = 0
             self.display("the held-out data are others: validation losses are compared from here on only")
 
     def _measured_otherwise(self, resumed: SavedState) -> bool:
@@ -442,7 +440,7 @@ class Session:
                 remedy="open the session with one of them",
             )
         collect()
-        state, epoch = self.progress, len(self.progress.evaluations)
+        state, number = self.progress, len(self.progress.evaluations)
         with HERE.during(Phase.EVALUATION, step=state.step):
             result = evaluate(
                 self.engine.evaluated,
@@ -456,7 +454,7 @@ class Session:
             "evaluation",
             {
                 "step": state.step,
-                "epoch": epoch,
+                "evaluation": number,
                 "val_loss": result.loss if result.is_finite else None,
                 "val_ppl": perplexity(result.loss),
                 "tokens": result.tokens,
@@ -465,7 +463,7 @@ class Session:
         )
         check(result)
         state.evaluations.append(result)
-        state.evaluated_at, state.epoch = state.step, epoch
+        state.evaluated_at = state.step
         return result
 
     def save(self) -> None:

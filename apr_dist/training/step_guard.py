@@ -11,7 +11,8 @@ import math
 import statistics
 from typing import Any
 
-from apr_dist.config_sections import GuardsSection, OnNonFinite, OnSpike, SpikeOf
+from apr_dist.choices import OnNonFinite, OnSpike, SpikeOf
+from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import NumericalInstability
 from apr_dist.runs.progress import GuardState
 

@@ -13,7 +13,7 @@ from typing import Any
 from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import write_atomically
-from apr_dist.config_sections import FinalCheckpoint
+from apr_dist.choices import FinalCheckpoint
 from apr_dist.gates.losses import (
     evaluation_gates,
     final_gates,
@@ -56,14 +56,14 @@ class _Loop:
     def __init__(self, session: Session) -> None:
         self.session, self.config, self.progress = session, session.config, session.progress
         options = self.config.early_stop
-        self._stop = EarlyStop(options.patience, options.min_epochs)
-        self._launching = True
+        self._stop = EarlyStop(options.patience, options.min_evaluations)
+        self._launching, self._saved = True, self._place
 
     def fit(self) -> tuple[Status, str]:
         """Train, evaluate and save until the run has ended; how it did, and why."""
         session, state, steps = self.session, self.progress, self.config.num_steps
         session.display(session.efficiency.describe())
-        pace = Pace(steps=steps, steps_per_epoch=self.config.steps_per_epoch, done=state.step)
+        pace = Pace(steps=steps, eval_every=self.config.eval_every, done=state.step)
         with session.display.training(pace), session.stop_request, collected_on_request():
             if not state.evaluations:
                 self._first_evaluation()
@@ -71,12 +71,13 @@ class _Loop:
                 self._stop = self._stop.after(done.loss)
             if self._stopped_before_evaluating():
                 self._evaluate_and_save()
-            ended = self._ended() if state.epoch else None
+            ended = self._ended() if state.evaluation else None
             while ended is None and state.step < steps:
                 self._stop_if_asked()
-                self._steps_to_next_evaluation()
+                self._train_to_evaluation()
                 self._evaluate_and_save()
                 ended = self._ended()
+            self._save_what_is_new()
             session.saver.finish()
         HERE.enter(Phase.ENDING)
         return ended or (Status.COMPLETED, f"all {steps} steps done")
@@ -99,7 +100,7 @@ class _Loop:
             self.progress.first_gates = [*gates, *self._random_gates()]
             refuse_failed(self.progress.first_gates, where=str(self.config.init or self.config.model))
         if self.config.num_steps == 0:
-            session.save()
+            self._save()
 
     def _random_gates(self) -> list[GateResult]:
         session = self.session
@@ -109,44 +110,73 @@ class _Loop:
         session.metrics.event("random-weights", {"step": 0, **measured.to_json()})
         return random_start_gates(**measured.to_json(), vocab_size=session.start.model_config.vocab_size)
 
-    def _steps_to_next_evaluation(self) -> None:
-        """Steps up to the next multiple of ``steps_per_epoch``, wherever the run stands."""
-        session, state, length = self.session, self.progress, self.config.steps_per_epoch
-        last = min((state.step // length + 1) * length, self.config.num_steps)
+    def _train_to_evaluation(self) -> None:
+        """Steps up to the next multiple of ``eval_every``, wherever the run stands, with the saves due."""
+        state, evaluated = (
+            self.progress,
+            _next_multiple(self.progress.step, self.config.eval_every, self.config.num_steps),
+        )
+        while state.step < evaluated:
+            last = _next_multiple(state.step, self.config.save_period, evaluated)
+            self._train_to(last)
+            if last < evaluated:
+                self._save()
+
+    def _train_to(self, last: int) -> None:
+        """Steps up to ``last``; on a signal, save the step just finished and end.
+
+        Raises:
+            Interrupted, Terminated: a signal came to any rank.
+        """
+        session, state = self.session, self.progress
         while state.step < last:
-            measured = session.step(last=last)
-            if measured and self._launching:
+            if session.step(last=last) and self._launching:
                 self._launching = False
                 session.display(launch_text())
             if session.signal_number:
-                session.save()
+                self._save()
                 session.saver.finish()
                 raise session.stop_request.as_error(session.signal_number, step=state.step)
 
     def _stopped_before_evaluating(self) -> bool:
-        """Whether a signal ended this run between the last step before an evaluation and the evaluation."""
+        """Whether a signal ended this run between a step and the evaluation due after it."""
         state = self.progress
-        due = state.step % self.config.steps_per_epoch == 0 or state.step == self.config.num_steps
+        due = state.step % self.config.eval_every == 0 or state.step == self.config.num_steps
         return due and state.evaluated_at < state.step
 
     def _stop_if_asked(self) -> None:
-        """End the run here, where its state is saved, when a signal came to any rank."""
+        """End the run here, its state saved, when a signal came to any rank."""
         session = self.session
         number = first_signal(session.runtime.sum(session.signals()).tolist())
         if number:
+            self._save_what_is_new()
             session.saver.finish()
             raise session.stop_request.as_error(number, step=self.progress.step)
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate, and save what was evaluated; on a signal, save without it and end."""
+        """Evaluate, and save what was evaluated if a save is due; on a signal, save without it and end."""
         try:
             loss = self._evaluate().loss
         except EvaluationStopped:
-            self.session.save()
+            self._save()
             self._stop_if_asked()
             raise
-        self.session.save()
+        if self.progress.step % self.config.save_period == 0:
+            self._save()
         self._stop = self._stop.after(loss)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Steps and evaluations done: what tells two saves apart."""
+        return self.progress.step, len(self.progress.evaluations)
+
+    def _save_what_is_new(self) -> None:
+        if self.progress.step and self._saved != self._place:
+            self._save()
+
+    def _save(self) -> None:
+        self.session.save()
+        self._saved = self._place
 
     def _evaluate(self) -> Evaluation:
         session, state = self.session, self.progress
@@ -157,7 +187,7 @@ class _Loop:
                 previous=state.evaluations[-1].loss if state.evaluations else None,
                 vocab_size=session.start.model_config.vocab_size,
                 from_scratch=not session.start.from_init,
-                epoch=len(state.evaluations),
+                evaluation=len(state.evaluations),
             )
 
         return session.evaluate(check)
@@ -165,14 +195,19 @@ class _Loop:
     def _ended(self) -> tuple[Status, str] | None:
         state, stop = self.progress, self._stop
         loss = state.val_loss
-        if loss <= self.config.target and state.epoch >= self.config.early_stop.min_epochs:
+        if loss <= self.config.target and state.evaluation >= self.config.early_stop.min_evaluations:
             return Status.OK, f"validation loss {loss:.4f} reached the target {self.config.target}"
-        if stop.stops(state.epoch):
+        if stop.stops(state.evaluation):
             return (
                 Status.EARLY_STOP,
                 f"best validation loss {stop.best:.4f}; {stop.without_improvement} without improvement",
             )
         return None
+
+
+def _next_multiple(step: int, period: int, limit: int) -> int:
+    """The first multiple of ``period`` after ``step``, or ``limit`` before it."""
+    return min((step // period + 1) * period, limit)
 
 
 def _verdict(session: Session, status: Status, detail: str) -> Verdict:

@@ -9,7 +9,7 @@ model, shards, held_out, run_dir = sys.argv[1:5]
 with apr_dist.open_session(
     init=model, dataset=shards, val_dataset=held_out, run_dir=run_dir,
     num_steps=20, batch_size=4, seq_length=32, lr=1e-3, warmup_steps=2,
-    checkpoint={"keep_last": 2},
+    checkpoint={"keep_last": 2}, evaluation={"max_sequences": 64},
 ) as session:  # fmt: skip
     best = session.evaluate().loss
     for step in session.steps():

@@ -17,7 +17,7 @@ import psutil
 
 from builders.runs import REPOSITORY, TRAIN
 
-ENDLESS = ("--num-steps", "100000", "--steps-per-epoch", "100000", "--early-stop.patience", "100000")
+ENDLESS = ("--num-steps", "100000", "--eval-every", "100000", "--early-stop.patience", "100000")
 
 
 @dataclass

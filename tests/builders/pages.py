@@ -30,7 +30,7 @@ _BLOCK = re.compile(
     r"(?:^<!-- (?P<note>[^\n]*?) -->\n)?^```(?P<language>console|bash|sh|shell)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-_SHORTER = {"num_steps": 4, "steps_per_epoch": 2, "seq_length": 64}
+_SHORTER = {"num_steps": 4, "eval_every": 2, "seq_length": 64}
 """What ``configs/demo.yaml`` says here: the model of the tests is small, and never saw longer sequences."""
 
 _COMMAND = re.compile(
@@ -143,7 +143,7 @@ def _fill(folder: Path, inputs: Inputs) -> None:
         "--lr",
         "5e-3",
     ]
-    flags += ["--num-steps", "80", "--steps-per-epoch", "80", "--batch-size", "16", "--warmup-steps", "5"]
+    flags += ["--num-steps", "80", "--eval-every", "80", "--batch-size", "16", "--warmup-steps", "5"]
     assert run_here(*inputs.data_flags(), *flags) == 0
     shutil.copytree(trained, folder / "runs" / "second")
     best = str(trained / "checkpoint.apr")

@@ -19,7 +19,8 @@ from torch._dynamo.utils import counters
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.config_sections import GuardsSection
+from apr_dist.choices import Strategy
+from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import NumericalInstability, OutputError, WeightsRefused
 from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import Family, TransformerConfig
@@ -30,7 +31,6 @@ from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import save_weights, weight_parts
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import assert_spread, build_decoder
-from apr_dist.parallel.strategy import Strategy
 from apr_dist.parallel.weights import draw_weights, load_weights, model_digest, prove_weights
 from apr_dist.runs.progress import GuardState
 from apr_dist.training.optimizer import build_optimizer

@@ -163,7 +163,7 @@ def _pretrain(inputs: Inputs, run_dir: Path) -> None:
     code = run_here(
         *inputs.data_flags(),
         *("--mode", "from-scratch", "--model", str(inputs.model), "--run-dir", str(run_dir)),
-        *("--num-steps", "250", "--steps-per-epoch", "250", "--batch-size", "16", "--seq-length", "64"),
+        *("--num-steps", "250", "--eval-every", "250", "--batch-size", "16", "--seq-length", "64"),
         *("--lr", "1e-2", "--warmup-steps", "10", "--seed", "7"),
     )
     assert code == 0, "the shared pretrained model could not be trained"

@@ -114,7 +114,7 @@ def plan(inputs: Inputs, folder: Path, world: int) -> list[list[str]]:
 
 def _flags(inputs: Inputs, run_dir: Path, strategy: tuple[str, ...], *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--batch-size", "8", "--num-steps", str(STEPS), "--steps-per-epoch", str(HALF)]
+    given += ["--batch-size", "8", "--num-steps", str(STEPS), "--eval-every", str(HALF)]
     given += ["--lr", "1e-3", "--warmup-steps", "2", "--checkpoint.keep-last", "9"]
     return [*given, "--target-val-loss", "0.1", "--parallel.strategy", *strategy, *more]
 

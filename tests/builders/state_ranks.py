@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
+from apr_dist.choices import Offload, Strategy
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import reset_state
 from apr_dist.parallel.sharding import build_decoder
-from apr_dist.parallel.strategy import Offload, Strategy, possible_offloads
+from apr_dist.parallel.strategy import possible_offloads
 from apr_dist.parallel.weights import draw_weights
 from apr_dist.parallel.zero import BUCKET_ELEMENTS
 from apr_dist.training.optimizer import build_optimizer

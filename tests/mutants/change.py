@@ -50,8 +50,8 @@ MATCH, IMPORT, REPAIR, LOOP = (
     "INV-TRAIN-",
 )
 
-CONFIG = "apr_dist/config.py"
-CONFIG_SECTIONS = "apr_dist/config_sections.py"
+CONFIG = "apr_dist/config/schema.py"
+CONFIG_SECTIONS = "apr_dist/config/sections.py"
 FILES = "apr_dist/apr/files.py"
 ATOMIC = "apr_dist/atomic_files.py"
 STRUCTURE = "apr_dist/apr/structure.py"
@@ -75,7 +75,7 @@ SAVED = "apr_dist/runs/checkpoint.py"
 SESSION = "apr_dist/training/session.py"
 RUN_DATA = "apr_dist/training/run_data.py"
 RECORDING = "apr_dist/training/recording.py"
-RUNTIME = "apr_dist/parallel/runtime.py"
+STRATEGY = "apr_dist/parallel/strategy.py"
 STEP_GUARD = "apr_dist/training/step_guard.py"
 WATCH = "apr_dist/parallel/watch.py"
 RUN_FOLDER = "apr_dist/parallel/run_folder.py"

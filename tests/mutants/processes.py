@@ -4,8 +4,8 @@ from mutants.change import (
     CHECKPOINT,
     DISTRIBUTED,
     RUN_FOLDER,
-    RUNTIME,
     STEPPING,
+    STRATEGY,
     TRAINER,
     TRAINER_FILE,
     VERDICT,
@@ -24,9 +24,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         DISTRIBUTED + "001",
         "the active strategy is not compared",
-        RUNTIME,
-        "    fits = (wanted is not Strategy.SINGLE) == several",
-        "    fits = wanted is not None or several",
+        STRATEGY,
+        "    if (strategy is Strategy.SINGLE) == (world > 1):",
+        "    if world < 1:",
     ),
     Change(
         DISTRIBUTED + "002",
@@ -134,7 +134,7 @@ MUTANTS: tuple[Change, ...] = (
         DISTRIBUTED + "004",
         "a signal ends the run without a save",
         TRAINER_FILE,
-        "            if session.signal_number:\n                session.save()\n",
+        "            if session.signal_number:\n                self._save()\n",
         "            if session.signal_number:\n",
     ),
     Change(

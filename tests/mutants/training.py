@@ -143,7 +143,7 @@ MUTANTS: tuple[Change, ...] = (
         LOOP + "004",
         "a run may stop before its third evaluation",
         GUARDS,
-        "self.without_improvement > self.patience and epochs_done >= self.min_epochs",
+        "self.without_improvement > self.patience and evaluations_done >= self.min_evaluations",
         "self.without_improvement > self.patience",
     ),
     Change(
@@ -198,7 +198,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOOP + "010",
         "a synthetic line is not marked",
-        "apr_dist/runs/display.py",
+        "apr_dist/runs/display_choice.py",
         'prefix = "[SYNTHETIC] " if synthetic else ""',
         'prefix = ""',
     ),
@@ -297,7 +297,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "035",
         "the ratio is of the wrong numbers",
-        "apr_dist/training/plan.py",
+        "apr_dist/gates/warnings.py",
         "tokens >= FEW_TOKENS_PER_PARAMETER * parameters:",
         "tokens * FEW_TOKENS_PER_PARAMETER >= parameters:",
     ),
@@ -305,7 +305,7 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "035",
         "only the plan warns",
         "apr_dist/training/proving.py",
-        "(*found.warnings, *([too_few] if too_few else [])):",
-        "found.warnings:",
+        "    for warning in found.warnings:",
+        "    for warning in found.warnings[:0]:",
     ),
 )

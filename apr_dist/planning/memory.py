@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from apr_dist.config_sections import ActivationCheckpointing, Precision, StrategyChoice
+from apr_dist.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
 from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
-from apr_dist.parallel.strategy import Offload, Strategy, possible_offloads
+from apr_dist.parallel.strategy import possible_offloads
 
 F32 = 4
 """Bytes of weights, gradients and optimizer moments, whatever the compute type is."""
@@ -113,7 +113,7 @@ def estimate(
     model: TransformerConfig,
     load: Load,
     *,
-    strategy: StrategyChoice,
+    strategy: Strategy,
     world_size: int,
     shard_size: int,
     offload: Offload = Offload.NONE,
@@ -127,7 +127,7 @@ def estimate(
     Args:
         model: the decoder.
         load: what one process computes at once.
-        strategy: how the model is spread; ``auto`` is single or DDP, as the world size says.
+        strategy: how the model is spread.
         world_size: processes in all.
         shard_size: processes that share one copy under ``hsdp``.
         offload: what lies in host memory; of what the strategy cannot keep there, as much as it can.
@@ -135,7 +135,7 @@ def estimate(
     """
     parts = shards(strategy, world_size, shard_size)
     offload = most_possible(strategy, offload)
-    held = State.of(model, parts, strategy, world_size, offload, state_bits)
+    held = State.of(model, parts, strategy, offload, state_bits)
     state: dict[str, Any] = {
         "weights": held.weights + _gathered(model, load, strategy),
         "optimizer": held.optimizer,
@@ -143,7 +143,7 @@ def estimate(
         "buckets": held.buckets,
         "offloaded": 0 if load.cuda else held.host,
     }
-    kept = held.gradients if load.accumulates or strategy is StrategyChoice.ZERO3 else 0
+    kept = held.gradients if load.accumulates or strategy is Strategy.ZERO3 else 0
     activations = model.num_layers * kept_bytes(model, load) + _end_bytes(model, load)
     state["unfit"] = 0 if load.cuda else _unfit_bytes(gradients=held.gradients, activations=activations)
     head = model.vocab_size * model.hidden_size * F32
@@ -156,7 +156,7 @@ def estimate(
         "working": _backward_bytes(model, load) + again,
     }
     # DDP's gradients are views of its buckets, except those of micro-batches that are not sent.
-    are_buckets = _is_ddp(strategy, world_size) and not load.accumulates
+    are_buckets = strategy is Strategy.DDP and not load.accumulates
     at_end: dict[str, Any] = {
         "gradients": 0 if are_buckets else held.gradients,
         "loss": 0,
@@ -180,12 +180,10 @@ def estimate(
     return max(fullest, key=lambda moment: moment.total)
 
 
-def most_possible(strategy: StrategyChoice, offload: Offload) -> Offload:
+def most_possible(strategy: Strategy, offload: Offload) -> Offload:
     """Of what is to lie in host memory as much as the strategy can keep there."""
-    if strategy is StrategyChoice.AUTO:
-        return Offload.NONE
     order = list(Offload)
-    can = possible_offloads(Strategy(strategy.value))
+    can = possible_offloads(strategy)
     return max((one for one in can if order.index(one) <= order.index(offload)), key=order.index)
 
 
@@ -216,16 +214,15 @@ class State:
         cls,
         model: TransformerConfig,
         parts: Shards,
-        strategy: StrategyChoice,
-        world_size: int,
+        strategy: Strategy,
         offload: Offload,
         state_bits: int = 32,
     ) -> State:
         """Of one process of the strategy."""
-        zero = strategy in {StrategyChoice.ZERO1, StrategyChoice.ZERO2, StrategyChoice.ZERO3}
+        zero = strategy.zero_stage > 0
         whole = F32 * model.parameter_count()
         weights, gradients, share = whole // parts.weights, whole // parts.gradients, whole // parts.optimizer
-        buckets = whole if _is_ddp(strategy, world_size) else 0
+        buckets = whole if strategy is Strategy.DDP else 0
         if offload is Offload.NONE:
             masters = share if zero else 0
             return cls(
@@ -241,11 +238,11 @@ class State:
         # Masters, moments, the masters' gradients; and a buffer through which weights (ZeRO-1, ZeRO-2) or
         # gradients (ZeRO-3) travel. ZeRO-1 and ZeRO-2 send one gradient at a time, by way of two buffers.
         largest = F32 * model.hidden_size * max(model.vocab_size, model.intermediate_size, model.query_size)
-        sent = largest if strategy is not StrategyChoice.ZERO3 else 0
+        sent = largest if strategy is not Strategy.ZERO3 else 0
         both = offload is Offload.OPTIMIZER_AND_PARAMETERS
         return cls(
             weights=0 if both else weights,
-            gradients=gradients if strategy is StrategyChoice.ZERO1 else 0,
+            gradients=gradients if strategy is Strategy.ZERO1 else 0,
             optimizer=0,
             masters=0,
             buckets=sent,
@@ -253,12 +250,9 @@ class State:
         )
 
 
-def _moment_bytes(
-    model: TransformerConfig, strategy: StrategyChoice, offload: Offload, state_bits: int
-) -> int:
+def _moment_bytes(model: TransformerConfig, strategy: Strategy, offload: Offload, state_bits: int) -> int:
     """Both moments of the whole model; in 8 bits a byte an element and 4 for each block."""
-    chosen = Strategy.SINGLE if strategy is StrategyChoice.AUTO else Strategy(strategy.value)
-    if state_bits == 32 or not can_have(chosen, offload):
+    if state_bits == 32 or not can_have(strategy, offload):
         return 2 * F32 * model.parameter_count()
     total = 0
     for name, shape in model.parameter_shapes().items():
@@ -276,27 +270,23 @@ class Shards:
     optimizer: int
 
 
-def shards(strategy: StrategyChoice, world: int, shard_size: int) -> Shards:
+def shards(strategy: Strategy, world: int, shard_size: int) -> Shards:
     """How the strategy cuts the state over ``world`` processes, ``shard_size`` of which share a copy."""
-    if strategy in {StrategyChoice.FSDP2, StrategyChoice.SHARD_GRAD_OP, StrategyChoice.ZERO3}:
+    if strategy in {Strategy.FSDP2, Strategy.SHARD_GRAD_OP, Strategy.ZERO3}:
         return Shards(world, world, world)
-    if strategy is StrategyChoice.HSDP:
+    if strategy is Strategy.HSDP:
         return Shards(shard_size, shard_size, shard_size)
-    if strategy is StrategyChoice.ZERO2:
+    if strategy is Strategy.ZERO2:
         return Shards(1, world, world)
-    return Shards(1, 1, world if strategy is StrategyChoice.ZERO1 else 1)
+    return Shards(1, 1, world if strategy is Strategy.ZERO1 else 1)
 
 
-def _is_ddp(strategy: StrategyChoice, world: int) -> bool:
-    return strategy is StrategyChoice.DDP or (strategy is StrategyChoice.AUTO and world > 1)
-
-
-def _gathered(model: TransformerConfig, load: Load, strategy: StrategyChoice) -> int:
+def _gathered(model: TransformerConfig, load: Load, strategy: Strategy) -> int:
     """Whole weights held beside a process's own: gathered ones, and autocast's copies on a GPU."""
     count, width = model.parameter_count(), load.compute_bytes
-    if strategy is StrategyChoice.SHARD_GRAD_OP:
+    if strategy is Strategy.SHARD_GRAD_OP:
         return width * count
-    if strategy in {StrategyChoice.FSDP2, StrategyChoice.HSDP, StrategyChoice.ZERO3}:
+    if strategy in {Strategy.FSDP2, Strategy.HSDP, Strategy.ZERO3}:
         ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
         # This block and the next, which is fetched meanwhile, beside embedding and head.
         return width * (ends + 2 * (count - ends) // model.num_layers)
@@ -370,17 +360,17 @@ def _unfit_bytes(*, gradients: int, activations: int) -> int:
     return int(UNFIT_SHARE * min(gradients, activations))
 
 
-PARTS: Mapping[str, str] = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "masters": "masters",
-    "buckets": "buckets",
-    "activations": "activations",
-    "loss": "logits, head",
-    "working": "in passing",
-    "unfit": "unfit",
-    "copies": "save copies",
-    "offloaded": "offloaded",
+PARTS: Mapping[str, tuple[str, str]] = {
+    "weights": ("weights", "in f32, and copies in the compute type"),
+    "gradients": ("gradients", "of the parameters that have one then"),
+    "optimizer": ("optimizer", "AdamW's two moments"),
+    "masters": ("masters", "f32 weights that DeepSpeed updates"),
+    "buckets": ("buckets", "from which gradients are sent"),
+    "activations": ("activations", "what forward keeps for backward"),
+    "loss": ("logits, head", "a chunk of logits, the head's gradient"),
+    "working": ("temporary", "what backward computes on the way"),
+    "unfit": ("fragmentation", "freed blocks that nothing later fits into"),
+    "copies": ("copies while saving", "of weights and moments, while they are written"),
+    "offloaded": ("offloaded", "in host memory, on a CPU the same memory"),
 }
-"""Attribute of ``Memory`` to what a table calls it, in order."""
+"""Attribute of ``Memory`` to its name and what it is, in order."""

@@ -18,8 +18,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from apr_dist.config import TrainConfig, leaves, nearest
-from apr_dist.config_input import plain_message, read_tree, read_yaml, validate
+from apr_dist.config.advice import advice
+from apr_dist.config.reading import plain_message, read_tree, read_yaml, validate
+from apr_dist.config.schema import TrainConfig, leaves
 
 CONFIG_NAME = "config.yaml"
 """Name of the resolved configuration in a run folder."""
@@ -130,8 +131,9 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         UsageError: no such file, or one that is not a valid configuration.
     """
-    file = path / CONFIG_NAME if path.is_dir() else path
-    return validate(read_yaml(file), where=file)
+    saved = path.is_dir()
+    file = path / CONFIG_NAME if saved else path
+    return validate(read_yaml(file, saved=saved), where=file)
 
 
 def differences(left: TrainConfig, right: TrainConfig) -> list[Difference]:
@@ -151,15 +153,10 @@ def flat_values(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 
 def _problem(details: Mapping[str, Any]) -> Problem:
-    parts = [str(part) for part in details["loc"]]
-    key = ".".join(parts)
+    key = ".".join(str(part) for part in details["loc"])
     if details["type"] != "extra_forbidden":
         return Problem(key, f"{details['input']!r} is not {plain_message(details['msg'])}")
-    known = [name for name, _ in leaves(TrainConfig)]
-    # A key in the wrong group is as common as a mistyped one: its last part then matches exactly.
-    moved = [name for name in known if name.rpartition(".")[2] == parts[-1]]
-    close = moved[0] if moved else nearest(key, known)
-    return Problem(key, "unknown key; " + (f"did you mean {close}?" if close else "remove it"))
+    return Problem(key, "unknown key; " + (advice(key, is_flag=False) or "remove it"))
 
 
 def _commented(section: type[BaseModel], values: Mapping[str, Any], indent: str) -> Iterator[str]:

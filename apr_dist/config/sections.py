@@ -1,124 +1,30 @@
-"""The values a configuration may hold: the words of each choice, and the groups of keys.
-
-What a run is made of, and what a mode defaults to, is in ``config``; how text becomes values is in
-``config_input``.
-"""
+"""The groups of keys of a configuration, and what each mode defaults to; the whole run is in ``schema``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from apr_dist.parallel.strategy import Offload
-
-
-class Mode(StrEnum):
-    """Which set of defaults a run starts from."""
-
-    FINETUNE = "finetune"
-    FROM_SCRATCH = "from-scratch"
-
-
-class Device(StrEnum):
-    """Where tensors live; ``auto`` is CUDA where there is one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class StrategyChoice(StrEnum):
-    """How the model is spread over processes.
-
-    ``auto`` is single for one process, else what the launcher's configuration names, else DDP.
-    """
-
-    AUTO = "auto"
-    SINGLE = "single"
-    DDP = "ddp"
-    FSDP2 = "fsdp2"
-    SHARD_GRAD_OP = "shard-grad-op"
-    HSDP = "hsdp"
-    ZERO1 = "zero1"
-    ZERO2 = "zero2"
-    ZERO3 = "zero3"
-
-
-class Precision(StrEnum):
-    """Compute type of forward and backward; weights and optimizer state stay f32."""
-
-    F32 = "f32"
-    BF16 = "bf16"
-
-
-class ShuffleOrder(StrEnum):
-    """Unit of the keyed permutation: single sequences, or blocks of neighbouring ones (views)."""
-
-    SEQUENCE = "sequence"
-    BLOCK = "block"
-
-
-class VerifyShards(StrEnum):
-    """When a shard's recorded hash is compared with its bytes."""
-
-    FIRST_TOUCH = "first-touch"
-    OPEN = "open"
-    OFF = "off"
-
-
-class ShardAccess(StrEnum):
-    """How rows are read: out of a map of the shard, or with a system call each (network storage)."""
-
-    MMAP = "mmap"
-    PREAD = "pread"
-
-
-class Documents(StrEnum):
-    """What attention does at a document's end inside a sequence."""
-
-    CONTINUE = "continue"
-    ISOLATE = "isolate"
-
-
-class ScheduleKind(StrEnum):
-    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
-
-    COSINE = "cosine"
-    WSD = "wsd"
-    LINEAR = "linear"
-    CONSTANT = "constant"
-
-
-class Compile(StrEnum):
-    """What is handed to PyTorch's compiler."""
-
-    OFF = "off"
-    BLOCK = "block"
-
-
-class ActivationCheckpointing(StrEnum):
-    """What a block computes again in its backward pass instead of keeping it."""
-
-    OFF = "off"
-    SELECTIVE = "selective"
-    FULL = "full"
-
-
-class ProgressStyle(StrEnum):
-    """What is shown during a run; ``auto`` is a live picture on a terminal and plain lines elsewhere."""
-
-    AUTO = "auto"
-    RICH = "rich"
-    PLAIN = "plain"
-    QUIET = "quiet"
-
-
-TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-"""What ``track`` may name: the trackers that Accelerate knows, by its own names."""
+from apr_dist.choices import (
+    ActivationCheckpointing,
+    Compile,
+    Documents,
+    FinalCheckpoint,
+    Mode,
+    Offload,
+    OnNonFinite,
+    OnSpike,
+    Precision,
+    ScheduleKind,
+    ShardAccess,
+    ShuffleOrder,
+    SpikeOf,
+    StrategyChoice,
+    VerifyShards,
+)
 
 
 @dataclass(frozen=True)
@@ -137,9 +43,9 @@ MODE_DEFAULTS: Mapping[Mode, ModeDefaults] = {
 
 
 class Section(BaseModel):
-    """A group of keys; unknown keys are errors, values never change after validation."""
+    """A group of keys; unknown keys are errors, numbers are finite, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_enum_values=False, allow_inf_nan=False)
 
 
 def _number_from_text(value: object) -> object:
@@ -191,10 +97,10 @@ def _ids_from_text(value: object) -> object:
 class LoaderSection(Section):
     """How training sequences are drawn from the shards."""
 
-    mixture: Annotated[
-        Mapping[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_weights_from_text)
-    ] = Field(
-        {}, description="in place of dataset: folders of training shards and their weights in the stream"
+    mixture: Annotated[Mapping[str, Annotated[float, Field(gt=0)]], BeforeValidator(_weights_from_text)] = (
+        Field(
+            {}, description="in place of dataset: folders of training shards and their weights in the stream"
+        )
     )
 
     shuffle: ShuffleOrder = Field(
@@ -245,14 +151,7 @@ class EarlyStopSection(Section):
     """When a run ends before its steps do (GATE-TRAIN-004)."""
 
     patience: int = Field(2, gt=0, description="evaluations without improvement that are allowed")
-    min_epochs: int = Field(3, gt=0, description="never stop before this many evaluations")
-
-
-class FinalCheckpoint(StrEnum):
-    """Which saved step a finished run hands over as checkpoint.apr."""
-
-    LAST = "last"
-    BEST = "best"
+    min_evaluations: int = Field(3, gt=0, description="never stop before this many evaluations")
 
 
 class CheckpointSection(Section):
@@ -268,28 +167,6 @@ class CheckpointSection(Section):
     background: bool = Field(
         True, description="write while training goes on, from copies in host memory, where they fit"
     )
-
-
-class OnNonFinite(StrEnum):
-    """What a loss or gradient norm that is not finite does."""
-
-    STOP = "stop"
-    SKIP = "skip"
-
-
-class OnSpike(StrEnum):
-    """What a step far above the ones before it does."""
-
-    OFF = "off"
-    SKIP = "skip"
-    STOP = "stop"
-
-
-class SpikeOf(StrEnum):
-    """By what a spike is recognised."""
-
-    GRAD_NORM = "grad-norm"
-    LOSS = "loss"
 
 
 class GuardsSection(Section):

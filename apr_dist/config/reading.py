@@ -16,7 +16,8 @@ from typing import Any, NoReturn, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from apr_dist.config import TrainConfig, flag_of, leaves, nearest
+from apr_dist.config.advice import advice, renamed
+from apr_dist.config.schema import TrainConfig, flag_of, leaves
 from apr_dist.errors import UsageError
 from apr_dist.parsing import parse_yaml
 
@@ -38,9 +39,7 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     parser = _parser()
     given, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        _refuse_unknown(
-            unknown[0], [flag_of(key) for key, _ in leaves(TrainConfig)] + ["--config", "--debug"]
-        )
+        _refuse_unknown(unknown[0])
     values = vars(given)
     debug, path = bool(values.pop("debug", False)), values.pop("config", None)
     tree = read_yaml(Path(path)) if path else {}
@@ -49,13 +48,17 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     return Invocation(config=validate(tree, where="command line"), debug=debug)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, saved: bool = False) -> dict[str, Any]:
     """Read a configuration file into a tree, refusing unknown keys by their path.
+
+    Args:
+        path: the file.
+        saved: whether a run wrote it, whose keys may have had other names then.
 
     Raises:
         UsageError: missing, not YAML, not a mapping, or with a key that does not exist.
     """
-    tree = read_tree(path)
+    tree = renamed(read_tree(path)) if saved else read_tree(path)
     _check_keys(tree, TrainConfig, path, "")
     return tree
 
@@ -130,6 +133,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
+        usage="train.py [--config PATH] [--KEY VALUE ...]",
         description="Train a language model, from a pretrained APR file or from scratch.",
         epilog="Example: accelerate launch apr_dist/train.py --init model.apr --dataset data/train "
         "--val-dataset data/validation --run-dir runs/first --num-steps 500",
@@ -138,13 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="PATH", help="YAML file of the keys below; a flag wins over it")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for key, field in leaves(TrainConfig):
-        text = f"{field.description} (default: {_shown(field.get_default(call_default_factory=True))})"
+        room = key.rpartition(".")[0]
+        group = groups[room] = groups.get(room) or parser.add_argument_group(room or "the run")
+        words = _words(field)
+        default = f"default: {_shown(field.get_default(call_default_factory=True))}"
+        unsaid = ", ".join(words) + "; " if any(word not in str(field.description) for word in words) else ""
+        text = f"{field.description} ({unsaid}{default})"
         flag, help_text = flag_of(key), text.replace("%", "%%")
         if field.annotation is bool:
-            parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=help_text)
+            group.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=help_text)
         else:
-            parser.add_argument(flag, dest=key, metavar=_metavar(field), help=help_text)
+            group.add_argument(flag, dest=key, metavar="WORD" if words else _metavar(field), help=help_text)
     return parser
 
 
@@ -158,10 +168,13 @@ def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is tuple:
         return "INT,..."
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
-    kind = kinds[0]
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        return "{" + ",".join(kind) + "}"
-    return getattr(kind, "__name__", "VALUE").upper()
+    return getattr(kinds[0], "__name__", "VALUE").upper()
+
+
+def _words(field: FieldInfo) -> list[str]:
+    """The words that a key may hold; none where it is not a choice."""
+    kind = field.annotation
+    return list(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else []
 
 
 def _put(tree: dict[str, Any], key: str, value: object) -> None:
@@ -175,24 +188,23 @@ def _check_keys(tree: Mapping[str, Any], section: type[BaseModel], path: Path, p
     for key, value in tree.items():
         field = section.model_fields.get(str(key))
         if field is None:
-            close = nearest(str(key), list(section.model_fields))
             raise UsageError(
                 f"unknown key {prefix}{key}",
                 where=path,
                 expected=f"one of {', '.join(section.model_fields)}",
-                remedy=f"did you mean {prefix}{close}?".rstrip("?") if close else "remove the key",
+                remedy=advice(f"{prefix}{key}", is_flag=False) or "remove the key",
             )
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, dict):
             _check_keys(value, inner, path, f"{prefix}{key}.")
 
 
-def _refuse_unknown(argument: str, known: Sequence[str]) -> NoReturn:
+def _refuse_unknown(argument: str) -> NoReturn:
     word = argument.split("=", 1)[0]
-    close = nearest(word, known) if word.startswith("-") else None
+    is_flag = word.startswith("-")
     raise UsageError(
-        f"unknown {'flag' if word.startswith('-') else 'argument'} {word}",
+        f"unknown {'flag' if is_flag else 'argument'} {word}",
         where="command line",
         expected="one of the flags that --help lists",
-        remedy=f"use {close}" if close else "see --help",
+        remedy=(advice(word.lstrip("-"), is_flag=True) if is_flag else None) or "see --help",
     )

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from apr_dist.parallel.strategy import Offload
-from apr_dist.training.memory import PARTS
-from apr_dist.training.plan import Plan
+from apr_dist.choices import Offload
+from apr_dist.planning.memory import PARTS, Memory
+from apr_dist.planning.plan import Plan
 from apr_dist.training.schedule import Schedule
 
 _GIB = 1 << 30
+_COLUMNS = 80
 _PLOT_COLUMNS, _PLOT_ROWS = 60, 6
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    """The plan, section by section."""
-    yield from _sizes(plan)
+    """The plan, section by section, in 80 columns, and what follows from it."""
+    for line in _sizes(plan):
+        yield from _wrapped(line, indent=14)
     yield ""
     yield from _memory_table(plan)
     yield ""
@@ -26,17 +29,19 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield "gates that can be asked now"
     for gate in plan.gates:
-        yield f"  pass  {gate.gate}: {gate.measured}  [{gate.id}]"
+        yield from _wrapped(f"  pass  {gate.gate}: {gate.measured} [{gate.id}]", indent=8)
     if plan.refusal is not None:
-        yield f"  NO    {plan.refusal}"
+        yield from _wrapped(f"  NO    {plan.refusal}", indent=8)
     later = "weights arrived, step-0 loss, evaluation agrees, final loss"
     if plan.config.init is not None and plan.refusal is None:
         later = f"checksums and every value of the init, {later}"
-    yield f"  later: {later}"
+    yield from _wrapped(f"  later: {later}", indent=9)
     yield ""
     yield f"warnings: {len(plan.warnings)}"
     for warning in plan.warnings:
-        yield f"  ! {warning}"
+        yield from _wrapped(f"  ! {warning}", indent=4)
+    yield ""
+    yield from _wrapped(_conclusion(plan), indent=2)
 
 
 def lr_plot(schedule: Schedule) -> Iterator[str]:
@@ -67,6 +72,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             name.value: {**asdict(one), "total": one.total} for name, one in plan.memory.items()
         },
         "wall_s": plan.wall_s,
+        "fits": None
+        if plan.memory_bytes is None
+        else {name.value: one.total <= plan.memory_bytes for name, one in plan.memory.items()},
         "gates": [gate.to_json() for gate in plan.gates],
         "refusal": str(plan.refusal) if plan.refusal else None,
         "warnings": plan.warnings,
@@ -83,7 +91,8 @@ def _sizes(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"run           {config.num_steps:,} steps, {plan.tokens:,} tokens,"
-        f" {plan.tokens_per_parameter:.3g} a parameter; evaluated every {config.steps_per_epoch:,} steps"
+        f" {plan.tokens_per_parameter:.3g} a parameter; evaluated every {config.eval_every:,} steps,"
+        f" saved every {config.save_period:,}"
     )
     if plan.data is not None and plan.passes is not None:
         yield (
@@ -107,12 +116,48 @@ def _duration(seconds: float) -> str:
 
 
 def _memory_table(plan: Plan) -> Iterator[str]:
-    yield "memory of a process in GiB, without Python, libraries and the GPU's context"
-    parts = [part for part in PARTS if any(getattr(one, part) for one in plan.memory.values())]
-    yield f"  {'':<14}" + "".join(f"{PARTS[part]:>13}" for part in parts) + f"{'fullest':>13}"
-    for name, one in plan.memory.items():
-        sizes = [*(getattr(one, part) for part in parts), one.total]
-        row = "".join(f"{size / _GIB:>13.2f}" for size in sizes)
-        beside = f"; {one.host / _GIB:.2f} in host memory" if one.host else ""
-        offloads = f", {one.offload} offloaded" if one.offload is not Offload.NONE else ""
-        yield f"  {name.value:<14}{row}  at the {one.moment}{beside}{offloads}"
+    chosen, *others = plan.memory
+    one = plan.memory[chosen]
+    yield "memory of one process in GiB, without Python, libraries and the GPU's context"
+    yield from _wrapped(f"  {chosen.value}: {_at_most(one)}", indent=4)
+    for part, (name, what) in PARTS.items():
+        if size := getattr(one, part):
+            yield f"    {name:<20}{size / _GIB:>8.2f}  {what}"
+    if others:
+        yield "  with another strategy"
+    for other in others:
+        yield from _wrapped(f"    {other.value:<15}{_at_most(plan.memory[other])}", indent=19)
+
+
+def _at_most(one: Memory) -> str:
+    beside = f"; {one.host / _GIB:.2f} in host memory" if one.host else ""
+    offloads = f", {one.offload} offloaded" if one.offload is not Offload.NONE else ""
+    return f"{one.total / _GIB:.2f} at the {one.moment}{beside}{offloads}"
+
+
+def _conclusion(plan: Plan) -> str:
+    if plan.refusal is not None:
+        return "The run would be refused; see NO above."
+    if plan.memory_bytes is None:
+        return "The gates that can be asked now pass. --memory GIB says what fits on a device."
+    fits = [name.value for name, one in plan.memory.items() if one.total <= plan.memory_bytes]
+    others = [name.value for name in plan.memory if name.value not in fits]
+    size = f"{plan.memory_bytes / _GIB:g} GiB"
+    return "; ".join(
+        [f"Fits in {size}: {', '.join(fits) or 'nothing'}"]
+        + ([f"does not fit: {', '.join(others)}"] if others else [])
+    )
+
+
+def _wrapped(text: str, *, indent: int) -> list[str]:
+    """A line in 80 columns; what does not fit goes on under an indent, and no word is cut."""
+    head = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.strip(),
+        _COLUMNS,
+        initial_indent=head,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )

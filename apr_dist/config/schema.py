@@ -3,7 +3,7 @@
 Every key exists once. Its dotted path is the key in the YAML file and the flag on the command line
 (``optimizer.weight_decay`` is ``--optimizer.weight-decay``); a flag wins over the file. What a mode
 defaults to (learning rate, warm-up, target) is resolved here and nowhere else, so what a run stores
-is what it used. How text becomes values is in ``config_input``; whether files are good is for the gates.
+is what it used. How text becomes values is in ``reading``; whether files are good is for the gates.
 """
 
 from __future__ import annotations
@@ -11,27 +11,24 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from apr_dist.config_sections import (
+from apr_dist.choices import TRACKERS, Device, Mode, ProgressStyle
+from apr_dist.config.sections import (
     MODE_DEFAULTS,
-    TRACKERS,
     CheckpointSection,
     ComputeSection,
-    Device,
     EarlyStopSection,
     EvaluationSection,
     GuardsSection,
     LoaderSection,
-    Mode,
     OptimizerSection,
     ParallelSection,
-    ProgressStyle,
     Section,
 )
 
@@ -54,7 +51,12 @@ class TrainConfig(Section):
     resume: str = Field("never", description="never, auto (newest whole step folder of run_dir), or its path")
     resume_allow: str = Field("", description="keys, by commas, that a resumed run may change")
     num_steps: int = Field(1000, ge=0, description="optimizer steps; 0 loads, evaluates and saves")
-    steps_per_epoch: int = Field(100, gt=0, description="steps between evaluations and checkpoints")
+    eval_every: int = Field(
+        100, gt=0, description="steps between evaluations; the last step is evaluated too"
+    )
+    save_every: int | None = Field(
+        None, gt=0, description="steps between saves; also after the last step; none: as eval_every"
+    )
     batch_size: int = Field(16, gt=0, description="sequences per optimizer step, over all processes")
     micro_batch_size: int | None = Field(
         None, gt=0, description="sequences per process and forward; none: batch_size over processes"
@@ -93,9 +95,8 @@ class TrainConfig(Section):
         known = [key for key, _ in leaves(cls)]
         for key in filter(None, (key.strip() for key in named.split(","))):
             if key not in known:
-                raise ValueError(
-                    f"keys of the configuration; there is no {key}, nearest is {nearest(key, known)}"
-                )
+                close = RENAMED.get(key) or nearest(key, known)
+                raise ValueError(f"keys of the configuration; there is no {key}, nearest is {close}")
         return named
 
     @field_validator("track")
@@ -118,6 +119,11 @@ class TrainConfig(Section):
         return self.model_copy(
             update={"lr": self.peak_lr, "warmup_steps": self.warmup, "target_val_loss": self.target}
         )
+
+    @property
+    def save_period(self) -> int:
+        """Steps between saves: those given, else as many as between evaluations."""
+        return self.save_every or self.eval_every
 
     @property
     def peak_lr(self) -> float:
@@ -152,8 +158,14 @@ class TrainConfig(Section):
         return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+RENAMED: Mapping[str, str] = {
+    "steps_per_epoch": "eval_every",
+    "early_stop.min_epochs": "early_stop.min_evaluations",
+}
+"""Keys of earlier versions: read in what a run has saved, refused in what a user writes."""
+
 _NOT_THE_MATHEMATICS = (
-    *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint", "log_every"),
+    *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint", "save_every", "log_every"),
     *("init", "dataset", "val_dataset", "tokenizer", "progress", "track"),
 )
 """Where things are, what is shown and how long they are kept; files are identified by their own digests."""

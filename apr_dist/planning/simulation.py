@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from apr_dist.choices import Precision, Strategy
 from apr_dist.config import TrainConfig
-from apr_dist.config_sections import Precision, StrategyChoice
 from apr_dist.model.config import TransformerConfig
-from apr_dist.training.memory import F32, PARTS, Load, Memory, estimate
+from apr_dist.parallel.strategy import GPUS_PER_MACHINE
+from apr_dist.planning.memory import F32, Load, Memory, estimate
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-GPUS_PER_MACHINE = 8
 MOST_LAYERS = 1 << 14
 _GIB = 1 << 30
 
@@ -36,7 +36,7 @@ class Simulated:
         largest_parameters: its parameters.
     """
 
-    strategy: StrategyChoice
+    strategy: Strategy
     gpus: int
     memory: Memory
     sent_bytes: int
@@ -50,7 +50,7 @@ def simulate(
     config: TrainConfig,
     *,
     gpu_bytes: int,
-    strategies: tuple[StrategyChoice, ...] = (),
+    strategies: tuple[Strategy, ...] = (),
 ) -> list[Simulated]:
     """Every strategy on every number of GPUs.
 
@@ -61,13 +61,12 @@ def simulate(
         gpu_bytes: memory of one GPU that the run may use.
         strategies: those to look at; none: all that use several processes.
     """
-    alone = {StrategyChoice.AUTO, StrategyChoice.SINGLE}
-    wanted = strategies or tuple(one for one in StrategyChoice if one not in alone)
+    wanted = strategies or tuple(one for one in Strategy if one is not Strategy.SINGLE)
     return [_simulated(model, config, one, gpus, gpu_bytes) for one in wanted for gpus in WORLDS]
 
 
 def _simulated(
-    model: TransformerConfig, config: TrainConfig, strategy: StrategyChoice, gpus: int, gpu_bytes: int
+    model: TransformerConfig, config: TrainConfig, strategy: Strategy, gpus: int, gpu_bytes: int
 ) -> Simulated:
     micro = config.micro_batch_size or 1
     micro_batches = max(1, config.batch_size // (micro * gpus))
@@ -115,7 +114,7 @@ def _simulated(
 
 def sent_bytes(
     parameters: int,
-    strategy: StrategyChoice,
+    strategy: Strategy,
     *,
     gpus: int,
     shard_size: int,
@@ -138,16 +137,16 @@ def sent_bytes(
     def ring(volume: int, ranks: int) -> int:
         return volume * (ranks - 1) // ranks
 
-    if strategy is StrategyChoice.DDP:
+    if strategy is Strategy.DDP:
         return 2 * ring(whole, gpus)
-    if strategy is StrategyChoice.ZERO1:  # gradients at the last micro-batch, then the new weights
+    if strategy is Strategy.ZERO1:  # gradients at the last micro-batch, then the new weights
         return 2 * ring(whole, gpus)
-    if strategy is StrategyChoice.ZERO2:
+    if strategy is Strategy.ZERO2:
         return micro_batches * ring(whole, gpus) + ring(whole, gpus)
-    if strategy is StrategyChoice.ZERO3:
+    if strategy is Strategy.ZERO3:
         return micro_batches * 3 * ring(whole, gpus)
-    size = shard_size if strategy is StrategyChoice.HSDP else gpus
-    gathers = 1 if strategy is StrategyChoice.SHARD_GRAD_OP else 2
+    size = shard_size if strategy is Strategy.HSDP else gpus
+    gathers = 1 if strategy is Strategy.SHARD_GRAD_OP else 2
     between_copies = 2 * ring(whole // size, gpus // size)
     return micro_batches * (gathers * ring(gathered, size) + ring(whole, size) + between_copies)
 
@@ -163,29 +162,37 @@ def _most(fits: Callable[[int], bool]) -> int:
     return low
 
 
-ON_A_GPU = [name for name in PARTS if name not in {"unfit", "copies", "offloaded"}]
-"""Parts of a GPU's memory; the others are a CPU's."""
+STATE = ("weights", "gradients", "optimizer", "masters", "buckets")
+WORK = ("activations", "loss", "working")
 
 
-def simulation_rows(points: list[Simulated]) -> Iterator[tuple[str, ...]]:
-    """Cells of a table under `HEADINGS`; GiB of one GPU, and of host memory for it."""
-    for point in points:
-        parts = tuple(f"{getattr(point.memory, name) / _GIB:.1f}" for name in ON_A_GPU)
-        largest = f"{point.largest_parameters / 1e9:.1f} B" if point.largest_layers else "none"
-        yield (
-            point.strategy.value,
-            f"{point.gpus:,}",
-            *parts,
-            f"{point.memory.total / _GIB:.1f}",
-            f"{point.memory.host / _GIB:.1f}",
-            f"{point.sent_bytes / _GIB:.1f}",
-            "yes" if point.fits else "NO",
-            largest,
-        )
+def simulation_lines(points: list[Simulated], *, gpu_bytes: int) -> Iterator[str]:
+    """A table in 80 columns, what its columns are, and which strategy fits where."""
+    widths = (14, 6, 9, 9, 9, 9, 9, 5, 10)
+    headings = ("strategy", "GPUs", "state", "work", "GiB", "host", "sent", "fits", "largest")
+    for cells in (headings, *map(_cells, points)):
+        first, *rest = cells
+        yield f"{first:<{widths[0]}}" + "".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:], strict=True))
+    yield ""
+    yield "state: GiB of weights, gradients, optimizer, f32 masters and buckets on one GPU"
+    yield "work: GiB of activations, logits and what backward computes on the way"
+    yield "GiB: both; host: GiB in host memory for one GPU; sent: GiB it sends in a step"
+    yield "largest: parameters of the largest model of this width that would fit"
+    yield ""
+    for strategy in dict.fromkeys(point.strategy for point in points):
+        worlds = [point.gpus for point in points if point.strategy is strategy and point.fits]
+        size = f"of {gpu_bytes / _GIB:g} GiB"
+        where = f"fits on {min(worlds):,} GPUs {size} or more" if worlds else f"does not fit on GPUs {size}"
+        yield f"{strategy.value}: {where}"
 
 
-HEADINGS = (
-    *("strategy", "GPUs", *(PARTS[name] for name in ON_A_GPU), "GiB", "host GiB", "sent GiB"),
-    *("fits", "largest"),
-)
-"""Headings of that table."""
+def _cells(point: Simulated) -> tuple[str, ...]:
+    state, work = (sum(getattr(point.memory, part) for part in parts) for parts in (STATE, WORK))
+    sizes = (state, work, point.memory.total, point.memory.host, point.sent_bytes)
+    return (
+        point.strategy.value,
+        f"{point.gpus:,}",
+        *(f"{size / _GIB:,.1f}" for size in sizes),
+        "yes" if point.fits else "NO",
+        f"{point.largest_parameters / 1e9:,.1f} B" if point.largest_layers else "none",
+    )

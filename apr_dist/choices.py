@@ -1,0 +1,180 @@
+"""The words a user may choose from, each choice once. No logic: what a word means is where it is used."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """Which set of defaults a run starts from."""
+
+    FINETUNE = "finetune"
+    FROM_SCRATCH = "from-scratch"
+
+
+class Device(StrEnum):
+    """Where tensors live; ``auto`` is CUDA where there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class StrategyChoice(StrEnum):
+    """How the model is spread over processes.
+
+    ``auto`` is single for one process, else what the launcher's configuration names, else DDP.
+    """
+
+    AUTO = "auto"
+    SINGLE = "single"
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+    SHARD_GRAD_OP = "shard-grad-op"
+    HSDP = "hsdp"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+
+class Strategy(StrEnum):
+    """How parameters, gradients and optimizer state lie over the ranks."""
+
+    SINGLE = "single"
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+    SHARD_GRAD_OP = "shard-grad-op"
+    HSDP = "hsdp"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+
+    @property
+    def is_fsdp(self) -> bool:
+        """Whether PyTorch's FSDP2 shards parameters, gradients and optimizer state."""
+        return self in {Strategy.FSDP2, Strategy.SHARD_GRAD_OP, Strategy.HSDP}
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 where DeepSpeed is not used."""
+        return int(self.value.removeprefix("zero")) if self.value.startswith("zero") else 0
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether a rank holds a part of the parameters only, so that reading one is a collective."""
+        return self.is_fsdp or self is Strategy.ZERO3
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """Whether a rank holds a part of the optimizer state only."""
+        return self.is_fsdp or self.zero_stage > 0
+
+
+class Offload(StrEnum):
+    """What lies in host memory between its uses, where the strategy can."""
+
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
+
+
+class Precision(StrEnum):
+    """Compute type of forward and backward; weights and optimizer state stay f32."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+
+
+class ShuffleOrder(StrEnum):
+    """Unit of the keyed permutation: single sequences, or blocks of neighbouring ones (views)."""
+
+    SEQUENCE = "sequence"
+    BLOCK = "block"
+
+
+class VerifyShards(StrEnum):
+    """When a shard's recorded hash is compared with its bytes."""
+
+    FIRST_TOUCH = "first-touch"
+    OPEN = "open"
+    OFF = "off"
+
+
+class ShardAccess(StrEnum):
+    """How rows are read: out of a map of the shard, or with a system call each (network storage)."""
+
+    MMAP = "mmap"
+    PREAD = "pread"
+
+
+class Documents(StrEnum):
+    """What attention does at a document's end inside a sequence."""
+
+    CONTINUE = "continue"
+    ISOLATE = "isolate"
+
+
+class ScheduleKind(StrEnum):
+    """Shape of the learning rate after warm-up; wsd is warm-up, stable, decay."""
+
+    COSINE = "cosine"
+    WSD = "wsd"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class Compile(StrEnum):
+    """What is handed to PyTorch's compiler."""
+
+    OFF = "off"
+    BLOCK = "block"
+
+
+class ActivationCheckpointing(StrEnum):
+    """What a block computes again in its backward pass instead of keeping it."""
+
+    OFF = "off"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class ProgressStyle(StrEnum):
+    """What is shown during a run; ``auto`` is a live picture on a terminal and plain lines elsewhere."""
+
+    AUTO = "auto"
+    RICH = "rich"
+    PLAIN = "plain"
+    QUIET = "quiet"
+
+
+class FinalCheckpoint(StrEnum):
+    """Which saved step a finished run hands over as checkpoint.apr."""
+
+    LAST = "last"
+    BEST = "best"
+
+
+class OnNonFinite(StrEnum):
+    """What a loss or gradient norm that is not finite does."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class OnSpike(StrEnum):
+    """What a step far above the ones before it does."""
+
+    OFF = "off"
+    SKIP = "skip"
+    STOP = "stop"
+
+
+class SpikeOf(StrEnum):
+    """By what a spike is recognised."""
+
+    GRAD_NORM = "grad-norm"
+    LOSS = "loss"
+
+
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""What ``track`` may name: the trackers that Accelerate knows, by its own names."""

@@ -1,0 +1,87 @@
+"""Gate: the settings of a run go together. Asked before any file is opened, by a run and by its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+
+from apr_dist.choices import ScheduleKind
+from apr_dist.config import TrainConfig
+from apr_dist.config.sections import OptimizerSection
+from apr_dist.errors import UsageError
+from apr_dist.gates.data import check_batch
+from apr_dist.parallel.launch import read_launch
+from apr_dist.parallel.state_bits import check_installed
+from apr_dist.parallel.strategy import check_strategy
+
+_MODULES: Mapping[str, tuple[str, ...]] = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""Where a tracker can be had from several modules, or from one of another name."""
+
+_EXTRA = {"tensorboard": "'apr-dist[track]'"}
+
+
+def check_settings(config: TrainConfig, *, world_size: int) -> None:
+    """Every rule on settings alone, in order.
+
+    Args:
+        config: the resolved configuration.
+        world_size: processes that will run.
+
+    Raises:
+        UsageError, DistributedError: the first rule that is broken.
+    """
+    check_trackers(config.trackers)
+    check_installed(config.optimizer.state_bits)
+    check_decay(config.optimizer, num_steps=config.num_steps, warmup=config.warmup)
+    options, launch = config.parallel, read_launch()
+    check_strategy(
+        options.strategy,
+        world=world_size,
+        per_machine=launch.local_world_size if launch.world_size == world_size else None,
+        shard_size=options.shard_size,
+        offload=options.offload,
+        state_bits=config.optimizer.state_bits,
+    )
+    check_batch(batch_size=config.batch_size, micro_batch=config.micro_batch_size, world_size=world_size)
+    if config.init is not None and config.model != TrainConfig.model_fields["model"].default:
+        raise UsageError(
+            f"--model {config.model} and --init {config.init} both name an architecture",
+            where="command line",
+            expected="the file's own architecture with --init, or --model without it",
+            remedy="leave one of them out",
+        )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Every tracker's package is installed.
+
+    Raises:
+        UsageError: naming the command that installs it.
+    """
+    for name in names:
+        if not any(find_spec(module) for module in _MODULES.get(name, (name,))):
+            raise UsageError(
+                f"the tracker {name} is not installed",
+                where="--track",
+                expected="its package in this environment",
+                remedy=f"pip install {_EXTRA.get(name, name)}",
+            )
+
+
+def check_decay(options: OptimizerSection, *, num_steps: int, warmup: int) -> None:
+    """``decay_steps`` belongs to wsd and fits between warm-up and the end.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if options.decay_steps is None:
+        return
+    left = max(0, num_steps - warmup)
+    if options.schedule is not ScheduleKind.WSD or (num_steps and options.decay_steps > left):
+        raise UsageError(
+            f"optimizer.decay_steps is {options.decay_steps} with schedule {options.schedule},"
+            f" {num_steps} steps and {warmup} of warm-up",
+            where="--optimizer.decay-steps",
+            expected="schedule wsd, and at most the steps that follow warm-up",
+            remedy="lower it, leave it out, or use --optimizer.schedule wsd",
+        )

@@ -1,0 +1,1 @@
+"""What can be computed before a run: sizes, memory, time, what fits. Nothing here builds a model."""

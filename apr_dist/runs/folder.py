@@ -1,0 +1,176 @@
+"""The run folder: every file name of a run, and which step folders count.
+
+``RUN_DIR/steps/000120/`` holds ``checkpoint.apr``, each rank's ``optimizer-*.safetensors`` with their
+index ``optimizer.json`` and, written last, ``state.json`` with the digests of model and index. A folder
+without ``state.json`` was never finished and is never picked. ``RUN_DIR/checkpoint.apr`` is the model that
+the run hands over, a second name of one step folder's file.
+
+What ``state.json`` contains is in ``saved_state``; which run a folder belongs to is in ``history``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apr_dist.atomic_files import flush_folder, temporary_beside, writing_to
+from apr_dist.parallel.state_index import INDEX_NAME
+
+
+@dataclass(frozen=True)
+class StepFolder:
+    """One saved step."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+        return int(self.path.name)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The model, an APR file."""
+        return self.path / "checkpoint.apr"
+
+    @property
+    def index(self) -> Path:
+        """The names and digests of the optimizer files."""
+        return self.path / INDEX_NAME
+
+    @property
+    def state(self) -> Path:
+        """The marker of a finished folder, written last."""
+        return self.path / "state.json"
+
+    def remove(self) -> None:
+        """Delete the folder, marker first, so that a crash never leaves a marked part of it."""
+        self.state.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What one run leaves, by name."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The model the run hands over."""
+        return self.path / "checkpoint.apr"
+
+    @property
+    def checkpoint_facts(self) -> Path:
+        """Losses and digests of that model."""
+        return self.path / "checkpoint.metadata.json"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per step, evaluation and event."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """Everything the run printed."""
+        return self.path / "train.log"
+
+    @property
+    def verdict(self) -> Path:
+        """How the run ended, and its gates."""
+        return self.path / "verdict.json"
+
+    @property
+    def history(self) -> Path:
+        """The identity of the run and of the runs it continues."""
+        return self.path / "run.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that trains into this folder."""
+        return self.path / "run.lock"
+
+    @property
+    def steps(self) -> Path:
+        """The folder of step folders."""
+        return self.path / "steps"
+
+    @property
+    def set_aside(self) -> Path:
+        """Abandoned step folders and what belongs to them, numbered."""
+        return self.path / "set-aside"
+
+    def step(self, step: int) -> StepFolder:
+        """The folder of one step, whether it exists or not."""
+        return StepFolder(self.steps / f"{step:06d}")
+
+    def contains(self, folder: StepFolder) -> bool:
+        """Whether a step folder is one of this run folder's own."""
+        return folder.path.resolve().parent == self.steps.resolve()
+
+    def step_folders(self) -> list[StepFolder]:
+        """Every step folder, finished or not, by number."""
+        found = self.steps.iterdir() if self.steps.is_dir() else ()
+        folders = [StepFolder(path) for path in found if path.name.isdecimal() and path.is_dir()]
+        return sorted(folders, key=lambda one: one.step)
+
+    def whole(self) -> list[StepFolder]:
+        """The finished step folders, by number."""
+        return [one for one in self.step_folders() if one.state.exists()]
+
+    def hand_over(self, folder: StepFolder) -> None:
+        """Let ``checkpoint.apr`` be the model of ``folder``.
+
+        Raises:
+            OutputError: the second name cannot be made; the previous one stands.
+        """
+        temporary = temporary_beside(self.checkpoint)
+        with writing_to(self.checkpoint):
+            try:
+                temporary.hardlink_to(folder.checkpoint)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(folder.checkpoint, temporary)
+            temporary.replace(self.checkpoint)
+
+    def keep_apart(self, abandoned: Sequence[StepFolder]) -> Path:
+        """Move step folders, newest first, out of the way together with a copy of what describes them.
+
+        Returns:
+            the folder they are in now.
+
+        Raises:
+            OutputError: they cannot be moved.
+        """
+        numbers = [int(one.name) for one in self.set_aside.glob("[0-9]*") if one.name.isdecimal()]
+        target = self.set_aside / str(max(numbers, default=0) + 1)
+        with writing_to(target):
+            target.mkdir(parents=True)
+            for file in (self.metrics, self.config, self.verdict, self.log):
+                if file.is_file():
+                    shutil.copyfile(file, target / file.name)
+            for folder in sorted(abandoned, key=lambda one: -one.step):
+                folder.path.rename(target / folder.path.name)
+            flush_folder(self.steps)
+        return target
+
+    def clear(self) -> None:
+        """Delete the files of an earlier run: step folders first, so that no crash leaves one to resume.
+
+        Raises:
+            OutputError: a file cannot be deleted.
+        """
+        with writing_to(self.path):
+            for folder in self.step_folders():
+                folder.state.unlink(missing_ok=True)
+            for tree in (self.steps, self.set_aside):
+                if tree.exists():
+                    shutil.rmtree(tree)
+            for file in (self.history, self.checkpoint, self.checkpoint_facts, self.verdict, self.metrics):
+                file.unlink(missing_ok=True)
