@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -107,7 +106,7 @@ def _family(config: Mapping[str, Any], where: Path) -> Family:
     if family is None or (classes and family.hf_architecture not in classes):
         named = "model_type" if family is None and model_type is not None else "architectures"
         raise ArchitectureRefused(
-            f"{named} is {reprlib.repr(config.get(named))}, which is not one this decoder can be",
+            f"{named} is {str(config.get(named))[:100]!r}, which is not one this decoder can be",
             where=where,
             expected="one of "
             + ", ".join(
