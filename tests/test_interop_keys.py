@@ -142,8 +142,8 @@ def default_config(model_type: str) -> dict[str, Any]:
     """The library's own configuration of that type, without the infinities that some have."""
     try:
         text = json.dumps(CONFIG_MAPPING[model_type]().to_dict(), default=str)
-    except ValueError:
-        return {}  # one part of it has no default
+    except Exception:
+        return {}  # its parts have no defaults that fit together
     return json.loads(text, parse_constant=lambda _: 0.0)  # type: ignore[no-any-return]
 
 

@@ -6,6 +6,7 @@ frequency of each pair of dimensions is divided, and the factors that gave it ar
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,21 +149,35 @@ def _candidates(
 ) -> list[tuple[float, float, int]]:
     """Factors and original length to try: Llama 3's own first, then a line through the blended dimensions.
 
-    What is kept of a frequency is a line over its turns: ``(original * turns - low) / (high - low)``.
+    What is kept of a frequency is a line over its turns: ``(original * turns - low) / (high - low)``. It is
+    0 at ``low / original`` turns and 1 at ``high / original``; only these two and the factor can be known.
     """
-    halves = [positions >> shift for shift in range(1, 12) if positions >> shift]
-    tried = [(1.0, 4.0, original) for original in dict.fromkeys((8192, *halves, positions))]
+    lengths = list(dict.fromkeys((8192, *(positions >> shift for shift in range(12) if positions >> shift))))
+    tried = [(1.0, 4.0, original) for original in lengths]
     kept = (1.0 / divisors - 1.0 / factor) / (1.0 - 1.0 / factor) if factor > 1.0 else np.ones_like(divisors)
-    blended = (kept > 1e-4) & (kept < 1.0 - 1e-4)
-    if blended.sum() >= 2:
-        slope, negative = np.polyfit(turns[blended], kept[blended], 1)
-        for original in dict.fromkeys((8192, *halves, positions)):
-            width = original / slope
-            tried.append((round(-negative * width, 4), round((1.0 - negative) * width, 4), original))
-    elif blended.sum() == 1:
-        place = int(np.argmax(blended))
-        tried.append((1.0, 4.0, round((3.0 * kept[place] + 1.0) / turns[place])))
+    for none, whole in _lines(kept, turns):
+        tried += [
+            (round(none * original, digits), round(whole * original, digits), original)
+            for digits in (4, 12)
+            for original in lengths
+        ]
     return [one for one in tried if 0.0 < one[0] < one[1]]
+
+
+def _lines(kept: npt.NDArray[np.float64], turns: npt.NDArray[np.float64]) -> list[tuple[float, float]]:
+    """Turns at which nothing and everything is kept, by lines through what is known of each dimension."""
+    blended = (kept > 1e-4) & (kept < 1.0 - 1e-4)
+    points = list(zip(turns[blended], kept[blended], strict=True))
+    if len(points) < 2:  # the nearest dimensions beside them bound the line
+        points += [(turn, 0.0) for turn in turns[kept <= 1e-4][:1]]
+        points += [(turn, 1.0) for turn in turns[kept >= 1.0 - 1e-4][-1:]]
+    lines = []
+    for (turn, share), (other, another) in itertools.combinations(points, 2):
+        slope = (share - another) / (turn - other)
+        if slope > 0.0:
+            none = turn - share / slope
+            lines.append((float(none), float(none + 1.0 / slope)))
+    return sorted(lines, key=lambda line: line[0] - line[1])[:4]
 
 
 def _default_attention_factor(factor: float) -> float:
