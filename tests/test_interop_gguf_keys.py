@@ -36,7 +36,7 @@ ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 def converted(
     folder: Path, target: Path, *, more: dict[str, np.ndarray] | None = None, **fields: Any
 ) -> Path:
-    """What llama.cpp's converter makes of a Llama folder: names, row order, and the fields it always writes."""
+    """What llama.cpp's converter makes of a Llama folder: names, row order, its usual fields."""
     stored = dict(more or {})
     for name, tensor in load_file(folder / "model.safetensors").items():
         stem, _, kind = name.rpartition(".")

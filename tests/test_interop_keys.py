@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from builders.hf_models import SIZES, claims, hf_folder, imported_logits, reference_logits
+from builders.hf_models import SIZES, claims, hf_folder, imported_logits, logits_of, reference_logits
 from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from apr_dist.errors import ArchitectureRefused
 from apr_dist.interop.hf_config import metadata_from_config
+from apr_dist.interop.hf_export import export_huggingface
 from apr_dist.interop.importing import import_model
 from apr_dist.model.families import HF_KEYS, Family
 
@@ -231,3 +232,6 @@ def test_what_is_left_out_is_said_and_quantisation_is_not_exported(tmp_path: Pat
     summary = import_model(folder, tmp_path / "x.apr")
     assert any("attention_dropout is left out" in note for note in summary.notes)
     assert any("quantization_config is left out" in note for note in summary.notes)
+    export_huggingface(tmp_path / "x.apr", tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    torch.testing.assert_close(reference_logits(tmp_path / "out"), logits_of(tmp_path / "x.apr"))

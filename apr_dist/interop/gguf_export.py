@@ -160,12 +160,17 @@ def _add_fields(writer: Any, reader: AprReader, model: TransformerConfig, archit
 
 
 def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, metadata: AprMetadata) -> None:
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer.model)
     writer.add_tokenizer_pre(tokenizer.pre)
     writer.add_token_list(tokenizer.tokens)
     writer.add_token_types(tokenizer.types)
-    writer.add_token_merges(tokenizer.merges)
-    writer.add_add_space_prefix(False)
+    if tokenizer.merges is not None:
+        writer.add_token_merges(tokenizer.merges)
+    if tokenizer.scores is not None:
+        writer.add_token_scores(tokenizer.scores)
+    writer.add_add_space_prefix(tokenizer.add_space_prefix)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(tokenizer.add_eos)
     for key, index in tokenizer.special_ids.items():
         writer.add_uint32(f"tokenizer.ggml.{key}", index)
     if metadata.chat_template:
