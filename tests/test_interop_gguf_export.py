@@ -207,6 +207,38 @@ def test_what_is_not_a_plain_decoder_is_refused_by_name(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"), [(GgufType.F16, 1e5), (GgufType.F16, -65520.0), (GgufType.Q8_0, 1e7)]
+)
+def test_a_value_that_becomes_infinite_is_refused_by_its_tensor(
+    tmp_path: Path, kind: GgufType, value: float
+) -> None:
+    tensors = tiny_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    source = write_apr(tmp_path / "x.apr", tensors, TINY_METADATA)
+    with pytest.raises(UnsupportedModelFile, match=r"layers\.1\.mlp\.up_proj.*infinite.*--dtype f32"):
+        export_gguf(source, tmp_path / "x.gguf", kind=kind)
+    assert not (tmp_path / "x.gguf").exists()
+    export_gguf(source, tmp_path / "x.gguf", kind=GgufType.F32)
+    import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    back = AprReader(tmp_path / "y.apr").float32("model.layers.1.mlp.up_proj.weight")
+    assert back[3, 5] == np.float32(value)
+
+
+def test_a_file_that_reads_back_as_another_model_never_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_file(tmp_path / "x.apr")
+    monkeypatch.setattr("apr_dist.interop.gguf_export.adjacent_pairs", lambda rows, _: rows)
+    with pytest.raises(OutputError, match=r"reads back tensor .*[qk]_proj.*other values"):
+        export_gguf(source, tmp_path / "x.gguf")
+    monkeypatch.undo()
+    monkeypatch.setattr("apr_dist.interop.gguf_export.rope_fields", lambda *_: {"rope.scaling.factor": 2.0})
+    with pytest.raises(OutputError, match="reads back rope_scaling None as"):
+        export_gguf(source, tmp_path / "x.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
+
+
 def test_an_existing_file_stays(tmp_path: Path) -> None:
     source = tiny_file(tmp_path / "x.apr")
     (tmp_path / "x.gguf").write_text("precious")

@@ -1,4 +1,7 @@
-"""APR to GGUF: names and row order as llama.cpp wants them, weights as F32, F16 or Q8_0."""
+"""APR to GGUF: names and row order as llama.cpp wants them, weights as F32, F16 or Q8_0.
+
+A file takes its name only after it was read back and says what the source says (``gguf_check``).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import atomic_path
 from apr_dist.errors import UnsupportedModelFile
 from apr_dist.interop.convert import Progress
+from apr_dist.interop.gguf_check import check_read_back, refuse_too_large
 from apr_dist.interop.gguf_file import load_gguf_package
 from apr_dist.interop.gguf_names import ROPE_FACTORS, adjacent_pairs, rotary_projection, to_gguf
 from apr_dist.interop.gguf_rope import rope_divisors, rope_fields
@@ -88,6 +92,7 @@ def export_gguf(
                 types = _write_tensors(writer, reader, names, model, kind, progress)
             finally:
                 writer.close()
+            check_read_back(path, reader, names, model)
     return ExportSummary(
         source=Path(source),
         target=Path(target),
@@ -204,7 +209,9 @@ def _write_tensors(
         writer.write_tensor_data(divisors)
     done = 0
     for name in names:
-        stored = gguf.quantize(_rows(reader, name, model), types[name])
+        rows = _rows(reader, name, model)
+        refuse_too_large(rows, types[name].name, name=name, where=reader.path)
+        stored = gguf.quantize(rows, types[name])
         writer.write_tensor_data(stored)
         reader.forget(name)
         done += stored.nbytes
