@@ -104,7 +104,8 @@ fuzz: $(BUILD)/installed
 	$(BIN)/python tests/fuzz_apr.py --files 20000
 
 families: $(BUILD)/installed
-	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_interop_keys.py
+	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_interop_keys.py \
+	    tests/test_interop_gguf_keys.py
 
 docs: $(BUILD)/installed
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs $(BUILD)/docs

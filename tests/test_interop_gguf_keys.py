@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.hf_export import export_huggingface
 from apr_dist.interop.importing import import_model
 from apr_dist.model.families import Family
+
+METADATA = int(os.environ.get("APR_DIST_CONFIGURATIONS", "40"))
+"""Random metadata that are tried; ``make families`` tries a thousand."""
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
 BLOCK = {
@@ -248,3 +254,90 @@ def test_a_head_size_of_width_over_heads_is_stated_where_the_default_is_another(
     export_huggingface(tmp_path / "y.apr", tmp_path / "out")
     assert_equal(reference_logits(tmp_path / "out"), reference_logits(folder))
     assert AprReader(tmp_path / "y.apr").metadata.head_dim == 8
+
+
+CHOICES: dict[str, list[Any]] = {
+    "rope.freq_base": [100.0, 5e5],
+    "rope.scaling.type": ["none", "linear", "yarn", "longrope"],
+    "rope.scaling.factor": [0.0, 1.0, 2.0, 4.0],
+    "rope.scale_linear": [0.0, 2.0],
+    "rope.scaling.original_context_length": [16, 48],
+    "rope.scaling.attn_factor": [1.0, 0.8],
+    "rope.scaling.yarn_attn_factor": [1.3],
+    "rope.scaling.yarn_beta_fast": [32.0, 8.0],
+    "rope.scaling.yarn_beta_slow": [1.0, 2.0],
+    "rope.scaling.yarn_ext_factor": [-1.0, 1.0, 0.5],
+    "rope.scaling.yarn_log_multiplier": [0.0, 0.1],
+    "rope.scaling.finetuned": [True, False],
+    "rope.dimension_count": [8, 4],
+    "attention.key_length": [8],
+    "attention.value_length": [8, 4],
+    "attention.layer_norm_rms_epsilon": [1e-6, 0.1],
+    "attention.layer_norm_epsilon": [0.1],
+    "attention.clamp_kqv": [0.0, 3.0],
+    "attention.scale": [0.0, 0.3],
+    "attention.causal": [True, False],
+    "attention.sliding_window": [0, 4],
+    "expert_count": [0, 4],
+    "logit_scale": [0.0, 1.0, 0.5],
+    "vocab_size": [48],
+    "nothing_known": [1],
+}
+HARMLESS = {
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "rope.dimension_count": (8,),
+    "attention.value_length": (8,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "expert_count": (0,),
+    "logit_scale": (0.0, 1.0),
+    "nothing_known": (),
+}
+
+
+def expected_config(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """The ``config.json`` that these fields mean by llama.cpp's rules; None for what must be refused."""
+    if any(fields[key] not in allowed for key, allowed in HARMLESS.items() if key in fields):
+        return None
+    kind = fields.get("rope.scaling.type", "linear")
+    factor = fields.get("rope.scaling.factor", fields.get("rope.scale_linear", 0.0)) or 1.0
+    multiplier = fields.get("rope.scaling.attn_factor", 1.0)
+    whole = fields.get("rope.scaling.yarn_attn_factor")
+    rope = {"rope_type": "default", "rope_theta": fields.get("rope.freq_base", 10000.0)}
+    if kind == "longrope" or (kind != "yarn" and multiplier != 1.0) or (whole and multiplier != 1.0):
+        return None
+    if kind == "linear" and factor != 1.0:
+        rope |= {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        rope |= {"rope_type": "yarn", "factor": factor}
+        rope["original_max_position_embeddings"] = fields.get("rope.scaling.original_context_length", 64)
+        rope["beta_fast"] = fields.get("rope.scaling.yarn_beta_fast", 32.0)
+        rope["beta_slow"] = fields.get("rope.scaling.yarn_beta_slow", 1.0)
+        rope["attention_factor"] = whole or multiplier * (0.1 * math.log(factor) + 1.0)
+    return {"rope_parameters": rope, "rms_norm_eps": fields.get("attention.layer_norm_rms_epsilon", 1e-6)}
+
+
+def test_random_metadata_give_equal_logits_or_are_refused_by_their_key(tmp_path: Path) -> None:
+    folder, equal, refused = llama(tmp_path / "in"), 0, 0
+    original = json.loads((folder / "config.json").read_text())
+    for number in range(METADATA):
+        choose = random.Random(number)
+        keys = choose.sample(sorted(CHOICES), choose.randint(0, 5))
+        fields = {key: choose.choice(CHOICES[key]) for key in keys}
+        named = {key.replace(".", "__"): value for key, value in fields.items()}
+        source, config = converted(folder, tmp_path / "x.gguf", **named), expected_config(fields)
+        if config is None:
+            with pytest.raises(UnsupportedModelFile) as refusal:
+                import_gguf(source, tmp_path / "x.apr", overwrite=True)
+            assert any(key.removeprefix("rope.scaling.") in refusal.value.what for key in fields), fields
+            refused += 1
+            continue
+        (folder / "config.json").write_text(json.dumps(original | config))
+        found = imported_logits(source, tmp_path / "x.apr")
+        assert torch.allclose(found, reference_logits(folder), atol=2e-4, rtol=1e-4), fields
+        equal += 1
+    assert equal
+    assert refused

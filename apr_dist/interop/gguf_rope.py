@@ -42,7 +42,7 @@ def read_rope_scaling(
     kind = fields.get(f"{prefix}type", "linear")
     factor = _number(fields, f"{prefix}factor", _number(fields, "rope.scale_linear", 0.0, where), where)
     if kind not in ("none", "linear", "yarn"):
-        raise _refused(where, f"scales its rotary embedding by {kind!r}", "none, linear or yarn scaling")
+        raise _refused(where, f"states rope.scaling.type {kind!r}", "none, linear or yarn scaling")
     if kind != "yarn":
         if _number(fields, f"{prefix}attn_factor", 1.0, where) != 1.0:
             raise _refused(where, "states rope.scaling.attn_factor without yarn", "1.0")
@@ -59,11 +59,11 @@ def read_rope_scaling(
         raise _refused(where, "scales its rotary embedding twice, by yarn and a tensor", "one of them")
     return RopeScaling(
         rope_type=RopeScalingType.YARN,
-        factor=factor,
+        factor=factor or 1.0,
         original_max_position_embeddings=int(fields.get(f"{prefix}original_context_length", positions)),
         beta_fast=_number(fields, f"{prefix}yarn_beta_fast", 32.0, where),
         beta_slow=_number(fields, f"{prefix}yarn_beta_slow", 1.0, where),
-        attention_factor=_attention_factor(fields, prefix, factor, where),
+        attention_factor=_attention_factor(fields, prefix, factor or 1.0, where),
     )
 
 
@@ -193,7 +193,9 @@ def _attention_factor(fields: Mapping[str, Any], prefix: str, factor: float, whe
         return None if multiplier == 1.0 else shortest_float(multiplied)
     whole = _number(fields, f"{prefix}yarn_attn_factor", 1.0, where)
     if multiplier != 1.0 and not math.isclose(whole, multiplied, rel_tol=_TOLERANCE):
-        raise _refused(where, "states two attention factors of yarn", "one, or two that agree")
+        raise _refused(
+            where, "states rope.scaling.attn_factor and another yarn_attn_factor", "one, or two that agree"
+        )
     return whole
 
 
