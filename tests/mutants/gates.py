@@ -228,4 +228,18 @@ MUTANTS: tuple[Change, ...] = (
         "    if not texts and any(only_shares_names(text) for text in texts):",
         also=(MATCH,),
     ),
+    Change(
+        INIT + "005",
+        "a key that nobody knows is passed over",
+        "apr_dist/interop/hf_config.py",
+        "    if unknown:\n        raise",
+        "    if not keys:\n        raise",
+    ),
+    Change(
+        INIT + "005",
+        "a value that is not computed is taken",
+        "apr_dist/interop/hf_config.py",
+        "        if rule.effect is Effect.CHECKED:",
+        "        if rule.effect is Effect.IRRELEVANT:",
+    ),
 )
