@@ -66,6 +66,7 @@ KEYS: Final[Mapping[str, Key]] = {
     "rope.scaling.alpha": only(0.0, why="dynamic NTK scaling is not computed"),
     "rope.scaling.finetuned": irrelevant("whether training went on after scaling"),
     "vocab_size": irrelevant("the rows of the embedding are counted"),
+    "tensor_data_layout": irrelevant("rows lie as llama.cpp reads them, whatever it says"),
     "expert_count": only(0, why="a dense decoder has no experts"),
     "expert_used_count": only(0, why="a dense decoder has no experts"),
     "attention.causal": only(True, why="attention is causal"),

@@ -78,6 +78,8 @@ HF_KEYS: Final[Mapping[str, Key]] = {
     "unsloth_fixed": irrelevant("who wrote the file"),
     "is_llama_config": irrelevant("who wrote the file"),
     "name_or_path": irrelevant("where the file came from"),
+    "max_sequence_length": irrelevant("max_position_embeddings is read"),
+    "model_max_length": irrelevant("of the tokenizer; max_position_embeddings is read"),
     "tokenizer_class": irrelevant("the tokenizer's own files are read"),
     **dict.fromkeys(("return_dict", "output_hidden_states", "output_attentions"), irrelevant(_LIBRARY)),
     **dict.fromkeys(("torchscript", "use_return_dict", "use_bfloat16"), irrelevant(_LIBRARY)),
