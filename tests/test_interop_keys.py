@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from builders.files import write_apr
 from builders.hf_models import SIZES, claims, hf_folder, imported_logits, logits_of, reference_logits
 from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from apr_dist.apr.reader import AprReader
 from apr_dist.errors import ArchitectureRefused
 from apr_dist.interop.hf_config import metadata_from_config
 from apr_dist.interop.hf_export import export_huggingface
@@ -237,3 +239,31 @@ def test_what_is_left_out_is_said_and_quantisation_is_not_exported(tmp_path: Pat
     export_huggingface(tmp_path / "x.apr", tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     torch.testing.assert_close(reference_logits(tmp_path / "out"), logits_of(tmp_path / "x.apr"))
+
+
+def test_a_file_that_kept_other_keys_exports_those_that_are_known(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "in", claims(Family.LLAMA) | SIZES)
+    import_model(folder, tmp_path / "x.apr")
+    with AprReader(tmp_path / "x.apr") as reader:
+        kept = dict(reader.metadata.custom["apr_dist.hf_config"])
+        kept |= {"quantization_config": {"bits": 4}, "embedding_multiplier": 3.0, "use_cache": False}
+        metadata = reader.metadata.with_custom({"apr_dist.hf_config": kept}).to_mapping()
+        tensors = {name: reader.float32(name) for name in reader.tensors}
+        write_apr(tmp_path / "y.apr", tensors, metadata)
+    export_huggingface(tmp_path / "y.apr", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["use_cache"] is False
+    assert not {"quantization_config", "embedding_multiplier"} & config.keys()
+    torch.testing.assert_close(reference_logits(tmp_path / "out"), logits_of(tmp_path / "y.apr"))
+
+
+def test_an_export_that_would_be_read_as_another_model_is_refused(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "in", claims(Family.LLAMA) | SIZES)
+    import_model(folder, tmp_path / "x.apr")
+    with AprReader(tmp_path / "x.apr") as reader:
+        kept = dict(reader.metadata.custom["apr_dist.hf_config"]) | {"hidden_act": "gelu"}
+        metadata = reader.metadata.with_custom({"apr_dist.hf_config": kept}).to_mapping()
+        write_apr(tmp_path / "y.apr", {name: reader.float32(name) for name in reader.tensors}, metadata)
+    with pytest.raises(ArchitectureRefused, match="hidden_act is 'gelu'"):
+        export_huggingface(tmp_path / "y.apr", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -71,7 +71,7 @@ def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dic
         **{ours: stated[key] for key, rule in keys.items() if (ours := _plain(key, rule)) and key in stated},
         "rope_type": SPLIT_HALVES,
         "sliding_window": _window(config, family, stated, where),
-        CONFIG_KEY: {key: value for key, value in config.items() if not (key in keys and keys[key].dropped)},
+        CONFIG_KEY: _kept(config, keys),
     }
     values["rope_theta"], scaling = _rope(config, stated, where)
     values["rope_scaling"] = scaling and scaling.to_mapping()
@@ -83,6 +83,15 @@ def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dic
         values, family=family, where=where, tie_word_embeddings=True
     ).head_dim
     return values, (*_assumed(config, family), *notes)
+
+
+def _kept(config: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
+    """What of a configuration an export states again: keys that are known, and the writer's own."""
+    return {
+        key: value
+        for key, value in config.items()
+        if (not keys[key].dropped if key in keys else value is None or key.startswith("_"))
+    }
 
 
 def _plain(key: str, rule: Key) -> str | None:
@@ -248,8 +257,8 @@ def config_from_metadata(
     """
     family = model.family
     kept = metadata.custom.get(CONFIG_KEY)
-    config: dict[str, Any] = dict(kept) if isinstance(kept, Mapping) else {}
     keys, defaults = {**HF_KEYS, **family.definition.hf_keys}, family.definition.hf_defaults
+    config = _kept(kept if isinstance(kept, Mapping) else {}, keys)
     config |= {"architectures": [family.hf_architecture], "model_type": family.hf_model_type}
     for key in defaults:
         rule = keys[key]
