@@ -24,7 +24,9 @@ from apr_dist.interop.gguf_names import to_huggingface
 from apr_dist.interop.stamp import stamp_file
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import PRESETS, TransformerConfig
+from apr_dist.model.families import Family
 
+QWEN2 = Family.QWEN2.definition.gguf
 FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
     "qwen2": {"bias": True},
@@ -114,7 +116,7 @@ def test_qwen25_05b_arrives_whole_with_all_its_biases(tmp_path: Path) -> None:
     biases = [tensor.name for tensor in tensors if tensor.name.endswith(".bias")]
     assert sorted(biases) == sorted(f"blk.{layer}.attn_{one}.bias" for layer in range(24) for one in "qkv")
     for tensor in tensors:
-        flat, expected = tensor.data.reshape(-1), values[to_huggingface(tensor.name) or ""]
+        flat, expected = tensor.data.reshape(-1), values[to_huggingface(tensor.name, QWEN2) or ""]
         assert (flat[0], flat[flat.size // 2], flat[-1]) == (expected, expected, expected)
 
 
@@ -185,9 +187,10 @@ def test_rotary_scaling_travels_or_is_refused_by_name(tmp_path: Path) -> None:
     export_gguf(tiny_file(tmp_path / "x.apr", rope_scaling=scaling), tmp_path / "x.gguf")
     import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
     assert AprReader(tmp_path / "y.apr").metadata.custom["rope_scaling"] == scaling
-    llama3 = tiny_file(tmp_path / "z.apr", rope_scaling=scaling | {"rope_type": "llama3"})
+    llama3 = scaling | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    other = tiny_file(tmp_path / "z.apr", "qwen2", rope_scaling=llama3)
     with pytest.raises(UnsupportedModelFile, match="llama3"):
-        export_gguf(llama3, tmp_path / "z.gguf")
+        export_gguf(other, tmp_path / "z.gguf")
 
 
 def test_what_is_not_a_plain_decoder_is_refused_by_name(tmp_path: Path) -> None:
@@ -195,13 +198,45 @@ def test_what_is_not_a_plain_decoder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelFile, match="mystery"):
         export_gguf(write_apr(tmp_path / "x.apr", tensors, TINY_METADATA), tmp_path / "x.gguf")
     bert = {"architecture": "bert", "hf_architecture": "BertModel", "hf_model_type": "bert"}
-    with pytest.raises(ArchitectureRefused, match="'bert'"):
+    with pytest.raises(ArchitectureRefused, match="BertModel"):
         export_gguf(write_apr(tmp_path / "y.apr", tiny_tensors(), TINY_METADATA | bert), tmp_path / "y.gguf")
     bare = {key: value for key, value in TINY_METADATA.items() if key != "num_heads"}
     with pytest.raises(ArchitectureRefused, match="num_heads"):
         export_gguf(write_apr(tmp_path / "z.apr", tiny_tensors(), bare), tmp_path / "z.gguf")
     assert not list(tmp_path.glob("*.gguf"))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(GgufType.F16, 1e5), (GgufType.F16, -65520.0), (GgufType.Q8_0, 1e7)]
+)
+def test_a_value_that_becomes_infinite_is_refused_by_its_tensor(
+    tmp_path: Path, kind: GgufType, value: float
+) -> None:
+    tensors = tiny_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    source = write_apr(tmp_path / "x.apr", tensors, TINY_METADATA)
+    with pytest.raises(UnsupportedModelFile, match=r"layers\.1\.mlp\.up_proj.*infinite.*--dtype f32"):
+        export_gguf(source, tmp_path / "x.gguf", kind=kind)
+    assert not (tmp_path / "x.gguf").exists()
+    export_gguf(source, tmp_path / "x.gguf", kind=GgufType.F32)
+    import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    back = AprReader(tmp_path / "y.apr").float32("model.layers.1.mlp.up_proj.weight")
+    assert back[3, 5] == np.float32(value)
+
+
+def test_a_file_that_reads_back_as_another_model_never_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_file(tmp_path / "x.apr")
+    monkeypatch.setattr("apr_dist.interop.gguf_export.adjacent_pairs", lambda rows, _: rows)
+    with pytest.raises(OutputError, match=r"reads back tensor .*[qk]_proj.*other values"):
+        export_gguf(source, tmp_path / "x.gguf")
+    monkeypatch.undo()
+    monkeypatch.setattr("apr_dist.interop.gguf_export.rope_fields", lambda *_: {"rope.scaling.factor": 2.0})
+    with pytest.raises(OutputError, match="reads back rope_scaling None as"):
+        export_gguf(source, tmp_path / "x.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_an_existing_file_stays(tmp_path: Path) -> None:

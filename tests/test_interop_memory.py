@@ -16,6 +16,7 @@ from apr_dist.apr.layout import DType
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.interop.gguf_names import to_gguf
 from apr_dist.interop.safetensors_file import SafetensorsWriter
+from apr_dist.model.families import Family
 
 LAYERS, HIDDEN, MIDDLE, ROWS = 15, 1024, 4096, 4096
 LARGEST_F32_BYTES = MIDDLE * HIDDEN * 4
@@ -75,7 +76,8 @@ def test_a_folder_of_500_mb_is_imported_in_bounded_memory(tmp_path: Path, dtype:
 def test_a_gguf_of_500_mb_is_imported_in_bounded_memory(tmp_path: Path) -> None:
     block = np.ones(MIDDLE * HIDDEN, np.float16)
     tensors = {
-        str(to_gguf(name)): block[: int(np.prod(shape))].reshape(shape) for name, shape in shapes().items()
+        str(to_gguf(name, Family.LLAMA.definition.gguf)): block[: int(np.prod(shape))].reshape(shape)
+        for name, shape in shapes().items()
     }
     fields = {
         "llama.embedding_length": HIDDEN,

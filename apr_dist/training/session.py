@@ -22,7 +22,8 @@ from apr_dist.contracts.evidence import package_digest
 from apr_dist.cores import has_bf16_arithmetic
 from apr_dist.errors import AprDistError, DataError, DistributedError
 from apr_dist.gates.result import GateResult
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 from apr_dist.model.sending import send
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.agreement import prove_same

@@ -18,7 +18,11 @@ def reference_model(ours: Decoder) -> Any:
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
         rope = config.rope_scaling.to_mapping()
-    extra = {"sliding_window": config.sliding_window} if config.family is Family.MISTRAL else {}
+    extra: dict[str, Any] = {}
+    if config.family is Family.MISTRAL:
+        extra["sliding_window"] = config.sliding_window
+    if config.attention_bias:
+        extra["attention_bias"] = True
     settings = getattr(transformers, f"{kind}Config")(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

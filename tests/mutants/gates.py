@@ -216,9 +216,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         MATCH,
         "normalised queries and keys show nothing",
-        "apr_dist/model/families.py",
-        'self_attn\\.q_norm\\.weight"),',
-        'self_attn\\.q_norm\\.bias"),',
+        "apr_dist/model/families/qwen3.py",
+        'self_attn\\.q_norm\\.weight"',
+        'self_attn\\.q_norm\\.bias"',
     ),
     Change(
         INIT + "005",
@@ -227,5 +227,19 @@ MUTANTS: tuple[Change, ...] = (
         "    if any(only_shares_names(text) for text in texts):",
         "    if not texts and any(only_shares_names(text) for text in texts):",
         also=(MATCH,),
+    ),
+    Change(
+        INIT + "005",
+        "a key that nobody knows is passed over",
+        "apr_dist/interop/hf_config.py",
+        "    if unknown:\n        raise",
+        "    if not keys:\n        raise",
+    ),
+    Change(
+        INIT + "005",
+        "a value that is not computed is taken",
+        "apr_dist/interop/hf_config.py",
+        "        if rule.effect is Effect.CHECKED:",
+        "        if rule.effect is Effect.IRRELEVANT:",
     ),
 )
