@@ -36,6 +36,7 @@ from apr_dist.interop.hf_export import export_huggingface, export_safetensors
 from apr_dist.interop.importing import import_model
 from apr_dist.interop.tokenizers import tokenizer_json_from_apr
 
+EMBEDDING = "model.embed_tokens.weight"
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
 
 
@@ -67,10 +68,26 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "rope_theta": 50000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
 def folder_from_tensors(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
-    """A minimal folder without ``transformers``: config and one safetensors file."""
+    """A folder without ``transformers``: config of the tiny model and one safetensors file."""
     folder.mkdir()
-    facts = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64} | config
+    facts = TINY_CONFIG | config
     (folder / "config.json").write_text(json.dumps(facts))
     save_file(tensors, folder / "model.safetensors")
     return folder
@@ -159,13 +176,14 @@ def test_a_single_file_with_its_config_is_a_model_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [DType.F32, DType.F16, DType.BF16])
 def test_elements_are_rounded_as_torch_rounds_them(tmp_path: Path, kind: torch.dtype, dtype: DType) -> None:
-    values = {"w": torch.randn(3000, generator=torch.Generator().manual_seed(1)).to(kind)}
-    source = folder_from_tensors(tmp_path / "in", values)
+    values = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).to(kind)
+    tensors = torch_tensors() | {EMBEDDING: values}
+    source = folder_from_tensors(tmp_path / "in", tensors)
     import_model(source, tmp_path / "x.apr", dtype=dtype)
-    expected = values["w"].to({DType.F32: torch.float32, DType.F16: torch.float16}.get(dtype, torch.bfloat16))
+    expected = values.to({DType.F32: torch.float32, DType.F16: torch.float16}.get(dtype, torch.bfloat16))
     with AprReader(tmp_path / "x.apr") as reader:
-        np.testing.assert_array_equal(reader.float32("w"), expected.float().numpy())
-        assert reader.tensors["w"].dtype is dtype
+        np.testing.assert_array_equal(reader.float32(EMBEDDING), expected.float().numpy())
+        assert reader.tensors[EMBEDDING].dtype is dtype
 
 
 def test_unknown_metadata_survives_a_round_trip_through_a_folder(tmp_path: Path) -> None:
@@ -268,10 +286,11 @@ def test_a_tensor_type_that_no_apr_file_holds_is_refused_by_name(tmp_path: Path)
     source = folder_from_tensors(tmp_path / "in", {"ids": torch.ones(2, dtype=torch.int64)})
     with pytest.raises(UnsupportedModelFile, match=r"'ids' has type 'I64'"):
         import_model(source, tmp_path / "x.apr")
-    double = folder_from_tensors(tmp_path / "double", {"w": torch.ones(2, dtype=torch.float64)})
+    doubles = {name: tensor.double() for name, tensor in torch_tensors().items()}
+    double = folder_from_tensors(tmp_path / "double", doubles)
     with pytest.raises(UnsupportedModelFile, match="--dtype"):
         import_model(double, tmp_path / "x.apr")
-    assert import_model(double, tmp_path / "x.apr", dtype=DType.F32).dtypes == {"F32": 1}
+    assert import_model(double, tmp_path / "x.apr", dtype=DType.F32).dtypes == {"F32": len(doubles)}
 
 
 def test_a_damaged_safetensors_file_always_ends_in_one_of_our_errors(tmp_path: Path) -> None:

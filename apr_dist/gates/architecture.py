@@ -57,6 +57,7 @@ def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Pa
         ArchitectureRefused: an encoder, two witnesses that contradict each other, no witness at
             all, or a family that is not one of the decoders.
     """
+    names = list(names)
     shown = family_from_tensor_names(names)
     texts = [str(metadata[key]).strip() for key in CLAIM_KEYS if metadata.get(key)]
     if any(is_encoder(text) for text in (*texts, shown)):
@@ -71,6 +72,14 @@ def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Pa
         raise _not_trained_here(texts[0], where)  # said first: its names may show a family of ours
     claims = {text: family for text in texts if (family := normalize_metadata_family(text)) is not None}
     witnesses = list(claims.values()) + ([shown] if shown != UNKNOWN else [])
+    if set(claims.values()) == {"llama"} and shown == "qwen2" and _has_output_bias(metadata, names):
+        raise ArchitectureRefused(
+            "attention_bias is true: q, k, v and o add biases, and this decoder adds none to o",
+            where=where,
+            expected="attention_bias false for the llama and mistral families",
+            remedy="start from a model without attention biases",
+            falsifier=METADATA,
+        )
     if len(set(witnesses)) > 1:
         raise _contradiction(claims, shown, where)
     return _decoder(witnesses, texts, where)
@@ -88,6 +97,13 @@ def check_dimensions(
     return TransformerConfig.from_metadata(metadata, family=family, where=where, tie_word_embeddings=tied)
 
 
+def _has_output_bias(metadata: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether it is Llama's own kind of attention bias, which unlike Qwen2's is on o as well."""
+    config = metadata.get("apr_dist.hf_config")
+    stated = isinstance(config, Mapping) and config.get("attention_bias")
+    return bool(stated) or any(name.endswith("self_attn.o_proj.bias") for name in names)
+
+
 def _contradiction(claims: Mapping[str, str], shown: str, where: Path) -> ArchitectureRefused:
     said = " and ".join(f"{text!r} (family {family})" for text, family in claims.items())
     if shown == UNKNOWN:
@@ -99,9 +115,21 @@ def _contradiction(claims: Mapping[str, str], shown: str, where: Path) -> Archit
         f"metadata claim {said}, and the tensor names are those of {shown}",
         where=where,
         expected="metadata and tensors of one family",
-        remedy=f"apr-dist stamp {where} --architecture {shown} --hf-architecture {name} -o stamped.apr",
+        remedy=_stated(where, architecture=shown, hf_architecture=name, hf_model_type=shown),
         falsifier=MATCH,
     )
+
+
+def _stated(where: Path, **keys: object) -> str:
+    """How a key is corrected: stamped into an APR file, in its own configuration anywhere else."""
+    if where.suffix == ".json":
+        return f"correct {' and '.join(keys)} in it"
+    if where.suffix == ".gguf":
+        return "export it again from its Hugging Face folder"
+    if where.suffix != ".apr":
+        return f"correct config.json ({', '.join(keys)}) and import again"
+    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
+    return f"apr-dist stamp {where} {flags} -o stamped.apr"
 
 
 def _decoder(witnesses: list[str], texts: list[str], where: Path) -> Family:
@@ -110,7 +138,7 @@ def _decoder(witnesses: list[str], texts: list[str], where: Path) -> Family:
             "neither metadata nor tensor names say which architecture this is",
             where=where,
             expected="metadata key architecture, or Hugging Face tensor names",
-            remedy=f"apr-dist stamp {where} --architecture FAMILY --hf-architecture CLASS -o stamped.apr",
+            remedy=_stated(where, architecture="FAMILY", hf_architecture="CLASS"),
             falsifier=METADATA,
         )
     # Several families share Llama's tensor names; each claim must be of one whose arithmetic is ours.
@@ -132,23 +160,29 @@ def _not_trained_here(name: str, where: Path) -> ArchitectureRefused:
 
 def _tied(claim: object, head: HeadFacts, where: Path) -> bool:
     if claim is not None and not isinstance(claim, bool):
-        raise _tie_refused(f"tie_word_embeddings is {claim!r}", "true or false", where)
+        shown = not head.present or bool(head.equals_embedding)
+        raise _tie_refused(f"tie_word_embeddings is {claim!r}", "true or false", shown, where)
     if not head.present:
         if claim is False:
-            raise _tie_refused(
-                "metadata say tie_word_embeddings false and there is no lm_head.weight", HEAD, where
+            raise ArchitectureRefused(
+                f"metadata say tie_word_embeddings false and there is no {HEAD}",
+                where=where,
+                expected=f"{HEAD}, or tie_word_embeddings true",
+                remedy="get a complete copy of the model; if its head is the embedding, state that: "
+                + _stated(where, tie_word_embeddings=True),
+                falsifier=TIED,
             )
         return True
-    if claim is True and not head.equals_embedding:
+    if claim is True and head.equals_embedding is False:
         raise _tie_refused(
-            "metadata say tie_word_embeddings true and lm_head.weight differs from the embedding",
+            f"metadata say tie_word_embeddings true and {HEAD} differs from the embedding",
             "one matrix, or tie_word_embeddings false",
+            False,
             where,
         )
     return bool(head.equals_embedding) if claim is None else claim
 
 
-def _tie_refused(what: str, expected: str, where: Path) -> ArchitectureRefused:
-    return ArchitectureRefused(
-        what, where=where, expected=expected, remedy="import the model again from its source", falsifier=TIED
-    )
+def _tie_refused(what: str, expected: str, shown: bool, where: Path) -> ArchitectureRefused:
+    remedy = _stated(where, tie_word_embeddings=shown) + ", as the tensors show"
+    return ArchitectureRefused(what, where=where, expected=expected, remedy=remedy, falsifier=TIED)

@@ -15,14 +15,13 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import atomic_path
 from apr_dist.errors import ArchitectureRefused, UnsupportedModelFile
+from apr_dist.gates.architecture import HEAD
+from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.convert import Progress
 from apr_dist.interop.gguf_file import load_gguf_package
 from apr_dist.interop.gguf_names import PERMUTED_ARCHITECTURES, adjacent_pairs, rotary_projection, to_gguf
 from apr_dist.interop.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from apr_dist.interop.hf_export import ExportSummary
-from apr_dist.interop.sharded import refuse_shard
-from apr_dist.interop.tie import HEAD, tied_head
-from apr_dist.model.families import decoder_family, family_from_tensor_names
 
 
 class GgufType(StrEnum):
@@ -72,9 +71,9 @@ def export_gguf(
     """
     gguf = load_gguf_package()
     with AprReader(source) as reader:
-        refuse_shard(reader)
-        architecture = _architecture(reader)
-        names = _names(reader)
+        config = prove_model(reader).config
+        architecture = _ARCHITECTURES[config.family]
+        names = _names(reader, tied=config.tie_word_embeddings)
         tokenizer = gguf_tokenizer(reader.metadata, rows=_dimension(reader, "vocab_size"), where=reader.path)
         with atomic_path(Path(target), overwrite=overwrite) as path:
             writer = gguf.GGUFWriter(path, architecture)
@@ -97,23 +96,8 @@ def export_gguf(
     )
 
 
-def _architecture(reader: AprReader) -> str:
-    metadata = reader.metadata
-    claim = metadata.architecture or metadata.hf_architecture or family_from_tensor_names(reader.tensors)
-    family = decoder_family(claim, metadata.hf_model_type)
-    if family is None:
-        raise ArchitectureRefused(
-            f"the model's family is {claim!r}",
-            where=reader.path,
-            expected="one of " + ", ".join(_ARCHITECTURES),
-            remedy="stamp the family it belongs to, if that is wrong: apr-dist stamp --architecture",
-        )
-    return _ARCHITECTURES[family]
-
-
-def _names(reader: AprReader) -> dict[str, str]:
+def _names(reader: AprReader, *, tied: bool) -> dict[str, str]:
     """GGUF names by Hugging Face name, in index order; a tied head is left out."""
-    tied = tied_head(reader)
     names: dict[str, str] = {}
     for name in reader.tensors:
         if tied and name == HEAD:

@@ -15,13 +15,13 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, writing_to
 from apr_dist.errors import ArchitectureRefused, OutputError
+from apr_dist.gates.architecture import HEAD
+from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, total_bytes
 from apr_dist.interop.embedding import embedded_files, token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
-from apr_dist.interop.sharded import refuse_shard
-from apr_dist.interop.tie import HEAD, tied_head
 
 MAX_SHARD_BYTES: Final = 5_000_000_000
 
@@ -133,7 +133,7 @@ def export_safetensors(
 
 def _specs(reader: AprReader, dtype: DType | None) -> tuple[list[TensorSpec], bool]:
     """What to write, in index order, and whether the head is tied (then it is left out)."""
-    refuse_shard(reader)
+    tied = prove_model(reader).config.tie_word_embeddings
     if not reader.metadata.hf_architecture or not reader.metadata.hf_model_type:
         raise ArchitectureRefused(
             "the file does not say which Hugging Face class it is (hf_architecture, hf_model_type)",
@@ -141,7 +141,6 @@ def _specs(reader: AprReader, dtype: DType | None) -> tuple[list[TensorSpec], bo
             expected="both keys",
             remedy="stamp it: apr-dist stamp model.apr --hf-architecture ... --hf-model-type ... -o out.apr",
         )
-    tied = tied_head(reader)
     specs = []
     for entry in reader.tensors.values():
         if tied and entry.name == HEAD:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from apr_dist.errors import ArchitectureRefused, UsageError
+from apr_dist.errors import ArchitectureRefused, DimensionsUnstated, UsageError
 from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, one_of, refuse_key
 
 SPLIT_HALVES: Final = 2
@@ -126,7 +126,7 @@ class TransformerConfig:
                 f"rope_type is {values['rope_type']!r}: rows of q and k for another pairing of dimensions",
                 where=where,
                 expected=f"{SPLIT_HALVES} (split halves), as Hugging Face tensors have",
-                remedy="import the model again from its safetensors or GGUF source with apr-dist import",
+                remedy=f"apr-dist import {where} -o split-halves.apr reorders the rows",
                 falsifier=INCOMPLETE_METADATA,
             )
         sizes = {key: _positive_integer(values, key, where) for key in _INTEGER_KEYS}
@@ -238,11 +238,13 @@ def _refuse_missing(values: Mapping[str, Any], family: Family, where: str | Path
     needed = [*_INTEGER_KEYS, *_NUMBER_KEYS, *(["head_dim"] if family is Family.QWEN3 else [])]
     missing = [key for key in needed if values.get(key) is None]
     if missing:
-        raise ArchitectureRefused(
+        flags = " ".join(f"--{key.replace('_', '-')} VALUE" for key in missing)
+        stamp = f"apr-dist stamp {where} {flags} -o stamped.apr" if str(where).endswith(".apr") else None
+        raise DimensionsUnstated(
             f"the metadata does not state {', '.join(missing)}",
             where=where,
             expected="every dimension of the model, because none is ever guessed",
-            remedy="state them with apr-dist stamp, or import the model again with its config.json beside it",
+            remedy=stamp or f"state {', '.join(missing)} in its configuration",
             falsifier=INCOMPLETE_METADATA,
         )
 
