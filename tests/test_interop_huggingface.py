@@ -230,7 +230,8 @@ def test_a_materialised_head_equal_to_the_embedding_is_dropped_with_a_note(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("head", "claim", "match"), [(True, True, "other values"), (False, False, r"no lm_head\.weight")]
+    ("head", "claim", "match"),
+    [(True, True, "differs from the emb"), (False, False, r"no lm_head\.weight")],
 )
 def test_a_tie_that_config_and_tensors_dispute_is_refused(
     tmp_path: Path, head: bool, claim: bool, match: str

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apr_dist.errors import ArchitectureRefused
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.config import Family, TransformerConfig, how_to_state, is_source
 from apr_dist.model.families import (
     UNKNOWN,
     decoder_family,
@@ -93,7 +93,7 @@ def check_dimensions(
     Raises:
         ArchitectureRefused: a dimension is missing or impossible, or the tie contradicts the tensors.
     """
-    tied = _tied(metadata.get("tie_word_embeddings"), head, where)
+    tied = check_tie(metadata.get("tie_word_embeddings"), head, where=where)
     return TransformerConfig.from_metadata(metadata, family=family, where=where, tie_word_embeddings=tied)
 
 
@@ -115,21 +115,9 @@ def _contradiction(claims: Mapping[str, str], shown: str, where: Path) -> Archit
         f"metadata claim {said}, and the tensor names are those of {shown}",
         where=where,
         expected="metadata and tensors of one family",
-        remedy=_stated(where, architecture=shown, hf_architecture=name, hf_model_type=shown),
+        remedy=how_to_state(where, architecture=shown, hf_architecture=name, hf_model_type=shown),
         falsifier=MATCH,
     )
-
-
-def _stated(where: Path, **keys: object) -> str:
-    """How a key is corrected: stamped into an APR file, in its own configuration anywhere else."""
-    if where.suffix == ".json":
-        return f"correct {' and '.join(keys)} in it"
-    if where.suffix == ".gguf":
-        return "export it again from its Hugging Face folder"
-    if where.suffix != ".apr":
-        return f"correct config.json ({', '.join(keys)}) and import again"
-    flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
-    return f"apr-dist stamp {where} {flags} -o stamped.apr"
 
 
 def _decoder(witnesses: list[str], texts: list[str], where: Path) -> Family:
@@ -138,7 +126,7 @@ def _decoder(witnesses: list[str], texts: list[str], where: Path) -> Family:
             "neither metadata nor tensor names say which architecture this is",
             where=where,
             expected="metadata key architecture, or Hugging Face tensor names",
-            remedy=_stated(where, architecture="FAMILY", hf_architecture="CLASS"),
+            remedy=how_to_state(where, architecture="FAMILY", hf_architecture="CLASS"),
             falsifier=METADATA,
         )
     # Several families share Llama's tensor names; each claim must be of one whose arithmetic is ours.
@@ -158,7 +146,12 @@ def _not_trained_here(name: str, where: Path) -> ArchitectureRefused:
     )
 
 
-def _tied(claim: object, head: HeadFacts, where: Path) -> bool:
+def check_tie(claim: object, head: HeadFacts, *, where: Path) -> bool:
+    """Whether head and embedding are one parameter.
+
+    Raises:
+        ArchitectureRefused: the claim is neither true nor false, or contradicts the tensors.
+    """
     if claim is not None and not isinstance(claim, bool):
         shown = not head.present or bool(head.equals_embedding)
         raise _tie_refused(f"tie_word_embeddings is {claim!r}", "true or false", shown, where)
@@ -169,7 +162,8 @@ def _tied(claim: object, head: HeadFacts, where: Path) -> bool:
                 where=where,
                 expected=f"{HEAD}, or tie_word_embeddings true",
                 remedy="get a complete copy of the model; if its head is the embedding, state that: "
-                + _stated(where, tie_word_embeddings=True),
+                + how_to_state(where, tie_word_embeddings=True)
+                + (", or import it with --tie" if is_source(where) else ""),
                 falsifier=TIED,
             )
         return True
@@ -184,5 +178,5 @@ def _tied(claim: object, head: HeadFacts, where: Path) -> bool:
 
 
 def _tie_refused(what: str, expected: str, shown: bool, where: Path) -> ArchitectureRefused:
-    remedy = _stated(where, tie_word_embeddings=shown) + ", as the tensors show"
+    remedy = how_to_state(where, tie_word_embeddings=shown) + ", as the tensors show"
     return ArchitectureRefused(what, where=where, expected=expected, remedy=remedy, falsifier=TIED)

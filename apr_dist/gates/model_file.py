@@ -107,7 +107,7 @@ def prove_model(
         results.append(result)
         passed(result)
 
-    _refuse_shard(reader, where)
+    refuse_shard(reader, where)
     note(_intact(reader, checksums=read_values))
     config = check_model(stated, shapes, _head_facts(reader), where=where)
     note(_family_result(stated, config))
@@ -121,7 +121,12 @@ def prove_model(
     return ProvenModel(config=config, results=tuple(results), digest=digest)
 
 
-def _refuse_shard(reader: AprReader, where: Path) -> None:
+def refuse_shard(reader: AprReader, where: Path) -> None:
+    """Refuse a file that is one shard of a model where the whole model is needed.
+
+    Raises:
+        UnsupportedModelFile: its header says so.
+    """
     if Flag.SHARDED in reader.header.flags:
         raise UnsupportedModelFile(
             f"the file is one shard of a model ({len(reader.tensors)} tensors)",

@@ -15,7 +15,7 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import ArchitectureRefused
 from apr_dist.gates.architecture import EMBEDDING, HEAD
-from apr_dist.gates.model_file import same_payload
+from apr_dist.gates.model_file import refuse_shard, same_payload
 from apr_dist.interop.convert import (
     ImportSummary,
     Progress,
@@ -63,6 +63,7 @@ def import_apr(
     """
     unstated: list[str] = []
     with AprReader(source) as reader:
+        refuse_shard(reader, reader.path)
         plain, notes = model_names(
             reader.tensors, rope_theta=reader.metadata.rope_theta, values=reader.float32, where=source
         )

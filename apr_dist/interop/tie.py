@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apr_dist.errors import ArchitectureRefused
-from apr_dist.gates.architecture import EMBEDDING, HEAD
+from apr_dist.gates.architecture import EMBEDDING, HEAD, HeadFacts, check_tie
 
 CLAIM = "tie_word_embeddings"
 
@@ -50,34 +49,16 @@ def decide_tie(
     Raises:
         ArchitectureRefused: configuration and tensors disagree, or the claim is neither true nor false.
     """
-    if claimed is not None and not isinstance(claimed, bool):
-        raise _refused(f"{CLAIM} is {claimed!r}", "true or false", f"set {CLAIM} to true or false", where)
-    wanted = claimed if asked is None else asked
-    if HEAD not in names:
-        if wanted is False:
-            raise _refused(
-                f"the head is said to be its own ({CLAIM} false) but there is no {HEAD}",
-                "a separate head, or a tied one",
-                "get a complete copy of the model; if its head is the embedding, import with --tie",
-                where,
-            )
-        return Tie(tied=True)
-    if EMBEDDING not in names:
+    stored, embedded = HEAD in names, EMBEDDING in names
+    same = equal() if stored and embedded and asked is None and claimed is not False else None
+    facts = HeadFacts(present=stored, equals_embedding=same)
+    tied = check_tie(claimed if asked is None else asked, facts, where=where)
+    if not (tied and stored):
+        return Tie(tied)
+    if not embedded:
         note = f"{HEAD} is the only copy of the matrix that the embedding shares: stored as {EMBEDDING}"
-        return Tie(tied=True, renamed=True, notes=(note,)) if wanted else Tie(tied=False)
-    if asked is not None:
-        return Tie(asked, notes=(f"{HEAD} was dropped: the head is tied to the embedding as asked",) * asked)
-    if claimed and not equal():
-        raise _refused(
-            f"the configuration ties the head to the embedding, but {HEAD} holds other values",
-            "one or the other",
-            f"drop the separate head with --tie, or set {CLAIM} to false",
-            where,
-        )
-    if claimed:
-        return Tie(True, notes=(f"{HEAD} equals the embedding and was dropped: the head is tied",))
-    return Tie(False)
-
-
-def _refused(what: str, expected: str, remedy: str, where: Path) -> ArchitectureRefused:
-    return ArchitectureRefused(what, where=where, expected=expected, remedy=remedy)
+        return Tie(tied, renamed=True, notes=(note,))
+    why = "was dropped: the head is tied to the embedding as asked"
+    return Tie(
+        tied, notes=(f"{HEAD} {why if asked else 'equals the embedding and was dropped: it is tied'}",)
+    )

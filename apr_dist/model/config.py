@@ -238,15 +238,28 @@ def _refuse_missing(values: Mapping[str, Any], family: Family, where: str | Path
     needed = [*_INTEGER_KEYS, *_NUMBER_KEYS, *(["head_dim"] if family is Family.QWEN3 else [])]
     missing = [key for key in needed if values.get(key) is None]
     if missing:
-        flags = " ".join(f"--{key.replace('_', '-')} VALUE" for key in missing)
-        stamp = f"apr-dist stamp {where} {flags} -o stamped.apr" if str(where).endswith(".apr") else None
         raise DimensionsUnstated(
             f"the metadata does not state {', '.join(missing)}",
             where=where,
             expected="every dimension of the model, because none is ever guessed",
-            remedy=stamp or f"state {', '.join(missing)} in its configuration",
+            remedy=how_to_state(where, **dict.fromkeys(missing, "VALUE")),
             falsifier=INCOMPLETE_METADATA,
         )
+
+
+def is_source(where: str | Path) -> bool:
+    """Whether a path is of another format than APR, with a configuration of its own."""
+    return Path(where).suffix in (".json", ".gguf", ".safetensors") or Path(where).is_dir()
+
+
+def how_to_state(where: str | Path, **keys: object) -> str:
+    """What corrects a stated key: a stamp on an APR file, the configuration of anything else."""
+    if not is_source(where):
+        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
+        return f"apr-dist stamp {where} {flags} -o stamped.apr"
+    if Path(where).suffix == ".gguf":
+        return "export it again from its Hugging Face folder"
+    return f"correct {', '.join(keys)} in {'it' if Path(where).suffix == '.json' else 'config.json'}"
 
 
 def _positive_integer(values: Mapping[str, Any], key: str, where: str | Path) -> int:
