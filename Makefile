@@ -7,6 +7,7 @@
 #   make bench-quick   set up, then compare paired ratios with the last recorded ones
 #   make fuzz    set up, then 20,000 hostile model files
 #   make faults  set up, then kill, stop and starve runs hundreds of times and see each go on exactly
+#   make families  set up, then a thousand random configurations of each family against transformers
 #   make sanitize  the Rust tests under the address sanitizer, and what Miri can run (nightly Rust with miri)
 #   make docs    set up, then build the documentation; a warning is an error
 #   make wheel   set up, then build wheel and source distribution, judge them, and use the wheel
@@ -30,7 +31,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo evidence test mutate bench-quick faults fuzz sanitize docs wheel check format clean
+.PHONY: setup demo evidence test mutate bench-quick faults fuzz families sanitize docs wheel check format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -101,6 +102,9 @@ faults: $(BUILD)/model-wheels
 
 fuzz: $(BUILD)/installed
 	$(BIN)/python tests/fuzz_apr.py --files 20000
+
+families: $(BUILD)/installed
+	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_interop_keys.py
 
 docs: $(BUILD)/installed
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs $(BUILD)/docs

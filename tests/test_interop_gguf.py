@@ -38,12 +38,21 @@ from apr_dist.errors import (
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_file import GgufFile
 from apr_dist.interop.gguf_names import adjacent_pairs, split_halves, to_gguf, to_huggingface
+from apr_dist.model.families import Family
+
+LLAMA, QWEN3 = Family.LLAMA.definition.gguf, Family.QWEN3.definition.gguf
 
 
 def llama_cpp_rows(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """The row order of llama.cpp's own converter for its llama architecture."""
     split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def with_output_biases(tensors: Arrays) -> Arrays:
+    """Biases on o as well, as Llama has them where it has any."""
+    bias = np.arange(HIDDEN, dtype=np.float32) / 64
+    return tensors | {f"model.layers.{layer}.self_attn.o_proj.bias": bias for layer in range(LAYERS)}
 
 
 def fields_of(architecture: str, **changes: Any) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def tiny_gguf(path: Path, tensors: Arrays, architecture: str = "llama", **option
     """The GGUF file that llama.cpp's converter would make of ``tensors``."""
     stored: Arrays = {}
     for name, array in tensors.items():
-        translated = to_gguf(name)
+        translated = to_gguf(name, Family(architecture).definition.gguf)
         assert translated is not None
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             stored[translated] = llama_cpp_rows(array, HEADS if "q_proj" in name else KV_HEADS)
@@ -82,6 +91,8 @@ def test_every_tensor_arrives_under_its_hugging_face_name_in_its_row_order(
     tmp_path: Path, architecture: str, options: dict[str, bool]
 ) -> None:
     tensors = tiny_tensors(**options)
+    if architecture == "llama" and options:
+        tensors = with_output_biases(tensors)
     summary = import_gguf(tiny_gguf(tmp_path / "x.gguf", tensors, architecture), tmp_path / "x.apr")
     with AprReader(tmp_path / "x.apr") as reader:
         assert set(reader.tensors) == set(tensors)
@@ -133,7 +144,7 @@ def test_dimensions_and_tokens_are_stamped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_each_type_arrives_as_the_gguf_package_reads_it(tmp_path: Path, kind: str) -> None:
     tensors = tiny_tensors()
-    quantised = [to_gguf(name) for name, array in tensors.items() if array.ndim == 2]
+    quantised = [to_gguf(name, LLAMA) for name, array in tensors.items() if array.ndim == 2]
     path = tiny_gguf(tmp_path / "x.gguf", tensors, quantization=dict.fromkeys(quantised, kind))
     import_gguf(path, tmp_path / "x.apr")
     expected = {
@@ -142,7 +153,7 @@ def test_each_type_arrives_as_the_gguf_package_reads_it(tmp_path: Path, kind: st
     }
     with AprReader(tmp_path / "x.apr") as reader:
         for name, entry in reader.tensors.items():
-            values = expected[to_gguf(name)]
+            values = expected[to_gguf(name, LLAMA)]
             if "q_proj" in name or "k_proj" in name:
                 values = split_halves(values, HEAD_DIM)
             if len(entry.shape) == 2:
@@ -163,7 +174,8 @@ def test_a_chosen_type_holds_for_every_tensor(tmp_path: Path, dtype: DType) -> N
 def test_rows_are_split_evenly_however_large_the_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny_gguf(tmp_path / "x.gguf", tiny_tensors())
+    tensors = with_output_biases(tiny_tensors(bias=True))
+    path = tiny_gguf(tmp_path / "x.gguf", tensors)
     whole = import_gguf(path, tmp_path / "whole.apr")
     monkeypatch.setattr("apr_dist.interop.gguf.CHUNK_ELEMENTS", 100)
     seen: list[tuple[int, int]] = []
@@ -203,7 +215,7 @@ def test_keeping_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"general.architecture": "falcon"}, "falcon"),
-        ({"llama.expert_count": 8}, "8 experts"),
+        ({"llama.expert_count": 8}, "expert_count is 8"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
         ({"llama.attention.head_count_kv": [2, 1]}, "layer to layer"),
@@ -234,7 +246,7 @@ def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["blk.0.ssm_conv1d.weight", "blk.2.attn_q.weight", "v.patch_embd.weight"])
 def test_a_tensor_without_a_place_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    stored = {to_gguf(key): array for key, array in tiny_tensors().items()} | {
+    stored = {to_gguf(key, LLAMA): array for key, array in tiny_tensors().items()} | {
         name: np.ones((32, 64), np.float32)
     }
     path = write_gguf(tmp_path / "x.gguf", stored, fields=fields_of("llama"))  # type: ignore[arg-type]
@@ -295,10 +307,11 @@ def test_an_existing_target_stays(tmp_path: Path) -> None:
 
 def test_names_translate_both_ways() -> None:
     for name in tiny_tensors(bias=True, norms=True, head=True):
-        assert to_huggingface(to_gguf(name) or "") == name
+        assert to_huggingface(to_gguf(name, QWEN3) or "", QWEN3) == name
     for name in ("input_layernorm.weight", "model.layers.00.input_layernorm.weight", "output.weight"):
-        assert to_gguf(name) is None
-    assert to_huggingface("attn_q.weight") is None
+        assert to_gguf(name, LLAMA) is None
+    for name in ("attn_q.weight", "blk.0.output.weight", "blk.0.attn_q_norm.weight"):
+        assert to_huggingface(name, LLAMA) is None
 
 
 def test_the_two_row_orders_are_inverse() -> None:

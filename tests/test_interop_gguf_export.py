@@ -24,7 +24,9 @@ from apr_dist.interop.gguf_names import to_huggingface
 from apr_dist.interop.stamp import stamp_file
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import PRESETS, TransformerConfig
+from apr_dist.model.families import Family
 
+QWEN2 = Family.QWEN2.definition.gguf
 FAMILIES: dict[str, dict[str, bool]] = {
     "llama": {},
     "qwen2": {"bias": True},
@@ -114,7 +116,7 @@ def test_qwen25_05b_arrives_whole_with_all_its_biases(tmp_path: Path) -> None:
     biases = [tensor.name for tensor in tensors if tensor.name.endswith(".bias")]
     assert sorted(biases) == sorted(f"blk.{layer}.attn_{one}.bias" for layer in range(24) for one in "qkv")
     for tensor in tensors:
-        flat, expected = tensor.data.reshape(-1), values[to_huggingface(tensor.name) or ""]
+        flat, expected = tensor.data.reshape(-1), values[to_huggingface(tensor.name, QWEN2) or ""]
         assert (flat[0], flat[flat.size // 2], flat[-1]) == (expected, expected, expected)
 
 
@@ -187,10 +189,10 @@ def test_rotary_scaling_travels_or_is_refused_by_name(tmp_path: Path) -> None:
     export_gguf(tiny_file(tmp_path / "x.apr", rope_scaling=scaling), tmp_path / "x.gguf")
     import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
     assert AprReader(tmp_path / "y.apr").metadata.custom["rope_scaling"] == scaling
-    factors = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    llama3 = tiny_file(tmp_path / "z.apr", rope_scaling=scaling | factors | {"rope_type": "llama3"})
+    llama3 = scaling | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    other = tiny_file(tmp_path / "z.apr", "qwen2", rope_scaling=llama3)
     with pytest.raises(UnsupportedModelFile, match="llama3"):
-        export_gguf(llama3, tmp_path / "z.gguf")
+        export_gguf(other, tmp_path / "z.gguf")
 
 
 def test_what_is_not_a_plain_decoder_is_refused_by_name(tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ EMBEDDING = "model.embed_tokens.weight"
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
 
 
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+    "intermediate_size": 96,
+}
+"""Those of ``tiny_tensors``, as a ``config.json`` states them."""
+
+
 def saved_model(folder: Path, family: str = "llama", *, tied: bool = True, shard: str = "5GB") -> Any:
     """A tiny random model of ``transformers``, saved by it, with a tokenizer beside it."""
     torch.manual_seed(4)
@@ -68,26 +79,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-TINY_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 40,
-    "intermediate_size": 96,
-    "max_position_embeddings": 64,
-    "rope_theta": 50000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
-
-
 def folder_from_tensors(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
     """A folder without ``transformers``: config of the tiny model and one safetensors file."""
     folder.mkdir()
-    facts = TINY_CONFIG | config
+    facts: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES}
+    facts |= {"tie_word_embeddings": True} | config
     (folder / "config.json").write_text(json.dumps(facts))
     save_file(tensors, folder / "model.safetensors")
     return folder
@@ -186,12 +182,12 @@ def test_elements_are_rounded_as_torch_rounds_them(tmp_path: Path, kind: torch.d
         assert reader.tensors[EMBEDDING].dtype is dtype
 
 
-def test_unknown_metadata_survives_a_round_trip_through_a_folder(tmp_path: Path) -> None:
-    source = folder_from_tensors(tmp_path / "in", torch_tensors(), attention_dropout=0.25, my_key={"a": [1]})
+def test_what_we_have_no_word_for_survives_a_round_trip_through_a_folder(tmp_path: Path) -> None:
+    source = folder_from_tensors(tmp_path / "in", torch_tensors(), attention_dropout=0.25, _my_key={"a": [1]})
     import_model(source, tmp_path / "x.apr")
     export_huggingface(tmp_path / "x.apr", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["attention_dropout"], config["my_key"]) == (0.25, {"a": [1]})
+    assert (config["attention_dropout"], config["_my_key"]) == (0.25, {"a": [1]})
 
 
 def test_license_and_data_come_from_the_model_card(tmp_path: Path) -> None:

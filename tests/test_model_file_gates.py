@@ -92,7 +92,9 @@ def test_the_stamp_that_a_refusal_prints_states_what_is_missing(
     assert "apr-dist stamp copy " in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("defect", ["tie as text", "a head said to be its own"])
+@pytest.mark.parametrize(
+    "defect", ["tie as text", "a head said to be its own", "attention biases that nothing states"]
+)
 def test_the_stamp_that_a_refusal_prints_corrects_the_file(
     defect: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,7 @@ def stamp(
     rope_theta: float | None = None,
     rms_norm_eps: float | None = None,
     tie_word_embeddings: bool | None = None,
+    attention_bias: bool | None = None,
     license: str | None = None,  # noqa: A002  (the flag's name)
     data_source: str | None = None,
     data_license: str | None = None,
@@ -207,6 +208,7 @@ def stamp(
         rope_theta: base of the rotary frequencies.
         rms_norm_eps: epsilon of the norms.
         tie_word_embeddings: whether the output head is the embedding.
+        attention_bias: whether q, k, v and o projections add biases, where the family leaves that open.
         license: SPDX expression of the weights' licence.
         data_source: what the weights were trained on.
         data_license: SPDX expression of that data's licence.
@@ -228,6 +230,7 @@ def stamp(
         "rope_theta": rope_theta,
         "rms_norm_eps": rms_norm_eps,
         "tie_word_embeddings": tie_word_embeddings,
+        "attention_bias": attention_bias,
         "license": license,
         "data_source": data_source,
         "data_license": data_license,

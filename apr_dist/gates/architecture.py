@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from apr_dist.errors import ArchitectureRefused
-from apr_dist.model.config import Family, TransformerConfig, how_to_state, is_source
+from apr_dist.model.config import TransformerConfig, how_to_state, is_source
 from apr_dist.model.families import (
     UNKNOWN,
-    decoder_family,
+    Family,
     family_from_tensor_names,
-    hf_architecture,
+    family_named,
     is_encoder,
     normalize_metadata_family,
     only_shares_names,
@@ -50,14 +50,13 @@ class HeadFacts:
 def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Path) -> Family:
     """Which decoder family the file is, agreed by every metadata claim and the tensor names.
 
-    A claim that cannot be mapped, and names that belong to no family, are no witness; the other one
-    is trusted.
+    Names that belong to no family, and an ``architecture`` that is not listed, are no witness; the other
+    one is trusted. A model type or a class of a causal model must be one whose arithmetic is known.
 
     Raises:
         ArchitectureRefused: an encoder, two witnesses that contradict each other, no witness at
             all, or a family that is not one of the decoders.
     """
-    names = list(names)
     shown = family_from_tensor_names(names)
     texts = [str(metadata[key]).strip() for key in CLAIM_KEYS if metadata.get(key)]
     if any(is_encoder(text) for text in (*texts, shown)):
@@ -70,16 +69,11 @@ def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Pa
         )
     if any(only_shares_names(text) for text in texts):
         raise _not_trained_here(texts[0], where)  # said first: its names may show a family of ours
+    for text in (_causal_class(metadata.get("hf_architecture")), str(metadata.get("hf_model_type") or "")):
+        if text and normalize_metadata_family(text) is None:
+            raise _not_trained_here(text, where)
     claims = {text: family for text in texts if (family := normalize_metadata_family(text)) is not None}
     witnesses = list(claims.values()) + ([shown] if shown != UNKNOWN else [])
-    if set(claims.values()) == {"llama"} and shown == "qwen2" and _has_output_bias(metadata, names):
-        raise ArchitectureRefused(
-            "attention_bias is true: q, k, v and o add biases, and this decoder adds none to o",
-            where=where,
-            expected="attention_bias false for the llama and mistral families",
-            remedy="start from a model without attention biases",
-            falsifier=METADATA,
-        )
     if len(set(witnesses)) > 1:
         raise _contradiction(claims, shown, where)
     return _decoder(witnesses, texts, where)
@@ -97,25 +91,25 @@ def check_dimensions(
     return TransformerConfig.from_metadata(metadata, family=family, where=where, tie_word_embeddings=tied)
 
 
-def _has_output_bias(metadata: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether it is Llama's own kind of attention bias, which unlike Qwen2's is on o as well."""
-    config = metadata.get("apr_dist.hf_config")
-    stated = isinstance(config, Mapping) and config.get("attention_bias")
-    return bool(stated) or any(name.endswith("self_attn.o_proj.bias") for name in names)
-
-
 def _contradiction(claims: Mapping[str, str], shown: str, where: Path) -> ArchitectureRefused:
     said = " and ".join(f"{text!r} (family {family})" for text, family in claims.items())
     if shown == UNKNOWN:
         return ArchitectureRefused(
             f"metadata claim {said}", where=where, expected="claims of one family", falsifier=MATCH
         )
-    name = hf_architecture(shown)
+    family = family_named(shown)
     return ArchitectureRefused(
         f"metadata claim {said}, and the tensor names are those of {shown}",
         where=where,
         expected="metadata and tensors of one family",
-        remedy=how_to_state(where, architecture=shown, hf_architecture=name, hf_model_type=shown),
+        remedy="start from a model of one of the families that are trained here"
+        if family is None
+        else how_to_state(
+            where,
+            architecture=family,
+            hf_architecture=family.hf_architecture,
+            hf_model_type=family.hf_model_type,
+        ),
         falsifier=MATCH,
     )
 
@@ -129,11 +123,17 @@ def _decoder(witnesses: list[str], texts: list[str], where: Path) -> Family:
             remedy=how_to_state(where, architecture="FAMILY", hf_architecture="CLASS"),
             falsifier=METADATA,
         )
-    # Several families share Llama's tensor names; each claim must be of one whose arithmetic is ours.
-    found = {decoder_family(witnesses[0], text) for text in texts or [""]}
-    if None in found:
+    # Several families share tensor names; each claim must be of one whose arithmetic is ours.
+    named = [family_named(text) for text in texts if normalize_metadata_family(text) is not None]
+    if None in named or witnesses[0] not in list(Family):
         raise _not_trained_here(texts[0] if texts else witnesses[0], where)
-    return Family.MISTRAL if Family.MISTRAL in found else Family(witnesses[0])
+    return next((one for one in named if one and one != one.named_like), Family(witnesses[0]))
+
+
+def _causal_class(text: object) -> str:
+    """The text, where it is spelled as ``transformers`` spells a class with a next-token head."""
+    name = str(text or "").strip()
+    return name if name.endswith(("ForCausalLM", "LMHeadModel")) else ""
 
 
 def _not_trained_here(name: str, where: Path) -> ArchitectureRefused:

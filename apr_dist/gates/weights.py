@@ -15,6 +15,7 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.cores import usable_cores
 from apr_dist.errors import WeightsRefused
 from apr_dist.gates.names import ROTARY_BUFFER, plain_names
+from apr_dist.model.config import how_to_state
 
 MISSING = "FALSIFY-APR-DIST-TRAINER-004"
 SHAPE = "FALSIFY-APR-DIST-TRAINER-005"
@@ -145,6 +146,8 @@ def _check_values_of(reader: AprReader, name: str, where: Path) -> None:
 def _leave_out(extra: Sequence[str], where: Path) -> str:
     if all(name.endswith(ROTARY_BUFFER) for name in extra):
         return f"apr-dist import {where} -o plain.apr leaves these buffers out"
+    if {name.split("self_attn.")[-1] for name in extra} == {f"{part}_proj.bias" for part in "qkvo"}:
+        return how_to_state(where, attention_bias=True)
     if all(name.endswith(".bias") for name in extra):
         return "start from a model without these biases; without them it would compute something else"
     return "remove them at the source (optimizer tensors, adapters, buffers), and import again"

@@ -23,6 +23,9 @@ from apr_dist.parsing import parse_json
 
 FILES_KEY: Final = "apr_dist.files"
 
+END_IDS_KEY: Final = "apr_dist.end_token_ids"
+"""Custom metadata key: ids of all tokens at which generation stops, where there are several."""
+
 COMPANIONS: Final = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -55,6 +58,18 @@ def embed_tokenizer(metadata: AprMetadata, folder: Path) -> tuple[AprMetadata, t
         return _with_files(metadata, files), ("no tokenizer.json: the tokenizer is not embedded",)
     content = bytes(map_readonly(description))
     return embed_text(metadata, content, files=files, where=description)
+
+
+def tokens_by_id(folder: Path) -> dict[int, str]:
+    """Every token of the folder's ``tokenizer.json`` by its id; empty without a usable one."""
+    description = folder / TOKENIZER_TEXT
+    if not description.is_file():
+        return {}
+    try:
+        facts = parse_tokenizer_json(bytes(map_readonly(description)), where=description)
+    except TokenizerError:
+        return {}  # why it cannot be used is said when it is embedded
+    return {one: token for token, one in facts.effective_vocabulary.items()}
 
 
 def embed_text(
@@ -152,3 +167,16 @@ def token_ids(metadata: AprMetadata) -> dict[str, int]:
     """Ids of the special tokens by their ``config.json`` key, as far as the metadata state them."""
     found = {key: metadata.custom.get(f"tokenizer.{key}") for key in _ROLES}
     return {key: value for key, value in found.items() if type(value) is int}
+
+
+def end_token_ids(metadata: AprMetadata) -> tuple[int, ...]:
+    """Ids of all tokens at which generation stops, the one that ends a text first."""
+    one, several = token_ids(metadata).get("eos_token_id"), metadata.custom.get(END_IDS_KEY)
+    listed = [value for value in several if type(value) is int] if isinstance(several, list) else []
+    return tuple(dict.fromkeys([*([] if one is None else [one]), *listed]))
+
+
+def stated_token_ids(metadata: AprMetadata) -> dict[str, Any]:
+    """As ``token_ids``, in the form of a ``config.json``: several ends are a list."""
+    ends = end_token_ids(metadata)
+    return token_ids(metadata) | ({"eos_token_id": list(ends)} if len(ends) > 1 else {})

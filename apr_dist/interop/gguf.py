@@ -28,14 +28,16 @@ from apr_dist.interop.gguf_metadata import read_metadata
 from apr_dist.interop.gguf_names import (
     EMBEDDING,
     OUTPUT,
-    PERMUTED_ARCHITECTURES,
-    REQUIRED_PER_LAYER,
+    ROPE_FACTORS,
     rotary_projection,
     split_halves,
+    to_gguf,
     to_huggingface,
 )
 from apr_dist.interop.proven import proven_writer
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import GgufForm
 
 _KEPT = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
 
@@ -62,7 +64,7 @@ def import_gguf(
     """Write the model of a GGUF file as an APR file.
 
     Args:
-        source: GGUF file of architecture llama, qwen2 or qwen3.
+        source: GGUF file of an architecture that one of the families is read from.
         target: APR file to make.
         dtype: element type of every tensor; None keeps F32, F16 and BF16 and makes the rest F16.
         tie: whether the head is the embedding; None decides by comparing the two.
@@ -76,10 +78,17 @@ def import_gguf(
         UsageError: the ``gguf`` package is missing, or ``tie`` is off for a file without a head.
     """
     with GgufFile(source) as file:
-        metadata, notes = read_metadata(file)
-        _check_complete(file, metadata)
+        metadata, family, notes = read_metadata(file)
+        form = family.definition.gguf
+        model = TransformerConfig.from_metadata(
+            {"vocab_size": 1} | metadata.to_mapping(),
+            family=family,
+            where=file.path,
+            tie_word_embeddings=OUTPUT not in file.tensors,
+        )
+        _check_complete(file, model, form)
         tied, note = _decide_tie(file, tie)
-        plans = _plan(file, metadata, dtype, tied)
+        plans = _plan(file, model, form, dtype, tied)
         specs = [plan.spec for plan in plans]
         metadata = metadata.with_custom({"tie_word_embeddings": tied})
         if with_tokenizer:
@@ -111,15 +120,14 @@ def _write_all(file: GgufFile, plans: list[_Plan], writer: AprWriter, progress: 
         file.forget(plan.tensor)
 
 
-def _check_complete(file: GgufFile, metadata: AprMetadata) -> None:
-    layers = range(metadata.num_layers or 0)
-    required = [f"blk.{layer}.{part}" for layer in layers for part in REQUIRED_PER_LAYER]
-    missing = [name for name in (EMBEDDING, "output_norm.weight", *required) if name not in file.tensors]
+def _check_complete(file: GgufFile, model: TransformerConfig, form: GgufForm) -> None:
+    required = [to_gguf(name, form) or name for name in model.parameter_shapes()]
+    missing = [name for name in required if name not in file.tensors]
     if missing:
         raise DamagedModelFile(
             f"the GGUF file lacks {len(missing)} tensors, among them {missing[0]!r}",
             where=file.path,
-            expected=f"every tensor of its {len(layers)} layers",
+            expected=f"every tensor of its {model.num_layers} layers",
             remedy="take a complete file; split files must be merged first",
         )
 
@@ -152,17 +160,18 @@ def _same_values(file: GgufFile, left: GgufTensor, right: GgufTensor) -> bool:
     )
 
 
-def _plan(file: GgufFile, metadata: AprMetadata, dtype: DType | None, tied: bool) -> list[_Plan]:
+def _plan(
+    file: GgufFile, model: TransformerConfig, form: GgufForm, dtype: DType | None, tied: bool
+) -> list[_Plan]:
+    expected = model.parameter_shapes().keys() | {"lm_head.weight"}
     plans = []
     for tensor in file.tensors.values():
-        if tied and tensor.name == OUTPUT:
+        if (tied and tensor.name == OUTPUT) or (form.rope_factors and tensor.name == ROPE_FACTORS):
             continue
-        name = to_huggingface(tensor.name)
-        layer = int(tensor.name.split(".")[1]) if name and tensor.name.startswith("blk.") else 0
-        if name is None or layer >= (metadata.num_layers or 0):
+        name = to_huggingface(tensor.name, form)
+        if name not in expected or name is None:
             raise UnsupportedModelFile(
-                f"tensor {tensor.name!r} has no place in a {metadata.architecture} model "
-                f"of {metadata.num_layers} layers",
+                f"tensor {tensor.name!r} has no place in a {model.family} model of {model.num_layers} layers",
                 where=file.path,
                 expected="names of a plain decoder",
                 remedy="export the model again from its Hugging Face folder",
@@ -171,26 +180,25 @@ def _plan(file: GgufFile, metadata: AprMetadata, dtype: DType | None, tied: bool
             tensor, 0, min(1, tensor.rows)
         )  # refuses an unknown type before anything is written
         chosen = dtype if dtype is not None else _KEPT.get(tensor.type_name, DType.F16)
-        plans.append(
-            _Plan(TensorSpec(name, chosen, tensor.shape), tensor, _head_dim(file, name, tensor, metadata))
-        )
+        head_dim = _head_dim(file, name, tensor, model) if form.permuted else None
+        plans.append(_Plan(TensorSpec(name, chosen, tensor.shape), tensor, head_dim))
     return plans
 
 
-def _head_dim(file: GgufFile, name: str, tensor: GgufTensor, metadata: AprMetadata) -> int | None:
+def _head_dim(file: GgufFile, name: str, tensor: GgufTensor, model: TransformerConfig) -> int | None:
     """The head size when the tensor's rows are to be reordered, after checking that heads divide it."""
     kind = rotary_projection(name)
-    if metadata.architecture not in PERMUTED_ARCHITECTURES or kind is None:
+    if kind is None:
         return None
-    heads, head_dim = (metadata.num_heads if kind == "q" else metadata.num_kv_heads), metadata.head_dim
-    if not heads or not head_dim or heads * head_dim != tensor.shape[0] or head_dim % 2:
+    heads = model.num_heads if kind == "q" else model.num_kv_heads
+    if heads * model.head_dim != tensor.shape[0]:
         raise DamagedModelFile(
             f"tensor {tensor.name!r} has {tensor.shape[0]} rows",
             where=file.path,
-            expected=f"{heads} heads of {head_dim}",
+            expected=f"{heads} heads of {model.head_dim}",
             remedy="export the model again from its Hugging Face folder",
         )
-    return head_dim
+    return model.head_dim
 
 
 def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:

@@ -14,14 +14,18 @@ import numpy.typing as npt
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import atomic_path
-from apr_dist.errors import ArchitectureRefused, UnsupportedModelFile
+from apr_dist.errors import UnsupportedModelFile
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.convert import Progress
 from apr_dist.interop.gguf_file import load_gguf_package
-from apr_dist.interop.gguf_names import PERMUTED_ARCHITECTURES, adjacent_pairs, rotary_projection, to_gguf
+from apr_dist.interop.gguf_names import ROPE_FACTORS, adjacent_pairs, rotary_projection, to_gguf
+from apr_dist.interop.gguf_rope import rope_divisors, rope_fields
 from apr_dist.interop.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from apr_dist.interop.hf_export import ExportSummary
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import GGUF_KEYS, GgufForm
+from apr_dist.model.rope_scaling import RopeScalingType
 
 
 class GgufType(StrEnum):
@@ -33,17 +37,8 @@ class GgufType(StrEnum):
 
 
 _FILE_TYPES = {GgufType.F32: "ALL_F32", GgufType.F16: "MOSTLY_F16", GgufType.Q8_0: "MOSTLY_Q8_0"}
-_ARCHITECTURES: Final = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _Q8_BLOCK = 32
-_DIMENSIONS: Final = {
-    "block_count": "num_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_heads",
-    "attention.head_count_kv": "num_kv_heads",
-    "vocab_size": "vocab_size",
-}
+_KEYS: Final = {ours: key for key, rule in GGUF_KEYS.items() if (ours := rule.ours) is not None}
 
 
 def export_gguf(
@@ -57,7 +52,7 @@ def export_gguf(
     """Write an APR file as GGUF, its embedded tokenizer included.
 
     Args:
-        source: APR file of a llama, mistral, qwen2 or qwen3 model.
+        source: APR file of a model of one of the families.
         target: GGUF file to make.
         kind: how matrices are stored; rows that Q8_0 cannot divide stay F16.
         overwrite: whether ``target`` may exist.
@@ -71,17 +66,24 @@ def export_gguf(
     """
     gguf = load_gguf_package()
     with AprReader(source) as reader:
-        config = prove_model(reader).config
-        architecture = _ARCHITECTURES[config.family]
-        names = _names(reader, tied=config.tie_word_embeddings)
-        tokenizer = gguf_tokenizer(reader.metadata, rows=_dimension(reader, "vocab_size"), where=reader.path)
+        model = prove_model(reader).config
+        _refuse_unsayable(model, reader.path)
+        form = model.family.definition.gguf
+        names = _names(reader, model, form)
+        tokenizer = gguf_tokenizer(
+            reader.metadata,
+            rows=model.vocab_size,
+            prefer=model.family.definition.pre_tokenizers,
+            where=reader.path,
+        )
         with atomic_path(Path(target), overwrite=overwrite) as path:
-            writer = gguf.GGUFWriter(path, architecture)
+            writer = gguf.GGUFWriter(path, form.architecture)
             try:
-                _add_fields(writer, reader, architecture, gguf.LlamaFileType[_FILE_TYPES[kind]])
+                writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
+                _add_fields(writer, reader, model, form.architecture)
                 if tokenizer is not None:
                     _add_tokenizer(writer, tokenizer, reader.metadata)
-                types = _write_tensors(writer, reader, names, architecture, kind, progress)
+                types = _write_tensors(writer, reader, names, model, kind, progress)
             finally:
                 writer.close()
     return ExportSummary(
@@ -96,13 +98,30 @@ def export_gguf(
     )
 
 
-def _names(reader: AprReader, *, tied: bool) -> dict[str, str]:
+def _refuse_unsayable(model: TransformerConfig, where: Path) -> None:
+    """Refuse what llama.cpp would compute differently because a GGUF file has no word for it."""
+    scaling, form = model.rope_scaling, model.family.definition.gguf
+    what = None
+    if model.sliding_window is not None and model.sliding_window < model.max_position_embeddings:
+        what = f"its window of {model.sliding_window} tokens"
+    if scaling is not None and scaling.rope_type is RopeScalingType.LLAMA3 and not form.rope_factors:
+        what = f"the rotary scaling {scaling.rope_type.value} of a {model.family} model"
+    if what is not None:
+        raise UnsupportedModelFile(
+            f"a GGUF file cannot state {what}",
+            where=where,
+            expected="a model that llama.cpp computes as it is",
+            remedy="export to a Hugging Face folder instead",
+        )
+
+
+def _names(reader: AprReader, model: TransformerConfig, form: GgufForm) -> dict[str, str]:
     """GGUF names by Hugging Face name, in index order; a tied head is left out."""
     names: dict[str, str] = {}
     for name in reader.tensors:
-        if tied and name == HEAD:
+        if model.tie_word_embeddings and name == HEAD:
             continue
-        translated = to_gguf(name)
+        translated = to_gguf(name, form)
         if translated is None:
             raise UnsupportedModelFile(
                 f"tensor {name!r} has no place in a GGUF file",
@@ -114,19 +133,7 @@ def _names(reader: AprReader, *, tied: bool) -> dict[str, str]:
     return names
 
 
-def _dimension(reader: AprReader, key: str) -> int:
-    value = getattr(reader.metadata, key)
-    if value is None:
-        raise ArchitectureRefused(
-            f"the metadata do not state {key}",
-            where=reader.path,
-            expected="every dimension of the model",
-            remedy="import the model again from its source",
-        )
-    return int(value)
-
-
-def _add_fields(writer: Any, reader: AprReader, architecture: str, file_type: int) -> None:
+def _add_fields(writer: Any, reader: AprReader, model: TransformerConfig, architecture: str) -> None:
     metadata = reader.metadata
     for key, text in {
         "general.name": metadata.name,
@@ -137,38 +144,17 @@ def _add_fields(writer: Any, reader: AprReader, architecture: str, file_type: in
     }.items():
         if text:
             writer.add_string(key, text)
-    writer.add_file_type(file_type)
-    for key, ours in _DIMENSIONS.items():
-        writer.add_uint32(f"{architecture}.{key}", _dimension(reader, ours))
-    head_dim = metadata.head_dim or _dimension(reader, "hidden_size") // _dimension(reader, "num_heads")
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        writer.add_uint32(f"{architecture}.{key}", head_dim)
-    for key, number in {
-        "attention.layer_norm_rms_epsilon": metadata.rms_norm_eps,
-        "rope.freq_base": metadata.rope_theta,
-    }.items():
-        if number is None:
-            raise ArchitectureRefused(f"the metadata do not state {key}", where=reader.path)
-        writer.add_float32(f"{architecture}.{key}", number)
-    _add_rope_scaling(writer, metadata.custom.get("rope_scaling"), architecture, reader.path)
-
-
-def _add_rope_scaling(writer: Any, scaling: Any, architecture: str, where: Path) -> None:
-    if not scaling:
-        return
-    kind = scaling.get("rope_type") if isinstance(scaling, Mapping) else scaling
-    if kind not in ("linear", "yarn"):
-        raise UnsupportedModelFile(
-            f"the rotary scaling {kind!r} is not written to GGUF",
-            where=where,
-            expected="none, linear or yarn",
-            remedy="export to a Hugging Face folder instead",
-        )
-    prefix = f"{architecture}.rope.scaling"
-    writer.add_string(f"{prefix}.type", kind)
-    writer.add_float32(f"{prefix}.factor", float(scaling["factor"]))
-    if scaling.get("original_max_position_embeddings"):
-        writer.add_uint32(f"{prefix}.original_context_length", scaling["original_max_position_embeddings"])
+    values: dict[str, str | int | float] = {
+        **{key: getattr(model, ours) for ours, key in _KEYS.items()},
+        "vocab_size": model.vocab_size,
+        "attention.value_length": model.head_dim,
+        "rope.dimension_count": model.head_dim,
+        "rope.freq_base": float(model.rope_theta),
+        **rope_fields(model.rope_scaling, reader.path),
+    }
+    for key, value in values.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{architecture}.{key}", value)
 
 
 def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, metadata: AprMetadata) -> None:
@@ -188,13 +174,16 @@ def _write_tensors(
     writer: Any,
     reader: AprReader,
     names: Mapping[str, str],
-    architecture: str,
+    model: TransformerConfig,
     kind: GgufType,
     progress: Progress | None,
 ) -> dict[str, int]:
     gguf = load_gguf_package()
     types = {name: _type_of(reader.tensors[name].shape, kind, gguf) for name in names}
+    divisors = rope_divisors(model.rope_scaling, theta=model.rope_theta, head_dim=model.head_dim)
     total = 0
+    if divisors is not None:
+        writer.add_tensor_info(ROPE_FACTORS, divisors.shape, divisors.dtype, divisors.nbytes)
     for name, translated in names.items():
         shape = reader.tensors[name].shape
         values, size = gguf.GGML_QUANT_SIZES[types[name]]
@@ -204,9 +193,11 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    if divisors is not None:
+        writer.write_tensor_data(divisors)
     done = 0
     for name in names:
-        stored = gguf.quantize(_rows(reader, name, architecture), types[name])
+        stored = gguf.quantize(_rows(reader, name, model), types[name])
         writer.write_tensor_data(stored)
         reader.forget(name)
         done += stored.nbytes
@@ -225,10 +216,8 @@ def _type_of(shape: tuple[int, ...], kind: GgufType, gguf: Any) -> Any:
     return types[kind.name]
 
 
-def _rows(reader: AprReader, name: str, architecture: str) -> npt.NDArray[np.float32]:
+def _rows(reader: AprReader, name: str, model: TransformerConfig) -> npt.NDArray[np.float32]:
     values = reader.float32(name)
-    projection = rotary_projection(name)
-    if architecture not in PERMUTED_ARCHITECTURES or projection is None:
+    if not model.family.definition.gguf.permuted or rotary_projection(name) is None:
         return values
-    heads = _dimension(reader, "num_heads" if projection == "q" else "num_kv_heads")
-    return np.ascontiguousarray(adjacent_pairs(values, values.shape[0] // heads))
+    return np.ascontiguousarray(adjacent_pairs(values, model.head_dim))

@@ -1,7 +1,14 @@
-"""A GGUF file's key-value fields as APR metadata: architecture, dimensions, provenance, special tokens."""
+"""Metadata of a GGUF file as APR metadata: who the model is, its dimensions, its tokens.
+
+Every key is read, known to change nothing, or refused by its name; the tables are in the family's file and
+in ``model.families``. Keys outside ``general``, the architecture and ``tokenizer`` are their writers' own:
+llama.cpp reads none of them.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,10 +16,13 @@ import numpy as np
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.errors import DamagedModelFile, UnsupportedModelFile
 from apr_dist.interop.convert import shortest_float
+from apr_dist.interop.embedding import END_IDS_KEY
 from apr_dist.interop.gguf_file import GgufFile
-from apr_dist.interop.gguf_names import EMBEDDING, HF_CLASSES
+from apr_dist.interop.gguf_names import EMBEDDING, ROPE_FACTORS
+from apr_dist.interop.gguf_rope import read_rope_scaling
+from apr_dist.model.config import SPLIT_HALVES
+from apr_dist.model.families import GGUF_KEYS, TOKENIZER_KEYS, Effect, Family, family_of_gguf
 
-_ROPE_SPLIT_HALVES = 2
 _DEFAULT_ROPE_THETA = 10000.0  # what llama.cpp assumes when the field is absent
 _SPECIAL_TOKENS = {
     "bos_token": "bos",
@@ -20,43 +30,92 @@ _SPECIAL_TOKENS = {
     "unk_token": "unknown",
     "pad_token": "padding",
 }
+_ENDS = ("eos", "eot", "eom")
+_OUTPUT_BIAS = "attn_output.bias"
 
 
-def read_metadata(file: GgufFile) -> tuple[AprMetadata, tuple[str, ...]]:
-    """Metadata for the APR file, and notes on what had to be assumed.
+def read_metadata(file: GgufFile) -> tuple[AprMetadata, Family, tuple[str, ...]]:
+    """Metadata for the APR file, the family it is read as, and notes on what had to be assumed.
 
     Raises:
-        UnsupportedModelFile: an architecture, mixture of experts, or rotary variant that is not read.
+        UnsupportedModelFile: an architecture, a key or a value that is not read.
         DamagedModelFile: a required field is missing or of the wrong kind.
     """
     architecture = file.fields.get("general.architecture")
-    if architecture not in HF_CLASSES:
+    family = family_of_gguf(architecture)
+    if family is None:
+        read = {one.definition.gguf.architecture for one in Family if one.definition.gguf.imported}
         raise UnsupportedModelFile(
             f"the GGUF file's architecture is {architecture!r}",
             where=file.path,
-            expected="one of " + ", ".join(HF_CLASSES),
+            expected="one of " + ", ".join(sorted(read)),
             remedy="import a model of one of these architectures",
         )
-    if file.fields.get(f"{architecture}.expert_count"):
-        raise UnsupportedModelFile(
-            f"the GGUF file is a mixture of {file.fields[f'{architecture}.expert_count']} experts",
-            where=file.path,
-            expected="a dense decoder",
-        )
-    values, notes = _dimensions(file, architecture)
+    _check_keys(file, family)
+    values, notes = _dimensions(file, family)
     values |= {
-        "model_type": architecture,
-        "architecture": architecture,
-        "hf_architecture": HF_CLASSES[architecture],
-        "hf_model_type": architecture,
+        "model_type": family.hf_model_type,
+        "architecture": family.value,
+        "hf_architecture": family.hf_architecture,
+        "hf_model_type": family.hf_model_type,
         "original_format": "gguf",
-        "rope_type": _ROPE_SPLIT_HALVES,
+        "rope_type": SPLIT_HALVES,
     }
     values |= _provenance(file) | _tokens(file)
-    return AprMetadata.from_mapping({key: value for key, value in values.items() if value is not None}), notes
+    metadata = AprMetadata.from_mapping({key: value for key, value in values.items() if value is not None})
+    return metadata, family, notes
 
 
-def _dimensions(file: GgufFile, architecture: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _check_keys(file: GgufFile, family: Family) -> None:
+    """Refuse every key whose effect is not known, and every value that asks for something else."""
+    form = family.definition.gguf
+    tables = {
+        f"{form.architecture}.": {**GGUF_KEYS, **form.keys},
+        "tokenizer.": TOKENIZER_KEYS,
+    }
+    for key, value in file.fields.items():
+        prefix = next((one for one in tables if key.startswith(one)), None)
+        if prefix is None or key.startswith("tokenizer.chat_template."):
+            continue
+        rule = tables[prefix].get(key.removeprefix(prefix))
+        if rule is None:
+            raise UnsupportedModelFile(
+                f"the GGUF file states {key}, and it is not known what that changes",
+                where=file.path,
+                expected=f"keys that a {family} model is known to have",
+                remedy="import the model from its Hugging Face folder",
+            )
+        if rule.effect is Effect.CHECKED and not rule.accepts(_plain(value)):
+            raise UnsupportedModelFile(
+                f"the GGUF file's {key} is {_plain(value)!r}",
+                where=file.path,
+                expected=f"{' or '.join(map(json.dumps, rule.accepted))}: {rule.why}",
+                remedy="import a model that is computed so",
+            )
+    if file.fields.get("split.count", 0) not in (0, 1):
+        raise UnsupportedModelFile(
+            f"the GGUF file is one of {file.fields['split.count']} parts",
+            where=file.path,
+            expected="a file that holds the whole model",
+            remedy="merge the parts first, with llama.cpp's gguf-split --merge",
+        )
+
+
+def _plain(value: Any) -> Any:
+    """An array whose values are all the same as that value."""
+    if isinstance(value, np.ndarray) and len(set(value.tolist())) == 1:
+        return value.tolist()[0]
+    return value
+
+
+def _dimensions(file: GgufFile, family: Family) -> tuple[dict[str, Any], tuple[str, ...]]:
+    architecture = family.definition.gguf.architecture
+    fields = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in file.fields.items()
+        if key.startswith(f"{architecture}.")
+    }
+
     def integer(key: str, default: int | None = None) -> int:
         return _integer(file, f"{architecture}.{key}", default)
 
@@ -71,10 +130,10 @@ def _dimensions(file: GgufFile, architecture: str) -> tuple[dict[str, Any], tupl
             )
     embedding = file.tensors.get(EMBEDDING)
     notes: tuple[str, ...] = ()
-    theta = file.fields.get(f"{architecture}.rope.freq_base")
-    if theta is None:
-        theta, notes = _DEFAULT_ROPE_THETA, (f"no rope.freq_base: {_DEFAULT_ROPE_THETA:g} was assumed",)
-    values = {
+    if "rope.freq_base" not in fields:
+        notes = (f"no rope.freq_base: {_DEFAULT_ROPE_THETA:g} was assumed",)
+    eps = "attention.layer_norm_rms_epsilon"
+    values: dict[str, Any] = {
         "hidden_size": hidden,
         "num_layers": integer("block_count"),
         "num_heads": heads,
@@ -82,40 +141,29 @@ def _dimensions(file: GgufFile, architecture: str) -> tuple[dict[str, Any], tupl
         "vocab_size": embedding.shape[0] if embedding else None,
         "intermediate_size": integer("feed_forward_length"),
         "max_position_embeddings": integer("context_length"),
-        "rope_theta": shortest_float(_number(file, "rope.freq_base", theta)),
-        "rms_norm_eps": shortest_float(
-            _number(
-                file,
-                f"{architecture}.attention.layer_norm_rms_epsilon",
-                file.fields.get(f"{architecture}.attention.layer_norm_rms_epsilon"),
-            )
-        ),
+        "rope_theta": _number(file, f"{architecture}.rope.freq_base", fields, _DEFAULT_ROPE_THETA),
+        "rms_norm_eps": _number(file, f"{architecture}.{eps}", fields, None),
         "head_dim": head_dim,
-        "rope_scaling": _rope_scaling(file, architecture),
     }
-    return values, notes
+    if family.definition.optional_attention_bias and f"blk.0.{_OUTPUT_BIAS}" in file.tensors:
+        values["attention_bias"] = True
+    scaling = read_rope_scaling(
+        fields,
+        _rope_divisors(file, family),
+        theta=values["rope_theta"],
+        head_dim=head_dim,
+        positions=values["max_position_embeddings"],
+        where=file.path,
+    )
+    return values | {"rope_scaling": scaling and scaling.to_mapping()}, notes
 
 
-def _rope_scaling(file: GgufFile, architecture: str) -> dict[str, Any] | None:
-    """The rotary scaling in Hugging Face's terms; None without one."""
-    prefix = f"{architecture}.rope.scaling."
-    kind = file.fields.get(f"{prefix}type", "none")
-    if kind == "none" and "rope_freqs.weight" not in file.tensors:
+def _rope_divisors(file: GgufFile, family: Family) -> Any:
+    """What frequencies are divided by, where that architecture reads it."""
+    tensor = file.tensors.get(ROPE_FACTORS)
+    if tensor is None or not family.definition.gguf.rope_factors:
         return None
-    if kind not in ("linear", "yarn"):
-        found = "rope_freqs.weight" if kind == "none" else kind
-        raise UnsupportedModelFile(
-            f"the GGUF file scales its rotary embedding by {found!r}",
-            where=file.path,
-            expected="none, linear or yarn scaling",
-            remedy="import the model from its Hugging Face folder, whose config.json states the scaling",
-        )
-    factor = shortest_float(_number(file, f"{prefix}factor", file.fields.get(f"{prefix}factor")))
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    original = file.fields.get(f"{prefix}original_context_length")
-    if original is not None:
-        scaling["original_max_position_embeddings"] = int(original)
-    return scaling
+    return file.float32_rows(tensor, 0, tensor.rows).reshape(-1)
 
 
 def _provenance(file: GgufFile) -> dict[str, Any]:
@@ -137,11 +185,16 @@ def _provenance(file: GgufFile) -> dict[str, Any]:
 def _tokens(file: GgufFile) -> dict[str, Any]:
     tokens = file.fields.get("tokenizer.ggml.tokens")
     special: dict[str, Any] = {}
+    ends: list[int] = []
     if isinstance(tokens, list):
-        for key, field in _SPECIAL_TOKENS.items():
-            index = file.fields.get(f"tokenizer.ggml.{field}_token_id")
-            if isinstance(index, int) and 0 <= index < len(tokens):
-                special[key] = tokens[index]
+        ids = {
+            field: index
+            for field in (*_SPECIAL_TOKENS.values(), *_ENDS)
+            if isinstance(index := file.fields.get(f"tokenizer.ggml.{field}_token_id"), int)
+            and 0 <= index < len(tokens)
+        }
+        special = {role: tokens[ids[field]] for role, field in _SPECIAL_TOKENS.items() if field in ids}
+        ends = list(dict.fromkeys(ids[field] for field in _ENDS if field in ids))
         known = set(tokens)
         chatml = {"im_start_token": "<|im_start|>", "im_end_token": "<|im_end|>"}
         special |= {key: token for key, token in chatml.items() if token in known}
@@ -151,6 +204,7 @@ def _tokens(file: GgufFile) -> dict[str, Any]:
         "chat_template": template,
         "chat_format": "chatml" if template and "<|im_start|>" in template else None,
         "special_tokens": special or None,
+        END_IDS_KEY: ends if len(ends) > 1 else None,
     }
 
 
@@ -170,10 +224,11 @@ def _integer(file: GgufFile, key: str, default: int | None) -> int:
     return value
 
 
-def _number(file: GgufFile, key: str, value: Any) -> float:
+def _number(file: GgufFile, key: str, fields: Mapping[str, Any], default: float | None) -> float:
+    value = fields.get(key.partition(".")[2], default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise _bad_field(file, key, value, "a positive number")
-    return float(value)
+    return shortest_float(float(value))
 
 
 def _bad_field(file: GgufFile, key: str, value: Any, expected: str) -> DamagedModelFile:

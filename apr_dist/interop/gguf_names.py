@@ -1,8 +1,8 @@
 """What GGUF's names mean in Hugging Face's terms, both ways, and the row order of q and k.
 
-llama.cpp stores the query and key projections of its ``llama`` architecture with the rows of each head
-reordered for rotary embeddings over adjacent pairs; the Hugging Face layout, and ours, rotates split
-halves. Other architectures are stored as they are.
+Which names a family has is in its file. llama.cpp stores the query and key projections of its ``llama``
+architecture with the rows of each head reordered for rotary embeddings over adjacent pairs; the Hugging
+Face layout, and ours, rotates split halves. Other architectures are stored as they are.
 """
 
 from __future__ import annotations
@@ -12,65 +12,38 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
-HF_CLASSES: Final = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""GGUF architectures that are read and written, with their Hugging Face class."""
-
-PERMUTED_ARCHITECTURES: Final = frozenset({"llama"})
-"""GGUF architectures whose q and k rows are reordered."""
+from apr_dist.model.families import GgufForm
 
 EMBEDDING: Final = "token_embd.weight"
 OUTPUT: Final = "output.weight"
-
-TOP_LEVEL: Final = {
-    EMBEDDING: "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    OUTPUT: "lm_head.weight",
-}
-PER_LAYER: Final = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-    "attn_q.bias": "self_attn.q_proj.bias",
-    "attn_k.bias": "self_attn.k_proj.bias",
-    "attn_v.bias": "self_attn.v_proj.bias",
-    "attn_output.bias": "self_attn.o_proj.bias",
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_gate.bias": "mlp.gate_proj.bias",
-    "ffn_up.bias": "mlp.up_proj.bias",
-    "ffn_down.bias": "mlp.down_proj.bias",
-}
-REQUIRED_PER_LAYER: Final = tuple(PER_LAYER)[:9]
-"""What every layer of every supported architecture has."""
+ROPE_FACTORS: Final = "rope_freqs.weight"
+"""By what the frequency of each pair of dimensions is divided; computed, not trained."""
 
 _GGUF_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(.+)")
 _HF_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)")
-_TO_GGUF = {hf: gguf for gguf, hf in (TOP_LEVEL | PER_LAYER).items()}
 
 
-def to_huggingface(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None when there is none."""
-    if name in TOP_LEVEL:
-        return TOP_LEVEL[name]
+def to_huggingface(name: str, form: GgufForm) -> str | None:
+    """The Hugging Face name of a family's GGUF tensor; None when there is none."""
     match = _GGUF_LAYER.fullmatch(name)
-    if match is None or match[2] not in PER_LAYER:
+    found = form.tensors.get(match[2] if match else name)
+    if found is None or _is_top_level(found) is not (match is None):
         return None
-    return f"model.layers.{match[1]}.{PER_LAYER[match[2]]}"
+    return f"model.layers.{match[1]}.{found}" if match else found
 
 
-def to_gguf(name: str) -> str | None:
-    """The GGUF name of a Hugging Face tensor; None when there is none."""
+def to_gguf(name: str, form: GgufForm) -> str | None:
+    """The GGUF name of a family's Hugging Face tensor; None when there is none."""
     match = _HF_LAYER.fullmatch(name)
-    if match is None:
-        return _TO_GGUF.get(name) if name in TOP_LEVEL.values() else None
-    suffix = _TO_GGUF.get(match[2])
-    return f"blk.{match[1]}.{suffix}" if suffix in PER_LAYER else None
+    wanted = match[2] if match else name
+    found = next((gguf for gguf, hf in form.tensors.items() if hf == wanted), None)
+    if found is None or _is_top_level(wanted) is not (match is None):
+        return None
+    return f"blk.{match[1]}.{found}" if match else found
+
+
+def _is_top_level(hf_name: str) -> bool:
+    return hf_name.startswith(("model.", "lm_head."))
 
 
 def rotary_projection(hf_name: str) -> str | None:

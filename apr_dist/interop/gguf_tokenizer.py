@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -35,8 +35,12 @@ class GgufTokenizer:
     special_ids: dict[str, int]
 
 
-def gguf_tokenizer(metadata: AprMetadata, *, rows: int, where: Path) -> GgufTokenizer | None:
+def gguf_tokenizer(
+    metadata: AprMetadata, *, rows: int, prefer: Sequence[str] = (), where: Path
+) -> GgufTokenizer | None:
     """The embedded tokenizer for an embedding of ``rows`` rows; None when there is none.
+
+    Of several names for the way it cuts text, the first of ``prefer`` is taken.
 
     Rows beyond the vocabulary become unused tokens, as llama.cpp wants one token a row.
 
@@ -67,16 +71,17 @@ def gguf_tokenizer(metadata: AprMetadata, *, rows: int, where: Path) -> GgufToke
         key: vocabulary[stated[role]] for role, key in _SPECIAL_IDS.items() if stated.get(role) in vocabulary
     }
     return GgufTokenizer(
-        _pre_name(recorded, where), tokens, types, [" ".join(merge) for merge in facts.merges], ids
+        _pre_name(recorded, prefer, where), tokens, types, [" ".join(merge) for merge in facts.merges], ids
     )
 
 
-def _pre_name(recorded: Mapping[str, Any], where: Path) -> str:
+def _pre_name(recorded: Mapping[str, Any], prefer: Sequence[str], where: Path) -> str:
     """GGUF's name for the way the tokenizer cuts text."""
     outer = recorded.get("pre_tokenizer") or {}
     steps = _plain(outer.get("pretokenizers", [outer]))
     nfc = (recorded.get("normalizer") or {}).get("type") == "NFC"
-    for name, known in PRE_TOKENIZERS.items():
+    for name in dict.fromkeys((*prefer, *PRE_TOKENIZERS)):
+        known = PRE_TOKENIZERS[name]
         if _plain(list(known.steps)) == steps and known.nfc == nfc:
             return name
     raise UnsupportedModelFile(

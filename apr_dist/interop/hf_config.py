@@ -1,12 +1,14 @@
 """A Hugging Face ``config.json`` as APR metadata, and back.
 
-The whole configuration is kept beside the typed keys, so that what we have no word for survives a
-round trip; on the way back the typed keys win.
+Every key is read, known to change nothing, or refused by its name: the tables are in the family's file and
+in ``model.families``. The whole configuration is kept beside the typed keys, so that what we have no word
+for survives a round trip; on the way back the typed keys win.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,21 +17,18 @@ from apr_dist.apr.bounded_json import parse_object
 from apr_dist.apr.files import map_readonly
 from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
-from apr_dist.errors import DamagedModelFile
+from apr_dist.errors import ArchitectureRefused, DamagedModelFile
+from apr_dist.model.config import SPLIT_HALVES, TransformerConfig
+from apr_dist.model.families import HF_KEYS, Effect, Family, Key, family_of_model_type
+from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, refuse_key
 
 CONFIG_KEY: Final = "apr_dist.hf_config"
 """Custom metadata key that keeps the whole ``config.json`` of the source."""
 
-_ROPE_SPLIT_HALVES = 2
-_SAME_NAME = ("hidden_size", "vocab_size", "intermediate_size", "max_position_embeddings", "rms_norm_eps")
-_RENAMED = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-}
-_CARRIED = ("sliding_window", "use_sliding_window")
 _TORCH_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
-_FAMILY_SLUGS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+_OWN_CODE = ("rope_theta", "rope_scaling", "tie_word_embeddings", "sliding_window")
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -51,83 +50,251 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def metadata_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat APR metadata from a configuration: who the model is, and every dimension it states.
+def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Flat APR metadata from a configuration, and notes on what was assumed or left out.
 
-    Defaults are only filled in where the format itself defines them: as many KV heads as heads, and a
-    head of hidden_size / num_heads.
+    An absent key has the value that ``transformers`` gives it for that family.
+
+    Raises:
+        ArchitectureRefused: another family, a key that nobody here knows, or a value that is not computed.
     """
-    classes = config.get("architectures")
-    architecture = classes[0] if isinstance(classes, list) and classes else None
-    model_type = config.get("model_type")
-    rope = config.get("rope_parameters")
-    rope = rope if isinstance(rope, Mapping) else {}
+    family = _family(config, where)
+    keys = {**HF_KEYS, **family.definition.hf_keys}
+    notes = _check_keys(config, keys, family, where)
+    defaults = family.definition.hf_defaults
+    stated = {key: config.get(key, default) for key, default in defaults.items()}
     values: dict[str, Any] = {
-        "model_type": model_type or "",
-        "architecture": _FAMILY_SLUGS.get(str(architecture), model_type),
-        "hf_architecture": architecture,
-        "hf_model_type": model_type,
-        **{key: config.get(key) for key in (*_SAME_NAME, *_CARRIED)},
-        **{key: config.get(theirs) for key, theirs in _RENAMED.items()},
-        "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
-        "head_dim": config.get("head_dim"),
-        "rope_scaling": _scaling(config.get("rope_scaling") or rope),
-        CONFIG_KEY: dict(config),
+        "model_type": family.hf_model_type,
+        "architecture": family.value,
+        "hf_architecture": family.hf_architecture,
+        "hf_model_type": family.hf_model_type,
+        **{ours: stated[key] for key, rule in keys.items() if (ours := _plain(key, rule)) and key in stated},
+        "rope_type": SPLIT_HALVES,
+        "sliding_window": _window(config, family, stated, where),
+        CONFIG_KEY: {key: value for key, value in config.items() if not (key in keys and keys[key].dropped)},
     }
-    heads, hidden = values["num_heads"], values["hidden_size"]
-    if type(heads) is int and type(hidden) is int and heads > 0:
-        values["num_kv_heads"] = values["num_kv_heads"] or heads
-        if values["head_dim"] is None and hidden % heads == 0:
-            values["head_dim"] = hidden // heads
-    if values["rope_theta"] is not None:
-        values["rope_type"] = _ROPE_SPLIT_HALVES
-    return {key: value for key, value in values.items() if value is not None}
+    values["rope_theta"], scaling = _rope(config, stated, where)
+    values["rope_scaling"] = scaling and scaling.to_mapping()
+    if values["num_kv_heads"] is None:
+        values["num_kv_heads"] = values["num_heads"]
+    values["attention_bias"] = values.get("attention_bias") or None
+    values = {key: value for key, value in values.items() if value is not None}
+    values["head_dim"] = TransformerConfig.from_metadata(
+        values, family=family, where=where, tie_word_embeddings=True
+    ).head_dim
+    return values, (*_assumed(config, family), *notes)
 
 
-def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+def _plain(key: str, rule: Key) -> str | None:
+    """Our key that the value becomes as it is."""
+    return None if key in _OWN_CODE else rule.ours
+
+
+def _family(config: Mapping[str, Any], where: Path) -> Family:
+    """The family of the configuration's model type, which its class must be as well."""
+    model_type, classes = config.get("model_type"), config.get("architectures")
+    claimed = [model_type] if model_type is not None else list(classes or ())
+    family = next(
+        (
+            one
+            for one in Family
+            if one is family_of_model_type(str(model_type))
+            or (not model_type and [one.hf_architecture] == claimed)
+        ),
+        None,
+    )
+    if family is None or (classes and family.hf_architecture not in classes):
+        named = "model_type" if family is None and model_type is not None else "architectures"
+        raise ArchitectureRefused(
+            f"{named} is {str(config.get(named))[:100]!r}, which is not one this decoder can be",
+            where=where,
+            expected="one of "
+            + ", ".join(
+                f"{one.hf_model_type} ({one.hf_architecture})" for one in ([family] if family else Family)
+            ),
+            remedy="start from a model of one of these families",
+            falsifier=INCOMPLETE_METADATA,
+        )
+    return family
+
+
+def _check_keys(
+    config: Mapping[str, Any], keys: Mapping[str, Key], family: Family, where: Path
+) -> tuple[str, ...]:
+    """Refuse keys that are unknown or ask for something else; notes on those that are left out."""
+    unknown = [
+        key
+        for key, value in config.items()
+        if key not in keys and value is not None and not key.startswith("_")
+    ]
+    if unknown:
+        raise ArchitectureRefused(
+            f"config.json states {', '.join(map(repr, unknown))}, and it is not known what that changes",
+            where=where,
+            expected=f"keys that a {family} model is known to have",
+            remedy="if they change neither what is computed nor its tokens, remove them from config.json",
+            falsifier=INCOMPLETE_METADATA,
+        )
+    notes = []
+    for key, value in config.items():
+        rule = keys.get(key)
+        if rule is None or value is None or rule.accepts(value):
+            continue
+        if rule.effect is Effect.CHECKED:
+            expected = " or ".join(map(json.dumps, rule.accepted)) or "null"
+            raise refuse_key(key, value, f"{expected}: {rule.why}", where=where)
+        if rule.effect is Effect.LEFT_OUT:
+            notes.append(f"{key} is left out: {rule.why}")
+    return tuple(notes)
+
+
+def _assumed(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
+    """What the configuration does not state and ``transformers`` assumes, in one note."""
+    absent = {
+        key: value
+        for key, value in family.definition.hf_defaults.items()
+        if key not in config and value not in (None, False) and not key.endswith("_token_id")
+    }
+    if any(isinstance(config.get(key), Mapping) for key in ("rope_parameters", "rope_scaling")):
+        absent.pop("rope_theta", None)
+    if not absent:
+        return ()
+    listed = ", ".join(f"{key} {value}" for key, value in absent.items())
+    return (f"config.json does not state what {family} models have by default: {listed}",)
+
+
+def _window(config: Mapping[str, Any], family: Family, stated: Mapping[str, Any], where: Path) -> int | None:
+    """The window of all layers in tokens, where they have one."""
+    window: int | None = stated.get("sliding_window") if family.definition.sliding_window else None
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        kind, layers = _FULL if window is None else _SLIDING, stated["num_hidden_layers"]
+        if kinds != [kind] * (layers if type(layers) is int else 0):
+            raise refuse_key(
+                "layer_types", _shortened(kinds), f"{kind} for each of the {layers} layers", where=where
+            )
+    return window
+
+
+def _shortened(kinds: object) -> object:
+    return list(dict.fromkeys(map(str, kinds))) if isinstance(kinds, list) else kinds
+
+
+def _rope(
+    config: Mapping[str, Any], stated: Mapping[str, Any], where: Path
+) -> tuple[Any, RopeScaling | None]:
+    """Theta and scaling as ``transformers`` reads them: ``rope_scaling`` first, and its own theta first."""
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise refuse_key("rope_scaling", given, "an object or null", where=where)
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise refuse_key("rope_parameters", dict(given), "one rotation for all layers", where=where)
+    rope = dict(given)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise refuse_key(
+            "partial_rotary_factor",
+            given["partial_rotary_factor"],
+            "1.0: the whole head is rotated",
+            where=where,
+        )
+    theta = rope.pop("rope_theta", stated["rope_theta"])
     kind = rope.get("rope_type", rope.get("type"))
-    if kind in (None, "default"):
-        return None
-    kept = {key: value for key, value in rope.items() if key not in ("type", "rope_theta")}
-    return {"rope_type": kind} | kept
+    positions = stated["max_position_embeddings"]
+    if kind in ("llama3", "yarn"):
+        top_level = config.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = (
+            rope.get("original_max_position_embeddings", positions) if top_level is None else top_level
+        )
+    if kind == "yarn":
+        _settle_yarn(rope, positions)
+    return theta, RopeScaling.from_mapping(rope, where=where)
+
+
+def _settle_yarn(rope: dict[str, Any], positions: Any) -> None:
+    """Replace what is derived: a factor from lengths, the attention factor from mscale, null by defaults."""
+    original = rope["original_max_position_embeddings"]
+    if rope.get("factor", 0) is None and _is_number(positions) and _is_number(original) and original:
+        rope["factor"] = positions / original
+    scale, scale_all = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    numbers = all(map(_is_number, (rope.get("factor"), scale, scale_all)))
+    if rope.get("attention_factor") is None and numbers and scale and scale_all and rope["factor"] >= 1:
+        log = 0.1 * math.log(rope["factor"])
+        rope["attention_factor"] = (scale * log + 1.0) / (scale_all * log + 1.0)
+    for key in ("beta_fast", "beta_slow"):
+        if not rope.get(key, True):
+            del rope[key]
+    if rope.get("truncate", True) is None:
+        rope["truncate"] = False
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def config_from_metadata(
-    metadata: AprMetadata, *, tied: bool, dtype: DType, token_ids: Mapping[str, int]
+    metadata: AprMetadata,
+    model: TransformerConfig,
+    *,
+    dtype: DType,
+    token_ids: Mapping[str, Any],
+    where: Path,
 ) -> dict[str, Any]:
-    """A ``config.json`` for the model: the kept one where there is one, typed metadata over it."""
+    """A ``config.json`` for the model: the kept one where there is one, what the file states over it.
+
+    Read back as an import reads it, it must give the same model.
+
+    Raises:
+        ArchitectureRefused: it does not.
+    """
+    family = model.family
     kept = metadata.custom.get(CONFIG_KEY)
     config: dict[str, Any] = dict(kept) if isinstance(kept, Mapping) else {}
-    stated: dict[str, Any] = {
-        "architectures": [metadata.hf_architecture] if metadata.hf_architecture else None,
-        "model_type": metadata.hf_model_type,
-        **{key: getattr(metadata, key) for key in _SAME_NAME},
-        **{theirs: getattr(metadata, ours) for ours, theirs in _RENAMED.items()},
-        **{key: metadata.custom.get(key) for key in _CARRIED},
-        "tie_word_embeddings": tied,
-    }
-    heads, hidden, head_dim = metadata.num_heads, metadata.hidden_size, metadata.head_dim
-    if head_dim and ("head_dim" in config or not heads or not hidden or head_dim * heads != hidden):
-        stated["head_dim"] = head_dim
-    config |= {key: value for key, value in stated.items() if value is not None}
-    _state_rope(config, metadata)
+    keys, defaults = {**HF_KEYS, **family.definition.hf_keys}, family.definition.hf_defaults
+    config |= {"architectures": [family.hf_architecture], "model_type": family.hf_model_type}
+    for key in defaults:
+        rule = keys[key]
+        if rule.ours is None or key == "rope_theta":
+            continue
+        value = getattr(model, rule.ours)
+        derived = key == "head_dim" and not family.definition.head_dim_stated
+        if key in config or not derived or model.query_size != model.hidden_size:
+            config[key] = value
+    _state_rope(config, model)
     config["dtype" if "dtype" in config else "torch_dtype"] = _TORCH_NAMES[dtype]
     for key, value in token_ids.items():
         config.setdefault(key, value)
     config.setdefault("hidden_act", "silu")
+    _check_read_back(config, model, where)
     return config
 
 
-def _state_rope(config: dict[str, Any], metadata: AprMetadata) -> None:
-    scaling = metadata.custom.get("rope_scaling")
-    if isinstance(config.get("rope_parameters"), Mapping):  # the spelling of transformers 5
-        base = dict(scaling) if isinstance(scaling, Mapping) else {"rope_type": "default"}
-        config["rope_parameters"] = base | {"rope_theta": metadata.rope_theta}
+def _check_read_back(config: Mapping[str, Any], model: TransformerConfig, where: Path) -> None:
+    values, _ = metadata_from_config(config, where=where)
+    back = TransformerConfig.from_metadata(
+        values, family=model.family, where=where, tie_word_embeddings=bool(config["tie_word_embeddings"])
+    )
+    if back != model:
+        differing = [key for key in vars(model) if getattr(model, key) != getattr(back, key)]
+        raise ArchitectureRefused(
+            f"a config.json cannot state {', '.join(differing)} of this model",
+            where=where,
+            expected="a configuration that gives the same model when it is read",
+            remedy="keep the model as an APR file",
+            falsifier=INCOMPLETE_METADATA,
+        )
+
+
+def _state_rope(config: dict[str, Any], model: TransformerConfig) -> None:
+    scaling = model.rope_scaling.to_mapping() if model.rope_scaling else None
+    newer, null = isinstance(config.get("rope_parameters"), Mapping), "rope_scaling" in config
+    for key in _ROPE_KEYS:
+        config.pop(key, None)
+    if newer:  # the spelling of transformers 5
+        config["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": model.rope_theta}
         return
-    if metadata.rope_theta is not None:
-        config["rope_theta"] = metadata.rope_theta
-    if isinstance(scaling, Mapping):
-        config["rope_scaling"] = dict(scaling)
+    config["rope_theta"] = model.rope_theta
+    if scaling or null:
+        config["rope_scaling"] = scaling
 
 
 def tokenizer_config(metadata: AprMetadata) -> dict[str, Any]:

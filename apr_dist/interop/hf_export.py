@@ -14,14 +14,15 @@ from apr_dist.apr.layout import TOKENIZER_TEXT, WRITABLE, DType, payload_bytes
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, writing_to
-from apr_dist.errors import ArchitectureRefused, OutputError
+from apr_dist.errors import OutputError
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, total_bytes
-from apr_dist.interop.embedding import embedded_files, token_ids
+from apr_dist.interop.embedding import embedded_files, stated_token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
+from apr_dist.model.config import TransformerConfig
 
 MAX_SHARD_BYTES: Final = 5_000_000_000
 
@@ -72,16 +73,16 @@ def export_huggingface(
 
     Raises:
         ModelFileError: the source cannot be read.
-        ArchitectureRefused: the source does not say which Hugging Face class it is.
+        ArchitectureRefused: the source does not say which model it is, or a config.json cannot say it.
         OutputError: the target exists or cannot be written.
     """
     with AprReader(source) as reader, _new_folder(Path(target), overwrite) as folder:
-        specs, tied = _specs(reader, dtype)
+        model, specs = _specs(reader, dtype)
         shards = _split(specs, max_shard_bytes)
         report = _counter(progress, total_bytes(specs))
         for name, shard in shards.items():
             _write_weights(reader, shard, folder / name, report)
-        texts = _texts(reader, specs, tied) | embedded_files(reader.metadata, where=reader.path)
+        texts = _texts(reader, specs, model) | embedded_files(reader.metadata, where=reader.path)
         if len(shards) > 1:
             texts["model.safetensors.index.json"] = _index(shards)
         for name, content in texts.items():
@@ -115,8 +116,8 @@ def export_safetensors(
     target = Path(target)
     beside = target.with_name("config.json")
     with AprReader(source) as reader:
-        specs, tied = _specs(reader, dtype)
-        config = _texts(reader, specs, tied)["config.json"]
+        model, specs = _specs(reader, dtype)
+        config = _texts(reader, specs, model)["config.json"]
         with AtomicFile(beside, overwrite=overwrite) as file:
             file.write_at(0, config)
             _write_weights(reader, specs, target, _counter(progress, total_bytes(specs)), overwrite=overwrite)
@@ -131,23 +132,16 @@ def export_safetensors(
     )
 
 
-def _specs(reader: AprReader, dtype: DType | None) -> tuple[list[TensorSpec], bool]:
-    """What to write, in index order, and whether the head is tied (then it is left out)."""
-    tied = prove_model(reader).config.tie_word_embeddings
-    if not reader.metadata.hf_architecture or not reader.metadata.hf_model_type:
-        raise ArchitectureRefused(
-            "the file does not say which Hugging Face class it is (hf_architecture, hf_model_type)",
-            where=reader.path,
-            expected="both keys",
-            remedy="stamp it: apr-dist stamp model.apr --hf-architecture ... --hf-model-type ... -o out.apr",
-        )
+def _specs(reader: AprReader, dtype: DType | None) -> tuple[TransformerConfig, list[TensorSpec]]:
+    """The model, and what to write of it in index order; a tied head is left out."""
+    model = prove_model(reader).config
     specs = []
     for entry in reader.tensors.values():
-        if tied and entry.name == HEAD:
+        if model.tie_word_embeddings and entry.name == HEAD:
             continue
         kept = entry.dtype if entry.dtype in WRITABLE else DType.F16
         specs.append(TensorSpec(entry.name, kept if dtype is None else dtype, entry.shape))
-    return specs, tied
+    return model, specs
 
 
 def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
@@ -182,14 +176,16 @@ def _write_weights(
             reader.forget(spec.name)
 
 
-def _texts(reader: AprReader, specs: Sequence[TensorSpec], tied: bool) -> dict[str, bytes]:
+def _texts(reader: AprReader, specs: Sequence[TensorSpec], model: TransformerConfig) -> dict[str, bytes]:
     weights = [spec.dtype for spec in specs if len(spec.shape) > 1] or [DType.F32]
     common = max(set(weights), key=weights.count)
-    ids = token_ids(reader.metadata)
-    config = config_from_metadata(reader.metadata, tied=tied, dtype=common, token_ids=ids)
-    texts = {"config.json": config_text(config), "README.md": model_card(reader.metadata).encode()}
-    if TOKENIZER_TEXT in embedded_files(reader.metadata, where=reader.path):
-        texts["tokenizer_config.json"] = config_text(tokenizer_config(reader.metadata))
+    metadata = reader.metadata
+    config = config_from_metadata(
+        metadata, model, dtype=common, token_ids=stated_token_ids(metadata), where=reader.path
+    )
+    texts = {"config.json": config_text(config), "README.md": model_card(metadata).encode()}
+    if TOKENIZER_TEXT in embedded_files(metadata, where=reader.path):
+        texts["tokenizer_config.json"] = config_text(tokenizer_config(metadata))
     return texts
 
 

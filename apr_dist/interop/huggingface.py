@@ -34,7 +34,7 @@ from apr_dist.interop.convert import (
     summarize,
     total_bytes,
 )
-from apr_dist.interop.embedding import embed_tokenizer
+from apr_dist.interop.embedding import END_IDS_KEY, embed_tokenizer, tokens_by_id
 from apr_dist.interop.hf_config import metadata_from_config, read_config
 from apr_dist.interop.proven import proven_writer
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
@@ -82,10 +82,12 @@ def import_huggingface(
     """
     folder, weights, located = _locate(Path(source))
     config = read_config(folder / "config.json")
+    values, noted = metadata_from_config(config, where=folder / "config.json")
     with ExitStack() as stack:
         stored = _plan([stack.enter_context(SafetensorsFile(path)) for path in weights], dtype)
-        plans, tied, notes = _settle(stored, config, tie, where=folder)
-        metadata, more = _metadata(folder, config, tied)
+        claimed = config.get(CLAIM, False)  # what transformers takes where the key is absent
+        plans, tied, notes = _settle(stored, claimed, values["rope_theta"], tie, where=folder)
+        metadata, more = _metadata(folder, config, values | {CLAIM: tied})
         specs = [plan.spec for plan in plans.values()]
         done, total = 0, total_bytes(specs)
         with proven_writer(
@@ -97,7 +99,8 @@ def import_huggingface(
                     done += piece.nbytes
                     if progress:
                         progress(done, total)
-    return summarize(source, target, "safetensors", specs, tied=tied, notes=(*located, *notes, *more))
+    notes = (*located, *notes, *noted, *more)
+    return summarize(source, target, "safetensors", specs, tied=tied, notes=notes)
 
 
 def _locate(source: Path) -> tuple[Path, list[Path], tuple[str, ...]]:
@@ -163,17 +166,16 @@ def _plan(files: list[SafetensorsFile], dtype: DType | None) -> dict[str, _Plan]
 
 
 def _settle(
-    stored: Mapping[str, _Plan], config: Mapping[str, Any], tie: bool | None, *, where: Path
+    stored: Mapping[str, _Plan], claimed: Any, rope_theta: float, tie: bool | None, *, where: Path
 ) -> tuple[dict[str, _Plan], bool, tuple[str, ...]]:
     """The model's own tensors under their plain names, and whether the head is the embedding."""
-    theta = metadata_from_config(config).get("rope_theta")
     names, notes = model_names(
-        stored, rope_theta=theta, values=lambda name: _float32(stored[name]), where=where
+        stored, rope_theta=rope_theta, values=lambda name: _float32(stored[name]), where=where
     )
     plans = {new: _renamed(stored[old], new) for old, new in names.items()}
     decided = decide_tie(
         plans,
-        claimed=config.get(CLAIM, False),  # what transformers takes where the key is absent
+        claimed=claimed,
         asked=tie,
         equal=lambda: _same_bytes(plans[EMBEDDING], plans[HEAD]),
         where=where,
@@ -213,16 +215,18 @@ def _pieces(plan: _Plan) -> Iterator[npt.NDArray[Any] | memoryview]:
         yield encode(wide, plan.spec.dtype, name=plan.spec.name, where=plan.file.path)
 
 
-def _metadata(folder: Path, config: Mapping[str, Any], tied: bool) -> tuple[AprMetadata, tuple[str, ...]]:
-    special, template = _special_tokens(folder)
-    values: dict[str, Any] = metadata_from_config(config)
+def _metadata(
+    folder: Path, config: Mapping[str, Any], values: dict[str, Any]
+) -> tuple[AprMetadata, tuple[str, ...]]:
+    special, template = _special_tokens(folder, config)
     values |= _front_matter(folder)
     values |= {
         "name": folder.resolve().name,
         "source": config.get("_name_or_path") or folder.resolve().name,
         "original_format": "safetensors",
-        "tie_word_embeddings": tied,
     }
+    if ends := _end_ids(folder, config):
+        values[END_IDS_KEY] = ends
     if special:
         values["special_tokens"] = special
     if template:
@@ -236,20 +240,45 @@ def _metadata(folder: Path, config: Mapping[str, Any], tied: bool) -> tuple[AprM
         return metadata, (f"the tokenizer was not embedded: {error}",)
 
 
-def _special_tokens(folder: Path) -> tuple[dict[str, str], str | None]:
-    path = folder / "tokenizer_config.json"
-    stated = read_config(path) if path.is_file() else {}
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+    """Special tokens by role, from the first file that names one, and the chat template."""
+    stated = _optional(folder / "tokenizer_config.json")
+    older = _optional(folder / "special_tokens_map.json")
     special: dict[str, str] = {}
     for role in _SPECIAL_TOKENS:
-        token = stated.get(role)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            special[role] = token
+        for source in (stated, older):
+            token = source.get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                special.setdefault(role, token)
+    unnamed = {role: config.get(f"{role}_id") for role in _SPECIAL_TOKENS if role not in special}
+    unnamed = {role: _first(ids) for role, ids in unnamed.items() if _first(ids) is not None}
+    if unnamed:
+        tokens = tokens_by_id(folder)
+        special |= {role: tokens[one] for role, one in unnamed.items() if one in tokens}
     template = stated.get("chat_template")
+    if isinstance(template, list):  # several by name; the one called default speaks
+        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
     separate = folder / "chat_template.jinja"
     if separate.is_file():
         template = bytes(map_readonly(separate)).decode(errors="replace")
     return special, template if isinstance(template, str) else None
+
+
+def _first(ids: Any) -> Any:
+    return ids[0] if isinstance(ids, list) and ids else ids
+
+
+def _end_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """Where generation stops: as the generation configuration states it, else the model's."""
+    generation = _optional(folder / "generation_config.json")
+    ids = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = ids if isinstance(ids, list) else [ids]
+    return [one for one in ids if type(one) is int and one >= 0]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_config(path) if path.is_file() else {}
 
 
 def _front_matter(folder: Path) -> dict[str, str]:

@@ -17,7 +17,9 @@ from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.convert import Progress
 from apr_dist.interop.embedding import embed_tokenizer
-from apr_dist.interop.tie import CLAIM
+
+_UNTYPED = ("tie_word_embeddings", "attention_bias")
+"""Keys of an architecture that the format keeps among the custom ones."""
 
 _LICENSES = ("license", "data_license")
 
@@ -49,7 +51,7 @@ def stamp_file(
     Args:
         source: APR file.
         target: APR file to make.
-        changes: typed metadata keys (and ``tie_word_embeddings``) with new values; None is left alone.
+        changes: typed metadata keys (and ``_UNTYPED`` ones) with new values; None is left alone.
         tokenizer: folder whose tokenizer is put into the file.
         overwrite: whether ``target`` may exist.
         progress: told how far the writing is.
@@ -64,7 +66,7 @@ def stamp_file(
     wanted = _checked(changes)
     with AprReader(source) as reader:
         before = reader.metadata
-        custom = dict(before.custom) | {key: wanted[key] for key in wanted if key == CLAIM}
+        custom = dict(before.custom) | {key: wanted[key] for key in wanted if key in _UNTYPED}
         after = AprMetadata.from_mapping(before.to_mapping() | wanted).replace(custom=custom)
         old, new = before.to_mapping(), after.to_mapping()
         changed = tuple((key, old.get(key), new[key]) for key in wanted if old.get(key) != new[key])
@@ -121,7 +123,7 @@ def _copy(
 def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {key: value for key, value in changes.items() if value is not None}
     for key in wanted:
-        if key not in KEYS and key != CLAIM:
+        if key not in (*KEYS, *_UNTYPED):
             raise UsageError(f"{key!r} is no metadata key of the format", expected=", ".join(KEYS))
     for key in _LICENSES:
         if key in wanted:

@@ -22,7 +22,7 @@ from apr_dist.data.tokenizer import load_tokenizer
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat import chat_template, render_chat
-from apr_dist.interop.embedding import embedded_files, token_ids
+from apr_dist.interop.embedding import embedded_files, end_token_ids
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.generation import Sampling, stream
 from apr_dist.model.transformer import Decoder
@@ -250,7 +250,7 @@ def _tokenizer(
             "there is no tokenizer inside the file or beside it",
             where=path,
             expected=f"an embedded one, or the folder {source.name}",
-            remedy="name one with --tokenizer FOLDER",
+            remedy=f"apr-dist tokenize import-hf FOLDER -o {source}, with the folder the tokenizer is in",
         )
     load_tokenizer(source)  # its checks: whole, of a known kind, unchanged since its import
     files = {file.name: file.read_bytes() for file in source.iterdir() if file.suffix in (".json", ".jinja")}
@@ -269,5 +269,4 @@ def _speaking(content: bytes, where: Path) -> Tokenizer:
 
 def _end_ids(metadata: AprMetadata, tokenizer: Tokenizer, roles: Mapping[str, str]) -> frozenset[int]:
     named = tokenizer.token_to_id(roles["eos_token"]) if "eos_token" in roles else None
-    stated = token_ids(metadata).get("eos_token_id")
-    return frozenset(token for token in (named, stated) if token is not None)
+    return frozenset({*end_token_ids(metadata), *(() if named is None else (named,))})

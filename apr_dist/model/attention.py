@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(hidden, config.query_size, bias=config.qkv_bias)
         self.k_proj = Linear(hidden, config.kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(hidden, config.kv_size, bias=config.qkv_bias)
-        self.o_proj = Linear(config.query_size, hidden, bias=False)
+        self.o_proj = Linear(config.query_size, hidden, bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 

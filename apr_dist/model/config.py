@@ -1,7 +1,7 @@
-"""What a model is: its family, its dimensions, its presets, and the shapes of its parameters.
+"""What a model is: its family, its dimensions, and the shapes of its parameters.
 
 A configuration comes from a preset or from a model file's metadata, never from defaults filled in
-between. How tensor names and metadata are read as a family is in ``families``; the network that is
+between. What one family is, its presets included, is in its file in ``families``; the network that is
 built from a configuration is in ``transformer``.
 """
 
@@ -10,35 +10,16 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from apr_dist.errors import ArchitectureRefused, DimensionsUnstated, UsageError
+from apr_dist.model.families import Family, FamilyDefinition
 from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, one_of, refuse_key
 
 SPLIT_HALVES: Final = 2
 """``rope_type`` of the format: dimension ``i`` is rotated with ``i + head_dim / 2``."""
-
-
-class Family(StrEnum):
-    """The decoder families one network covers by configuration."""
-
-    LLAMA = "llama"
-    QWEN2 = "qwen2"
-    QWEN3 = "qwen3"
-    MISTRAL = "mistral"
-
-    @property
-    def hf_architecture(self) -> str:
-        """Class name in the Hugging Face ``config.json``, such as ``Qwen2ForCausalLM``."""
-        return f"{self.value.capitalize()}ForCausalLM"
-
-    @property
-    def hf_model_type(self) -> str:
-        """``model_type`` in the Hugging Face ``config.json``."""
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +27,8 @@ class TransformerConfig:
     """Everything that decides the shapes and the arithmetic of one decoder.
 
     Sizes are numbers of elements, ``max_position_embeddings`` and ``sliding_window`` numbers of tokens.
-    Whether q, k and v have biases and whether q and k are normalised follows from the family.
+    ``attention_bias`` adds biases to q, k, v and o; whether q, k and v have them anyway and whether q and k
+    are normalised follows from the family.
 
     Raises:
         ArchitectureRefused: on construction, when a field is impossible; the text names it.
@@ -66,6 +48,7 @@ class TransformerConfig:
     tie_word_embeddings: bool
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
+    attention_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in (*_INTEGER_KEYS, "head_dim"):
@@ -80,21 +63,33 @@ class TransformerConfig:
             raise refuse_key("num_heads", self.num_heads, f"a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
             raise refuse_key("head_dim", self.head_dim, "an even number, because RoPE rotates pairs")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse what the family's block does not have."""
+        if type(self.attention_bias) is not bool:
+            raise refuse_key("attention_bias", self.attention_bias, "true or false")
+        if self.attention_bias and not self._facts.optional_attention_bias:
+            raise refuse_key("attention_bias", True, f"false for the {self.family} family")
         if self.sliding_window is not None:
-            if self.family is not Family.MISTRAL:
+            if not self._facts.sliding_window:
                 raise refuse_key("sliding_window", self.sliding_window, f"null for the {self.family} family")
             if type(self.sliding_window) is not int or self.sliding_window < 1:
                 raise refuse_key("sliding_window", self.sliding_window, "a positive integer or null")
 
     @property
+    def _facts(self) -> FamilyDefinition:
+        return self.family.definition
+
+    @property
     def qkv_bias(self) -> bool:
-        """Whether q, k and v projections add a bias (Qwen2)."""
-        return self.family is Family.QWEN2
+        """Whether q, k and v projections add a bias."""
+        return self._facts.qkv_bias or self.attention_bias
 
     @property
     def qk_norm(self) -> bool:
-        """Whether each head of q and k passes an RMSNorm before RoPE (Qwen3)."""
-        return self.family is Family.QWEN3
+        """Whether each head of q and k passes an RMSNorm before RoPE."""
+        return self._facts.qk_norm
 
     @property
     def query_size(self) -> int:
@@ -140,6 +135,7 @@ class TransformerConfig:
                 tie_word_embeddings=tie_word_embeddings,
                 rope_scaling=RopeScaling.from_mapping(values.get("rope_scaling"), where=where),
                 sliding_window=_sliding_window(values, family, where),
+                attention_bias=_attention_bias(values, family),
             )
         except ArchitectureRefused as refusal:
             refusal.where = str(where)
@@ -162,6 +158,8 @@ class TransformerConfig:
             values["rope_scaling"] = self.rope_scaling.to_mapping()
         if self.sliding_window is not None:
             values["sliding_window"] = self.sliding_window
+        if self.attention_bias:
+            values["attention_bias"] = True
         return values
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -192,6 +190,8 @@ class TransformerConfig:
             if self.qkv_bias:
                 shapes[f"self_attn.{name}_proj.bias"] = (size,)
         shapes["self_attn.o_proj.weight"] = (hidden, self.query_size)
+        if self.attention_bias:
+            shapes["self_attn.o_proj.bias"] = (hidden,)
         if self.qk_norm:
             shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
         shapes["post_attention_layernorm.weight"] = (hidden,)
@@ -235,7 +235,7 @@ def preset(name: str) -> TransformerConfig:
 
 
 def _refuse_missing(values: Mapping[str, Any], family: Family, where: str | Path) -> None:
-    needed = [*_INTEGER_KEYS, *_NUMBER_KEYS, *(["head_dim"] if family is Family.QWEN3 else [])]
+    needed = [*_INTEGER_KEYS, *_NUMBER_KEYS, *(["head_dim"] if family.definition.head_dim_stated else [])]
     missing = [key for key in needed if values.get(key) is None]
     if missing:
         raise DimensionsUnstated(
@@ -280,120 +280,24 @@ def _head_dim(values: Mapping[str, Any], sizes: Mapping[str, int], where: str | 
 
 
 def _sliding_window(values: Mapping[str, Any], family: Family, where: str | Path) -> int | None:
-    """Mistral's window in tokens; the other families state one they do not use unless told to."""
+    """The window in tokens; families without one may state one that they do not use unless told to."""
     window = values.get("sliding_window")
-    if family is Family.MISTRAL or window is None:
+    if family.definition.sliding_window or window is None:
         return window
     if values.get("use_sliding_window"):
         raise refuse_key("use_sliding_window", True, f"false for the {family} family", where=where)
     return None
 
 
-def _llama(
-    *,
-    vocabulary: int,
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    inner: int,
-    positions: int,
-    theta: float = 1e4,
-    tied: bool = True,
-) -> TransformerConfig:
-    return TransformerConfig(
-        family=Family.LLAMA,
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=hidden // heads,
-        intermediate_size=inner,
-        max_position_embeddings=positions,
-        rope_theta=theta,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-    )
-
-
-def _qwen25(size: str) -> TransformerConfig:
-    hidden, layers, heads, kv_heads, inner, vocabulary = {
-        "0.5b": (896, 24, 14, 2, 4864, 151_936),
-        "1.5b": (1536, 28, 12, 2, 8960, 151_936),
-        "7b": (3584, 28, 28, 4, 18_944, 152_064),
-    }[size]
-    return TransformerConfig(
-        family=Family.QWEN2,
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=128 if size != "0.5b" else 64,
-        intermediate_size=inner,
-        max_position_embeddings=32_768,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=size != "7b",
-    )
-
-
-def _qwen3(hidden: int, layers: int, heads: int, inner: int) -> TransformerConfig:
-    return TransformerConfig(
-        family=Family.QWEN3,
-        vocab_size=151_936,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=inner,
-        max_position_embeddings=40_960,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-    )
+def _attention_bias(values: Mapping[str, Any], family: Family) -> Any:
+    """What the file states; a family whose biases are fixed may state the key without using it."""
+    stated = values.get("attention_bias")
+    return stated if stated is not None and not family.definition.qkv_bias else False
 
 
 PRESETS: Final[Mapping[str, TransformerConfig]] = {
-    "llama-370m": _llama(
-        vocabulary=50_257, hidden=1024, layers=24, heads=16, kv_heads=4, inner=2816, positions=4096
-    ),
-    "smollm2-135m": _llama(
-        vocabulary=49_152, hidden=576, layers=30, heads=9, kv_heads=3, inner=1536, positions=8192, theta=1e5
-    ),
-    "qwen2.5-0.5b": _qwen25("0.5b"),
-    "qwen2.5-coder-0.5b": _qwen25("0.5b"),
-    "qwen2.5-1.5b": _qwen25("1.5b"),
-    "qwen2.5-coder-1.5b": _qwen25("1.5b"),
-    "qwen2.5-7b": replace(_qwen25("7b"), max_position_embeddings=131_072),
-    "qwen2.5-coder-7b": _qwen25("7b"),
-    "qwen3-0.6b": _qwen3(hidden=1024, layers=28, heads=16, inner=3072),
-    "qwen3-4b": _qwen3(hidden=2560, layers=36, heads=32, inner=9728),
-    "mistral-7b": replace(
-        _llama(
-            vocabulary=32_000,
-            hidden=4096,
-            layers=32,
-            heads=32,
-            kv_heads=8,
-            inner=14_336,
-            positions=32_768,
-            tied=False,
-        ),
-        family=Family.MISTRAL,
-        sliding_window=4096,
-    ),
-    "llama-2-7b": _llama(
-        vocabulary=32_000,
-        hidden=4096,
-        layers=32,
-        heads=32,
-        kv_heads=32,
-        inner=11_008,
-        positions=4096,
-        tied=False,
-    ),
+    name: TransformerConfig(family=family, **fields)
+    for family in Family
+    for name, fields in family.definition.presets.items()
 }
 """Published configurations by name. Llama-370M is a historical name: its dimensions give 322 M."""

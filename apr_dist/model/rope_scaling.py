@@ -56,9 +56,13 @@ class RopeScaling:
         for name in needed:
             if not (getattr(self, name) or 0) > 0:
                 raise refuse_key(f"rope_scaling.{name}", getattr(self, name), "a positive number")
-        if self.rope_type is RopeScalingType.LLAMA3 and self.low_freq_factor == self.high_freq_factor:
+        if self.rope_type is RopeScalingType.LLAMA3 and not (
+            (self.low_freq_factor or 0.0) < (self.high_freq_factor or 0.0)
+        ):
             raise refuse_key(
-                "rope_scaling.high_freq_factor", self.high_freq_factor, "another than low_freq_factor"
+                "rope_scaling.high_freq_factor",
+                self.high_freq_factor,
+                f"more than low_freq_factor ({self.low_freq_factor})",
             )
 
     @classmethod

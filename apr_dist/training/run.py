@@ -20,7 +20,8 @@ from apr_dist.errors import AprDistError, DistributedError, OutputError
 from apr_dist.gates.output import create_run_dir
 from apr_dist.gates.preflight import Preflight
 from apr_dist.gates.result import GateResult
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from apr_dist.contracts.repository import Repository, read_repository
 from apr_dist.contracts.schema import Contract, Falsifier
 from apr_dist.errors import ExitCode
 from apr_dist.model.config import PRESETS
+from apr_dist.model.families import GGUF_KEYS, HF_KEYS, TOKENIZER_KEYS, Effect, Family, Key
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -144,6 +146,63 @@ def presets() -> str:
     return "\n".join(lines)
 
 
+def families() -> str:
+    """A row for each family: what names it, and what its block does differently."""
+    lines = [
+        "| family | `model_type` | class | GGUF architecture | biases | q and k normalised | window |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family in Family:
+        facts = family.definition
+        biases = "q, k, v" if facts.qkv_bias else "none"
+        if facts.optional_attention_bias:
+            biases = "none, or q, k, v and o (`attention_bias`)"
+        imported = "" if facts.gguf.imported else " (written only)"
+        lines.append(
+            f"| {family} | `{facts.hf_model_type}` | `{facts.hf_architecture}` |"
+            f" `{facts.gguf.architecture}`{imported} | {biases} | {'yes' if facts.qk_norm else 'no'} |"
+            f" {'as the file states' if facts.sliding_window else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+def family_defaults() -> str:
+    """A row for each key that a config.json may leave out, with each family's value."""
+    keys = dict.fromkeys(key for family in Family for key in family.definition.hf_defaults)
+    lines = [f"| key | {' | '.join(Family)} |", "|---" * (len(Family) + 1) + "|"]
+    for key in keys:
+        values = (family.definition.hf_defaults.get(key, "-") for family in Family)
+        lines.append(f"| `{key}` | {' | '.join('derived' if one is None else str(one) for one in values)} |")
+    return "\n".join(lines)
+
+
+def config_keys() -> str:
+    """What becomes of each key of a config.json."""
+    lines = ["| key | family | what becomes of it | why |", "|---|---|---|---|"]
+    lines += _key_rows("all", HF_KEYS)
+    for family in Family:
+        lines += _key_rows(family, family.definition.hf_keys)
+    return "\n".join(lines)
+
+
+def gguf_keys() -> str:
+    """What becomes of each key of a GGUF file."""
+    lines = ["| key | family | what becomes of it | why |", "|---|---|---|---|"]
+    lines += _key_rows("all", {f"ARCHITECTURE.{key}": rule for key, rule in GGUF_KEYS.items()})
+    lines += _key_rows("all", {f"tokenizer.{key}": rule for key, rule in TOKENIZER_KEYS.items()})
+    for family in Family:
+        lines += _key_rows(family, family.definition.gguf.keys)
+    return "\n".join(lines)
+
+
+def _key_rows(family: str, keys: Mapping[str, Key]) -> Iterator[str]:
+    for key, rule in keys.items():
+        effect = rule.effect.value
+        if rule.effect is Effect.CHECKED:
+            effect = f"must be {' or '.join(f'`{json.dumps(one)}`' for one in rule.accepted) or 'absent'}"
+        yield f"| `{key}` | {family} | {effect} | {rule.why} |"
+
+
 def configs() -> str:
     """A row for each shipped configuration: its first sentence."""
     lines = ["| file | what it is for |", "|---|---|"]
@@ -167,6 +226,10 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "command-line": command_line,
     "contracts": contracts,
     "presets": presets,
+    "families": families,
+    "family-defaults": family_defaults,
+    "config-keys": config_keys,
+    "gguf-keys": gguf_keys,
     "configs": configs,
 }
 """Name in a page to what generates it."""

@@ -66,6 +66,11 @@ def renamed(change: Callable[[str], str]) -> Change:
     return lambda tensors, _: [tensors.update({change(name): tensors.pop(name)}) for name in list(tensors)]
 
 
+def attention_biases(tensors: Arrays, _: dict[str, Any]) -> None:
+    for name in [name for name in tensors if "self_attn" in name]:
+        tensors[name.replace(".weight", ".bias")] = np.ones(tensors[name].shape[0], np.float32)
+
+
 def frequencies(tensors: Arrays, metadata: dict[str, Any]) -> None:
     values = metadata["rope_theta"] ** -(np.arange(8) / 8)
     for layer in range(2):
@@ -101,9 +106,9 @@ DEFECTS: Mapping[str, Defect] = {
         change=added((96,), "model.layers.0.mlp.up_proj.bias"),
         words="start from a model without these biases",
     ),
-    "Llama's attention_bias": Defect(
-        change=added((64,), "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.o_proj.bias"),
-        words="attention_bias is true",
+    "attention biases that nothing states": Defect(change=attention_biases, words="--attention-bias True"),
+    "a bias on o alone": Defect(
+        change=added((64,), "model.layers.0.self_attn.o_proj.bias"), words="start from a model without"
     ),
     "a matrix transposed": Defect(
         change=lambda t, _: t.update({GATE0: np.ascontiguousarray(t[GATE0].T)}),

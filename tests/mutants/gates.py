@@ -218,9 +218,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         MATCH,
         "normalised queries and keys show nothing",
-        "apr_dist/model/families.py",
-        'self_attn\\.q_norm\\.weight"),',
-        'self_attn\\.q_norm\\.bias"),',
+        "apr_dist/model/families/qwen3.py",
+        'self_attn\\.q_norm\\.weight"',
+        'self_attn\\.q_norm\\.bias"',
     ),
     Change(
         INIT + "005",

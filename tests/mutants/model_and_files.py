@@ -43,9 +43,9 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         ARCH + "001",
         "the 1.5B preset loses its tie",
-        MODEL_CONFIG,
-        'tie_word_embeddings=size != "7b",',
-        'tie_word_embeddings=size == "0.5b",',
+        "apr_dist/model/families/qwen2.py",
+        '"tie_word_embeddings": hidden < 2048,',
+        '"tie_word_embeddings": hidden < 1024,',
     ),
     Change(
         ARCH + "003",
