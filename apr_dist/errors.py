@@ -171,6 +171,10 @@ class ArchitectureRefused(GateRefused):
     """The file's architecture is missing, not a decoder, or contradicts its tensors."""
 
 
+class DimensionsUnstated(ArchitectureRefused):
+    """The file does not state every dimension of its model; ``apr-dist stamp`` can."""
+
+
 class WeightsRefused(GateRefused):
     """A tensor is missing, left over, of another shape, or not finite."""
 

@@ -70,7 +70,7 @@ REFUSED = {
     "import cut -o y.apr": (ExitCode.MODEL_FILE, "truncated"),
     "import pipe -o y.apr": (ExitCode.MODEL_FILE, "not a regular file"),
     "import nothing -o y.apr": (ExitCode.MODEL_FILE, "no such file"),
-    "import x.apr -o y.apr": (ExitCode.MODEL_FILE, "Expected a GGUF"),
+    "import tokenizer/tokenizer.model -o y.apr": (ExitCode.MODEL_FILE, "Expected a GGUF"),
     "inspect pipe": (ExitCode.MODEL_FILE, "not a regular file"),
     "validate hf": (ExitCode.MODEL_FILE, "is a directory"),
     "diff x.apr hf": (ExitCode.MODEL_FILE, "is a directory"),

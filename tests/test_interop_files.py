@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders.files import TINY_METADATA, assemble, flipped, tiny_tensors, write_apr, write_tokenizer
+from builders.files import (
+    TINY_METADATA,
+    RawEntry,
+    assemble,
+    flipped,
+    tiny_tensors,
+    write_apr,
+    write_tokenizer,
+)
 
-from apr_dist.apr.layout import Flag
+from apr_dist.apr.layout import DType, Flag, align
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.quality import QualityFacts, score_quality
 from apr_dist.apr.reader import AprReader
@@ -25,6 +33,8 @@ from apr_dist.errors import (
 from apr_dist.interop.diff import diff_files
 from apr_dist.interop.inspection import inspect_file, validate_file
 from apr_dist.interop.stamp import spdx, stamp_file
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def tiny_file(path: Path, metadata: dict[str, Any] | None = None, **options: bool) -> Path:
@@ -123,12 +133,11 @@ def test_dimensions_that_the_shapes_contradict_cost_points(tmp_path: Path) -> No
 def test_a_sound_file_is_valid_and_says_what_was_checked(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = validate_file(tiny_file(tmp_path / "x.apr"), progress=lambda a, b: seen.append((a, b)))
-    assert dict(report.checks) == {
-        "structure": f"{len(tiny_tensors())} tensors, sorted, aligned, apart, inside the file",
-        "checksums": "header and footer match",
-        "values": "all finite",
-        "family": "llama",
-        "head": "tied to the embedding",
+    count, values = len(tiny_tensors()), sum(array.size for array in tiny_tensors().values())
+    assert {check.gate: check.measured for check in report.checks} == {
+        "model file is intact": f"0.3 MB, {count} tensors, checksums match",
+        "family agrees with tensor names": "llama (LlamaForCausalLM)",
+        "every weight is there": f"{count} of {count} tensors, {values:,} finite values",
     }
     assert seen[-1][0] == seen[-1][1]
 
@@ -138,19 +147,32 @@ def test_a_sound_file_is_valid_and_says_what_was_checked(tmp_path: Path) -> None
 def test_a_value_that_is_no_number_is_found_and_its_tensor_named(
     tmp_path: Path, dtype: type[Any], value: float
 ) -> None:
-    array = np.full(100_000, 1.5, np.float32)
-    array[77_777] = value
+    array = np.full((2000, 64), 1.5, np.float32)
+    array[1200, 33] = value
     stored = (array.view(np.uint32) >> 16).astype(np.uint16) if dtype is np.uint16 else array.astype(dtype)
-    path = write_apr(tmp_path / "x.apr", {"fine": np.ones(3, np.float32), "spoiled": stored})
-    with pytest.raises(WeightsRefused, match="'spoiled' holds 1 values"):
-        validate_file(path)
+    tensors, metadata = tiny_tensors() | {EMBEDDING: stored}, TINY_METADATA | {"vocab_size": 2000}
+    with pytest.raises(WeightsRefused, match=f"{EMBEDDING} holds 1 values"):
+        validate_file(write_apr(tmp_path / "x.apr", tensors, metadata))
+
+
+def quantised_file(path: Path, scale: float) -> Path:
+    """The tiny model with its final norm as APR_Q8: one scale and 64 small integers."""
+    entries: list[RawEntry] = []
+    data = b""
+    for name, array in sorted(tiny_tensors().items()):
+        payload, code = array.tobytes(), 0
+        if name == "model.norm.weight":
+            payload, code = np.array([scale], "<f4").tobytes() + bytes(range(64)), 129
+        entries.append((name.encode(), code, array.shape, len(data), len(payload)))
+        data += payload.ljust(align(len(payload)), b"\0")
+    path.write_bytes(assemble(entries, data, metadata=json.dumps(dict(TINY_METADATA)).encode()))
+    return path
 
 
 def test_a_quantised_scale_that_is_no_number_is_found(tmp_path: Path) -> None:
-    payload = np.array([np.nan], "<f4").tobytes() + b"\1\2\3"
-    (tmp_path / "x.apr").write_bytes(assemble([(b"w", 129, (3,), 0, 7)], payload.ljust(64, b"\0")))
-    with pytest.raises(WeightsRefused, match="'w' holds 3 values"):
-        validate_file(tmp_path / "x.apr")
+    assert validate_file(quantised_file(tmp_path / "x.apr", 0.5)).tensor_count == len(tiny_tensors())
+    with pytest.raises(WeightsRefused, match=r"model\.norm\.weight holds 64 values"):
+        validate_file(quantised_file(tmp_path / "y.apr", np.nan))
 
 
 @pytest.mark.falsifies("FALSIFY-INIT-ARCH-MATCH-001")
@@ -165,7 +187,7 @@ def test_a_family_that_the_names_contradict_is_refused_with_the_command_that_men
 
 
 def test_a_tie_that_the_tensors_contradict_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchitectureRefused, match="holds other values"):
+    with pytest.raises(ArchitectureRefused, match="differs from the embedding"):
         validate_file(tiny_file(tmp_path / "x.apr", head=True))
     with pytest.raises(ArchitectureRefused, match=r"no lm_head\.weight"):
         validate_file(tiny_file(tmp_path / "y.apr", {"tie_word_embeddings": False}))
@@ -189,14 +211,11 @@ def test_stamping_changes_metadata_and_no_tensor_byte(tmp_path: Path) -> None:
 
 
 def test_quantised_tensors_are_stamped_without_being_decoded(tmp_path: Path) -> None:
-    payload = bytes(range(144))
-    (tmp_path / "x.apr").write_bytes(
-        assemble([(b"w", 12, (256,), 0, 144)], payload.ljust(192, b"\0"), flags=Flag.QUANTIZED)
-    )
-    stamp_file(tmp_path / "x.apr", tmp_path / "y.apr", changes={"architecture": "llama"})
-    reader = AprReader(tmp_path / "y.apr")
-    assert bytes(reader.raw("w")) == payload
-    assert reader.header.flags == Flag.QUANTIZED | Flag.ROW_MAJOR
+    source = quantised_file(tmp_path / "x.apr", 0.5)
+    stamp_file(source, tmp_path / "y.apr", changes={"license": "MIT"})
+    before, after = AprReader(source), AprReader(tmp_path / "y.apr")
+    assert after.tensors["model.norm.weight"].dtype is DType.APR_Q8
+    assert all(before.raw(name) == after.raw(name) for name in before.tensors)
 
 
 def test_an_embedded_tokenizer_sets_the_vocabulary_flag(tmp_path: Path) -> None:
@@ -248,18 +267,19 @@ def test_a_file_equals_itself(tmp_path: Path) -> None:
 
 def test_differences_are_found_and_measured(tmp_path: Path) -> None:
     tensors = tiny_tensors()
-    first = write_apr(tmp_path / "1.apr", tensors, {"name": "one", "x.kept": 1})
+    first = write_apr(tmp_path / "1.apr", tensors, TINY_METADATA | {"name": "one"})
     changed = {name: array.copy() for name, array in tensors.items()}
     changed["model.norm.weight"][0] += 3
-    changed["extra"] = changed.pop("model.layers.1.mlp.up_proj.weight")
-    changed["model.layers.0.mlp.up_proj.weight"] = changed["model.layers.0.mlp.up_proj.weight"].T.copy()
-    second = write_apr(tmp_path / "2.apr", changed, {"name": "two", "x.kept": 1})
+    changed["model.embed_tokens.weight"] = changed["model.embed_tokens.weight"][:30]
+    changed["lm_head.weight"] = changed["model.embed_tokens.weight"] + 1
+    other = {"name": "two", "vocab_size": 30, "tie_word_embeddings": False}
+    second = write_apr(tmp_path / "2.apr", changed, TINY_METADATA | other)
     found = diff_files(first, second)
     assert not found.equal
     assert ("name", "one", "two") in found.metadata
-    assert (found.only_first, found.only_second) == (("model.layers.1.mlp.up_proj.weight",), ("extra",))
+    assert (found.only_first, found.only_second) == ((), ("lm_head.weight",))
     reshaped, norm = found.tensors
-    assert (reshaped.shapes, reshaped.max_abs) == (((96, 64), (64, 96)), None)
+    assert (reshaped.shapes, reshaped.max_abs) == (((40, 64), (30, 64)), None)
     assert (norm.name, norm.max_abs) == ("model.norm.weight", 3.0)
     scale = float(np.abs(tensors["model.norm.weight"]).max())
     assert norm.relative == pytest.approx(3 / scale)
@@ -267,10 +287,14 @@ def test_differences_are_found_and_measured(tmp_path: Path) -> None:
     assert norm.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def test_the_same_values_in_another_type_differ_in_type_alone(tmp_path: Path) -> None:
-    values = np.arange(-50, 50, dtype=np.float32)
-    first = write_apr(tmp_path / "1.apr", {"w": values}, {"total_size": 1})
-    second = write_apr(tmp_path / "2.apr", {"w": values.astype(np.float16)}, {"total_size": 1})
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16])
+def test_the_same_values_in_another_type_differ_in_type_alone(tmp_path: Path, dtype: type[Any]) -> None:
+    tensors, metadata = tiny_tensors(), TINY_METADATA | {"vocab_size": 5000, "total_size": 1}
+    values = np.random.default_rng(1).integers(-100, 100, (5000, 64)).astype(np.float32)
+    narrow = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype is np.uint16 else values.astype(dtype)
+    first = write_apr(tmp_path / "1.apr", tensors | {EMBEDDING: values}, metadata)
+    second = write_apr(tmp_path / "2.apr", tensors | {EMBEDDING: narrow}, metadata)
     (found,) = diff_files(first, second).tensors
-    assert (found.dtypes, found.max_abs, found.relative) == (("F32", "F16"), 0.0, 0.0)
+    name = "BF16" if dtype is np.uint16 else "F16"
+    assert (found.dtypes, found.max_abs, found.relative) == (("F32", name), 0.0, 0.0)
     assert found.cosine == pytest.approx(1.0)

@@ -17,7 +17,7 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
-from apr_dist.errors import ArchitectureRefused, OutputError, UnsupportedModelFile
+from apr_dist.errors import ArchitectureRefused, OutputError, UnsupportedModelFile, WeightsRefused
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.gguf_names import to_huggingface
@@ -176,7 +176,9 @@ def test_a_tokenizer_that_gguf_cannot_name_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path / "t")
-    source = tiny_file(tmp_path / "x.apr", vocab_size=33)
+    tensors = tiny_tensors()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:33]
+    source = write_apr(tmp_path / "x.apr", tensors, TINY_METADATA | {"vocab_size": 33})
     stamp_file(source, tmp_path / "y.apr", changes={}, tokenizer=folder)
     with pytest.raises(UnsupportedModelFile, match="ids up to 33"):
         export_gguf(tmp_path / "y.apr", tmp_path / "y.gguf")
@@ -195,10 +197,10 @@ def test_rotary_scaling_travels_or_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_what_is_not_a_plain_decoder_is_refused_by_name(tmp_path: Path) -> None:
     tensors = tiny_tensors() | {"model.layers.0.mystery.weight": np.ones((2, 2), np.float32)}
-    with pytest.raises(UnsupportedModelFile, match="mystery"):
+    with pytest.raises(WeightsRefused, match="mystery"):
         export_gguf(write_apr(tmp_path / "x.apr", tensors, TINY_METADATA), tmp_path / "x.gguf")
     bert = {"architecture": "bert", "hf_architecture": "BertModel", "hf_model_type": "bert"}
-    with pytest.raises(ArchitectureRefused, match="BertModel"):
+    with pytest.raises(ArchitectureRefused, match=r"encoder \(BertModel\)"):
         export_gguf(write_apr(tmp_path / "y.apr", tiny_tensors(), TINY_METADATA | bert), tmp_path / "y.gguf")
     bare = {key: value for key, value in TINY_METADATA.items() if key != "num_heads"}
     with pytest.raises(ArchitectureRefused, match="num_heads"):

@@ -36,6 +36,7 @@ from apr_dist.interop.hf_export import export_huggingface, export_safetensors
 from apr_dist.interop.importing import import_model
 from apr_dist.interop.tokenizers import tokenizer_json_from_apr
 
+EMBEDDING = "model.embed_tokens.weight"
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
 
 
@@ -79,9 +80,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def folder_from_tensors(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
-    """A minimal folder without ``transformers``: config and one safetensors file."""
+    """A folder without ``transformers``: config of the tiny model and one safetensors file."""
     folder.mkdir()
-    facts = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | SIZES | config
+    facts: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES}
+    facts |= {"tie_word_embeddings": True} | config
     (folder / "config.json").write_text(json.dumps(facts))
     save_file(tensors, folder / "model.safetensors")
     return folder
@@ -170,13 +172,14 @@ def test_a_single_file_with_its_config_is_a_model_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [DType.F32, DType.F16, DType.BF16])
 def test_elements_are_rounded_as_torch_rounds_them(tmp_path: Path, kind: torch.dtype, dtype: DType) -> None:
-    values = {"w": torch.randn(3000, generator=torch.Generator().manual_seed(1)).to(kind)}
-    source = folder_from_tensors(tmp_path / "in", values)
+    values = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).to(kind)
+    tensors = torch_tensors() | {EMBEDDING: values}
+    source = folder_from_tensors(tmp_path / "in", tensors)
     import_model(source, tmp_path / "x.apr", dtype=dtype)
-    expected = values["w"].to({DType.F32: torch.float32, DType.F16: torch.float16}.get(dtype, torch.bfloat16))
+    expected = values.to({DType.F32: torch.float32, DType.F16: torch.float16}.get(dtype, torch.bfloat16))
     with AprReader(tmp_path / "x.apr") as reader:
-        np.testing.assert_array_equal(reader.float32("w"), expected.float().numpy())
-        assert reader.tensors["w"].dtype is dtype
+        np.testing.assert_array_equal(reader.float32(EMBEDDING), expected.float().numpy())
+        assert reader.tensors[EMBEDDING].dtype is dtype
 
 
 def test_what_we_have_no_word_for_survives_a_round_trip_through_a_folder(tmp_path: Path) -> None:
@@ -223,7 +226,8 @@ def test_a_materialised_head_equal_to_the_embedding_is_dropped_with_a_note(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("head", "claim", "match"), [(True, True, "other values"), (False, False, r"no lm_head\.weight")]
+    ("head", "claim", "match"),
+    [(True, True, "differs from the emb"), (False, False, r"no lm_head\.weight")],
 )
 def test_a_tie_that_config_and_tensors_dispute_is_refused(
     tmp_path: Path, head: bool, claim: bool, match: str
@@ -279,10 +283,11 @@ def test_a_tensor_type_that_no_apr_file_holds_is_refused_by_name(tmp_path: Path)
     source = folder_from_tensors(tmp_path / "in", {"ids": torch.ones(2, dtype=torch.int64)})
     with pytest.raises(UnsupportedModelFile, match=r"'ids' has type 'I64'"):
         import_model(source, tmp_path / "x.apr")
-    double = folder_from_tensors(tmp_path / "double", {"w": torch.ones(2, dtype=torch.float64)})
+    doubles = {name: tensor.double() for name, tensor in torch_tensors().items()}
+    double = folder_from_tensors(tmp_path / "double", doubles)
     with pytest.raises(UnsupportedModelFile, match="--dtype"):
         import_model(double, tmp_path / "x.apr")
-    assert import_model(double, tmp_path / "x.apr", dtype=DType.F32).dtypes == {"F32": 1}
+    assert import_model(double, tmp_path / "x.apr", dtype=DType.F32).dtypes == {"F32": len(doubles)}
 
 
 def test_a_damaged_safetensors_file_always_ends_in_one_of_our_errors(tmp_path: Path) -> None:

@@ -62,7 +62,19 @@ def peak_of_import(source: Path, target: Path, dtype: str) -> int:
 def test_a_folder_of_500_mb_is_imported_in_bounded_memory(tmp_path: Path, dtype: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 16,
+        "vocab_size": ROWS,
+        "intermediate_size": MIDDLE,
+        "max_position_embeddings": 128,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     specs = [TensorSpec(name, DType.F16, shape) for name, shape in shapes().items()]
     block = np.ones(MIDDLE * HIDDEN, np.float16)

@@ -102,7 +102,7 @@ def test_a_seed_makes_a_draw_repeatable(inputs: Inputs, capsys: pytest.CaptureFi
     assert draws[0]["finish"] in ("length", "end-token")
 
 
-def test_a_tokenizer_beside_the_file_is_found(
+def test_the_remedy_for_a_missing_tokenizer_puts_one_beside_the_file(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "m.apr"
@@ -110,8 +110,9 @@ def test_a_tokenizer_beside_the_file_is_found(
     code, error = refusal(str(model), "--prompt", "x", capsys=capsys)
     assert code == 5
     assert "there is no tokenizer inside the file or beside it" in error
-    assert "--tokenizer FOLDER" in error
-    shutil.copytree(inputs.tokenizer, tmp_path / "m.tokenizer")
+    advised = error.split("apr-dist ")[1].split(",")[0].split()
+    assert main([str(inputs.tokenizer) if word == "FOLDER" else word for word in advised]) == 0
+    capsys.readouterr()
     found = said(str(model), "--prompt", "x", "--max-tokens", "2", capsys=capsys)
     assert found["tokenizer"] == str(tmp_path / "m.tokenizer")
 

@@ -187,7 +187,7 @@ def _checked(key: str, value: Any, kind: type[Any], where: Path | None) -> Any:
         f"metadata key {key!r} holds {reprlib.repr(value)}",
         where=where,
         expected=names[kind],
-        remedy="write the file again with its producer, or correct the key with apr-dist stamp",
+        remedy="write the file again with its producer",
         falsifier=BOGUS_ARCHITECTURE if list(KEYS).index(key) >= _FIRST_ARCHITECTURE_KEY else DAMAGED,
     )
 

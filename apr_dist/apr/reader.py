@@ -27,7 +27,7 @@ from apr_dist.apr.layout import (
 )
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.quantized import dequantize
-from apr_dist.apr.structure import check_extents, check_header, check_magic
+from apr_dist.apr.structure import check_extents, check_header, check_magic, without_placeholder
 from apr_dist.errors import DamagedModelFile, UnsupportedModelFile
 
 NUMPY_TYPES: Final[Mapping[DType, np.dtype[Any]]] = {
@@ -60,7 +60,7 @@ class AprReader:
         size_bytes: length of the file.
         header: its first 64 bytes, parsed.
         metadata: typed and custom keys.
-        tensors: entries by name, in index order (sorted by name).
+        tensors: entries by name, in index order (sorted by name); a placeholder of a tied head is left out.
         has_footer: whether the file carries its own checksum.
 
     Views handed out stay valid after the reader is closed; the map goes with the last of them.
@@ -93,7 +93,7 @@ class AprReader:
         metadata = self._data[header.metadata_offset : header.metadata_offset + header.metadata_size]
         self.metadata = AprMetadata.parse(bytes(metadata), where=self.path)
         index = self._data[header.index_offset : header.data_offset]
-        entries = unpack_index(index, header.tensor_count, where=self.path)
+        entries = without_placeholder(unpack_index(index, header.tensor_count, where=self.path))
         self.has_footer = check_extents(
             header, entries, self.size_bytes, where=self.path, footer_required=footer_required
         )

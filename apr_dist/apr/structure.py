@@ -42,6 +42,7 @@ REFUSED_FLAGS: Final = {
 }
 """Header flags that end the reading of a file, each with what it says of the file."""
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _KNOWN_FLAGS = sum(Flag)
 _MAX_ELEMENTS = 1 << 48
 
@@ -158,6 +159,19 @@ def check_extents(
     if file_bytes < data_end + FOOTER_BYTES:
         raise _truncated(file_bytes, data_end + FOOTER_BYTES, where)
     return True
+
+
+def without_placeholder(entries: list[TensorEntry]) -> list[TensorEntry]:
+    """The entries that hold values: a tied head that is listed with its shape and no byte is none of them.
+
+    Another writer of the format announces the shared matrix twice and stores it once.
+    """
+    shapes = {entry.name: entry.shape for entry in entries}
+    return [
+        entry
+        for entry in entries
+        if entry.name != _HEAD or entry.size_bytes or entry.shape != shapes.get(_EMBEDDING)
+    ]
 
 
 def _check_size(entry: TensorEntry, where: Path) -> None:

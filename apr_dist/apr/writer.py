@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +59,7 @@ class AprWriter:
         flags: header flags; HAS_VOCAB is added when the metadata hold ``tokenizer.vocabulary``.
         overwrite: whether an existing file may be replaced.
         verbatim: allow dtypes that new files should not hold, for copying payloads unread.
+        prove: called with the finished file, still under a temporary name; what it raises discards the file.
 
     Raises:
         OutputError: the target exists, cannot be written, or what was asked for is no valid file.
@@ -73,8 +74,10 @@ class AprWriter:
         flags: Flag = Flag.ROW_MAJOR,
         overwrite: bool = False,
         verbatim: bool = False,
+        prove: Callable[[Path], None] | None = None,
     ) -> None:
         self.path = Path(path)
+        self._prove = prove
         self._check_specs(tensors, verbatim)
         entries = _place(tensors)
         self.metadata = metadata.replace(
@@ -109,6 +112,8 @@ class AprWriter:
             return
         try:
             self._finish()
+            if self._prove:
+                self._prove(self._file.temporary)
         except BaseException:
             self._file.discard()
             raise

@@ -50,15 +50,18 @@ def import_file(
     tie: bool = False,
     force: bool = False,
 ) -> None:
-    """Make an APR file of another format's model, its tokenizer inside and beside it.
+    """Make an APR file of a model in another format, its tokenizer inside and beside it.
+
+    What training would refuse is refused here, in the same words. An APR file of another program is brought
+    into the form that is trained here: plain tensor names, rows of q and k in split halves.
 
     The tokenizer folder beside the model is named like it: model.apr and model.tokenizer.
 
     Example: apr-dist import model.gguf -o model.apr
 
     Args:
-        source: Hugging Face folder, safetensors file with config.json beside it, GGUF, manifest of APR shards
-            or the folder with it, or old APR1 file.
+        source: Hugging Face folder, safetensors file with config.json beside it, GGUF, APR file, manifest of
+            APR shards or the folder with it, or old APR1 file.
         output: APR file to write.
         dtype: element type to write; by default the source's, and f16 for what was quantised.
         tie: drop a separate output head and use the embedding.
@@ -138,7 +141,11 @@ def inspect(path: Source, /, *, json: bool = False, tensors: bool = False, quali
 
 
 def validate(path: Source, /) -> None:
-    """Check everything that can be wrong with an APR file by itself.
+    """Prove that training would accept an APR file: the gates of a run, in its words.
+
+    Every checksum; a decoder of one family, agreed by metadata and tensor names; every dimension stated;
+    every tensor there, of the right shape, and none left over; every value finite, no matrix all zero.
+    Whether the tokenizer and the data fit the model is checked by `apr-dist plan` and by the run itself.
 
     Example: apr-dist validate model.apr
 
@@ -147,8 +154,8 @@ def validate(path: Source, /) -> None:
     """
     with bytes_bar(f"validating {path.name}") as progress:
         report = validate_file(path, progress=progress)
-    for check, found in report.checks:
-        print(f"ok: {check}: {found}")
+    for result in report.checks:
+        print(f"ok: {result.gate}: {result.measured}")
     print(f"{path}: valid, {report.tensor_count} tensors, {report.size_bytes / 1e6:,.1f} MB")
 
 
@@ -160,13 +167,27 @@ def stamp(
     architecture: str | None = None,
     hf_architecture: str | None = None,
     hf_model_type: str | None = None,
+    hidden_size: int | None = None,
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    vocab_size: int | None = None,
+    intermediate_size: int | None = None,
+    max_position_embeddings: int | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    tie_word_embeddings: bool | None = None,
+    attention_bias: bool | None = None,
     license: str | None = None,  # noqa: A002  (the flag's name)
     data_source: str | None = None,
     data_license: str | None = None,
     tokenizer: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Write an APR file again with other metadata; tensor bytes are copied, never decoded.
+    """Write an APR file again with other metadata; tensor bytes are copied as they are.
+
+    A file that training would refuse even with the changes is not written.
 
     Example: apr-dist stamp m.apr --architecture qwen2 --hf-architecture Qwen2ForCausalLM -o stamped.apr
 
@@ -176,6 +197,18 @@ def stamp(
         architecture: family slug, such as qwen2.
         hf_architecture: Hugging Face class name, such as Qwen2ForCausalLM.
         hf_model_type: Hugging Face model_type, such as qwen2.
+        hidden_size: width of the residual stream.
+        num_layers: number of decoder blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: size of a head.
+        vocab_size: rows of the embedding.
+        intermediate_size: width inside the MLP.
+        max_position_embeddings: longest sequence the model was made for, in tokens.
+        rope_theta: base of the rotary frequencies.
+        rms_norm_eps: epsilon of the norms.
+        tie_word_embeddings: whether the output head is the embedding.
+        attention_bias: whether q, k, v and o projections add biases, where the family leaves that open.
         license: SPDX expression of the weights' licence.
         data_source: what the weights were trained on.
         data_license: SPDX expression of that data's licence.
@@ -186,6 +219,18 @@ def stamp(
         "architecture": architecture,
         "hf_architecture": hf_architecture,
         "hf_model_type": hf_model_type,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": max_position_embeddings,
+        "rope_theta": rope_theta,
+        "rms_norm_eps": rms_norm_eps,
+        "tie_word_embeddings": tie_word_embeddings,
+        "attention_bias": attention_bias,
         "license": license,
         "data_source": data_source,
         "data_license": data_license,
@@ -204,7 +249,7 @@ def stamp(
 
 
 def diff(first: Source, second: Source, /) -> int:
-    """Compare two APR files: metadata, and every tensor that differs; exits 1 when they do.
+    """Compare two whole APR files: metadata, and every tensor that differs; exits 1 when they do.
 
     Example: apr-dist diff before.apr after.apr
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apr_dist.errors import ArchitectureRefused
-from apr_dist.model.config import TransformerConfig
+from apr_dist.model.config import TransformerConfig, how_to_state, is_source
 from apr_dist.model.families import (
     UNKNOWN,
     Family,
@@ -87,7 +87,7 @@ def check_dimensions(
     Raises:
         ArchitectureRefused: a dimension is missing or impossible, or the tie contradicts the tensors.
     """
-    tied = _tied(metadata.get("tie_word_embeddings"), head, where)
+    tied = check_tie(metadata.get("tie_word_embeddings"), head, where=where)
     return TransformerConfig.from_metadata(metadata, family=family, where=where, tie_word_embeddings=tied)
 
 
@@ -104,8 +104,12 @@ def _contradiction(claims: Mapping[str, str], shown: str, where: Path) -> Archit
         expected="metadata and tensors of one family",
         remedy="start from a model of one of the families that are trained here"
         if family is None
-        else f"apr-dist stamp {where} --architecture {family} --hf-architecture {family.hf_architecture}"
-        f" --hf-model-type {family.hf_model_type} -o stamped.apr",
+        else how_to_state(
+            where,
+            architecture=family,
+            hf_architecture=family.hf_architecture,
+            hf_model_type=family.hf_model_type,
+        ),
         falsifier=MATCH,
     )
 
@@ -116,7 +120,7 @@ def _decoder(witnesses: list[str], texts: list[str], where: Path) -> Family:
             "neither metadata nor tensor names say which architecture this is",
             where=where,
             expected="metadata key architecture, or Hugging Face tensor names",
-            remedy=f"apr-dist stamp {where} --architecture FAMILY --hf-architecture CLASS -o stamped.apr",
+            remedy=how_to_state(where, architecture="FAMILY", hf_architecture="CLASS"),
             falsifier=METADATA,
         )
     # Several families share tensor names; each claim must be of one whose arithmetic is ours.
@@ -142,25 +146,37 @@ def _not_trained_here(name: str, where: Path) -> ArchitectureRefused:
     )
 
 
-def _tied(claim: object, head: HeadFacts, where: Path) -> bool:
+def check_tie(claim: object, head: HeadFacts, *, where: Path) -> bool:
+    """Whether head and embedding are one parameter.
+
+    Raises:
+        ArchitectureRefused: the claim is neither true nor false, or contradicts the tensors.
+    """
     if claim is not None and not isinstance(claim, bool):
-        raise _tie_refused(f"tie_word_embeddings is {claim!r}", "true or false", where)
+        shown = not head.present or bool(head.equals_embedding)
+        raise _tie_refused(f"tie_word_embeddings is {claim!r}", "true or false", shown, where)
     if not head.present:
         if claim is False:
-            raise _tie_refused(
-                "metadata say tie_word_embeddings false and there is no lm_head.weight", HEAD, where
+            raise ArchitectureRefused(
+                f"metadata say tie_word_embeddings false and there is no {HEAD}",
+                where=where,
+                expected=f"{HEAD}, or tie_word_embeddings true",
+                remedy="get a complete copy of the model; if its head is the embedding, state that: "
+                + how_to_state(where, tie_word_embeddings=True)
+                + (", or import it with --tie" if is_source(where) else ""),
+                falsifier=TIED,
             )
         return True
-    if claim is True and not head.equals_embedding:
+    if claim is True and head.equals_embedding is False:
         raise _tie_refused(
-            "metadata say tie_word_embeddings true and lm_head.weight differs from the embedding",
+            f"metadata say tie_word_embeddings true and {HEAD} differs from the embedding",
             "one matrix, or tie_word_embeddings false",
+            False,
             where,
         )
     return bool(head.equals_embedding) if claim is None else claim
 
 
-def _tie_refused(what: str, expected: str, where: Path) -> ArchitectureRefused:
-    return ArchitectureRefused(
-        what, where=where, expected=expected, remedy="import the model again from its source", falsifier=TIED
-    )
+def _tie_refused(what: str, expected: str, shown: bool, where: Path) -> ArchitectureRefused:
+    remedy = how_to_state(where, tie_word_embeddings=shown) + ", as the tensors show"
+    return ArchitectureRefused(what, where=where, expected=expected, remedy=remedy, falsifier=TIED)

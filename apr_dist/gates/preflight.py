@@ -8,13 +8,10 @@ other come before all of them; whether the run folder is free is asked after the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
@@ -26,16 +23,15 @@ from apr_dist.data.tokenizer import identify, load_tokenizer
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
-from apr_dist.gates import architecture, vocabulary, weights
+from apr_dist.gates import architecture, vocabulary
 from apr_dist.gates.data import check_disjoint
 from apr_dist.gates.documents import check_documents
+from apr_dist.gates.model_file import prove_model
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
 from apr_dist.gates.warnings import DataFacts, warnings_of
-from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
+from apr_dist.model.config import PRESETS, TransformerConfig, preset
 from apr_dist.parsing import parse_json
-
-_PIECE = 1 << 20
 
 
 @dataclass
@@ -132,45 +128,26 @@ def model_from_name(name: str) -> TransformerConfig:
             f"the architecture file holds a {type(keys).__name__}", where=path, expected="a JSON object"
         )
     family = architecture.check_family(keys, (), where=path)
-    tied = bool(keys.get("tie_word_embeddings", True))
-    return TransformerConfig.from_metadata(keys, family=family, where=name, tie_word_embeddings=tied)
+    head = architecture.HeadFacts(present=True, equals_embedding=None)  # either is made as stated
+    keys = {"tie_word_embeddings": True} | keys
+    return architecture.check_dimensions(keys, head, family=family, where=path)
 
 
 def prove_model_file(
-    path: Path, stack: ExitStack, say: Callable[[str], None], read_weights: bool = True
+    path: Path, stack: ExitStack, say: Callable[[str], None], read_weights: bool
 ) -> Preflight:
-    """The gates of a model file: intact, a decoder, of one family, every weight there; open in ``stack``.
+    """Ask the gates of a model file (`gates.model_file`); it stays open in ``stack``.
 
     Raises:
-        ModelFileError, GateRefused: the first gate that says no.
+        ModelFileError, GateRefused: the first gate that refuses.
     """
     reader = stack.enter_context(AprReader(path, verify="full" if read_weights else "structure"))
-    metadata, shapes = reader.metadata.to_mapping(), {n: t.shape for n, t in reader.tensors.items()}
-    intact = GateResult(
-        id="FALSIFY-APR-DIST-CHECKPOINT-001",
-        gate="init file is intact",
-        measured=f"{reader.size_bytes / 1e6:,.1f} MB, {len(shapes)} tensors, "
-        + ("checksums match" if read_weights else "header, metadata and index agree"),
-        required="APR v2" + (", every checksum right" if read_weights else ", consistent with itself"),
+    proven = prove_model(
+        reader, read_values=read_weights, with_digest=read_weights, passed=lambda one: say(_line(one))
     )
-    say(_line(intact))
-    family = architecture.check_family(metadata, shapes, where=path)
-    head = architecture.HeadFacts(
-        present=architecture.HEAD in shapes, equals_embedding=_same_head(reader, shapes)
-    )
-    model_config = architecture.check_dimensions(metadata, head, family=family, where=path)
-    found = Preflight(model_config=model_config, reader=reader, results=[intact])
-    _note(found, say, _family_result(metadata, model_config))
-    expected = parameter_shapes(model_config)
-    present = {name: shape for name, shape in shapes.items() if name != architecture.HEAD or name in expected}
-    weights.check_names_and_shapes(expected, present, where=path)
-    count = None
-    if read_weights:
-        with ThreadPoolExecutor(1, "digest") as pool:  # one core hashes while the others look at values
-            digest = pool.submit(reader.digest)
-            count = weights.check_values(reader, list(expected))
-            found.provenance["init_digest"] = digest.result()
-    _note(found, say, _weights_result(expected, count))
+    found = Preflight(model_config=proven.config, reader=reader, results=list(proven.results))
+    if proven.digest:
+        found.provenance["init_digest"] = proven.digest
     return found
 
 
@@ -181,37 +158,6 @@ def _identify_init(found: Preflight, init: Path | None) -> None:
     if init is not None and init.exists():
         with AprReader(init) as given:
             found.given_init_digest = given.digest()
-
-
-def _same_head(reader: AprReader, shapes: dict[str, tuple[int, ...]]) -> bool | None:
-    if architecture.HEAD not in shapes or architecture.EMBEDDING not in shapes:
-        return None
-    head, embedding = (
-        np.frombuffer(reader.raw(name), np.uint8) for name in (architecture.HEAD, architecture.EMBEDDING)
-    )
-    # Piece by piece: two that differ do so in the first, and no more of them is read.
-    pieces = range(0, max(head.size, embedding.size), _PIECE)
-    return all(np.array_equal(head[at : at + _PIECE], embedding[at : at + _PIECE]) for at in pieces)
-
-
-def _family_result(metadata: dict[str, Any], model_config: TransformerConfig) -> GateResult:
-    claim = metadata.get("hf_architecture") or metadata.get("architecture") or "no claim"
-    return GateResult(
-        id=architecture.MATCH,
-        gate="family agrees with tensor names",
-        measured=f"{model_config.family} ({claim})",
-        required="a decoder; metadata and names of one family",
-    )
-
-
-def _weights_result(expected: dict[str, tuple[int, ...]], values: int | None) -> GateResult:
-    return GateResult(
-        id=weights.MISSING,
-        gate="every weight is there",
-        measured=f"{len(expected)} of {len(expected)} tensors, "
-        + ("shapes fit" if values is None else f"{values:,} finite values"),
-        required="none missing, left over or misshapen" + ("" if values is None else ", all finite"),
-    )
 
 
 def _from_scratch(name: str) -> Preflight:

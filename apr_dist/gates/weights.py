@@ -5,16 +5,17 @@ Loading is a strict comparison of sets: nothing is reshaped, transposed, truncat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
+from apr_dist.apr.finite import count_non_finite, is_all_zero
 from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader
 from apr_dist.cores import usable_cores
 from apr_dist.errors import WeightsRefused
+from apr_dist.gates.names import ROTARY_BUFFER, plain_names
+from apr_dist.model.config import how_to_state
 
 MISSING = "FALSIFY-APR-DIST-TRAINER-004"
 SHAPE = "FALSIFY-APR-DIST-TRAINER-005"
@@ -27,7 +28,7 @@ THREADS = 4
 
 _INTEGERS = (DType.I8, DType.U8, DType.I32, DType.I64)
 
-_REMEDY = "import the model again from its source; nothing is filled in, reshaped or dropped here"
+_REMEDY = "import the model again from its source, a complete copy; nothing is filled in or reshaped here"
 
 
 def check_names_and_shapes(
@@ -38,6 +39,15 @@ def check_names_and_shapes(
     Raises:
         WeightsRefused: naming the first five that are missing, of another shape, or left over.
     """
+    wrapped = [name for name, plain in plain_names(found).items() if name != plain]
+    if wrapped:
+        raise WeightsRefused(
+            f"{len(wrapped)} tensor names carry a prefix of the program that wrote them: {_some(wrapped)}",
+            where=where,
+            expected="plain names, such as model.layers.0.mlp.up_proj.weight",
+            remedy=f"apr-dist import {where} -o plain.apr removes it",
+            falsifier=MISSING,
+        )
     missing = [name for name in expected if name not in found]
     if missing:
         raise WeightsRefused(
@@ -66,13 +76,25 @@ def check_names_and_shapes(
             f"{len(extra)} tensors belong to no parameter: {_some(extra)}",
             where=where,
             expected=f"exactly the model's {len(expected)} parameters",
-            remedy="remove them at the source (optimizer tensors, adapters, buffers), and import again",
+            remedy=_leave_out(extra, where),
             falsifier=LEFT_OVER,
         )
 
 
-def check_values(reader: AprReader, names: Sequence[str]) -> int:
+def check_values(
+    reader: AprReader,
+    names: Sequence[str],
+    *,
+    where: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
     """Every value is finite, and no matrix or norm is all zero (an all-zero bias is a real one).
+
+    Args:
+        reader: the file.
+        names: the tensors to look at.
+        where: what a refusal names in place of the file.
+        progress: called with (bytes looked at, bytes in all).
 
     Returns:
         How many values were checked.
@@ -80,42 +102,55 @@ def check_values(reader: AprReader, names: Sequence[str]) -> int:
     Raises:
         WeightsRefused: naming the first tensor that is not what training could have left.
     """
+    entries = [reader.tensors[name] for name in names]
+    done, total = 0, sum(entry.size_bytes for entry in entries)
     with ThreadPoolExecutor(min(THREADS, usable_cores()), "values") as pool:
-        return sum(pool.map(lambda name: _check_values_of(reader, name), names))
+        checks = pool.map(lambda name: _check_values_of(reader, name, where or reader.path), names)
+        for entry, _ in zip(entries, checks, strict=True):
+            done += entry.size_bytes
+            if progress:
+                progress(done, total)
+    return sum(entry.num_elements for entry in entries)
 
 
-def _check_values_of(reader: AprReader, name: str) -> int:
+def _check_values_of(reader: AprReader, name: str, where: Path) -> None:
     kind = reader.tensors[name].dtype
     if kind in _INTEGERS:
         raise WeightsRefused(
             f"{name} holds integers ({kind.name})",
-            where=reader.path,
+            where=where,
             expected="floating-point weights, or a quantised type that carries its scales",
             remedy=_REMEDY,
             falsifier=INTEGER,
         )
-    values = reader.float32(name)
-    # One pass and no temporary: the sum is not finite when any value is not. It may also
-    # overflow over large finite values, so only then look at each.
-    total = float(np.sum(values, dtype=np.float64))
-    if not np.isfinite(total):
-        count = int(np.count_nonzero(~np.isfinite(values)))
+    count = count_non_finite(reader, name)
+    if count:
         raise WeightsRefused(
             f"{name} holds {count} values that are NaN or infinite",
-            where=reader.path,
+            where=where,
             expected="finite weights",
-            remedy="start from an earlier checkpoint",
+            remedy="start from an earlier checkpoint, or import the model again from its source",
             falsifier=VALUES,
         )
-    if total == 0.0 and not name.endswith(".bias") and not values.any():
+    if not name.endswith(".bias") and is_all_zero(reader, name):
         raise WeightsRefused(
             f"every value of {name} is zero",
-            where=reader.path,
+            where=where,
             expected="trained weights",
             remedy=_REMEDY,
             falsifier=VALUES,
         )
-    return values.size
+    reader.forget(name)
+
+
+def _leave_out(extra: Sequence[str], where: Path) -> str:
+    if all(name.endswith(ROTARY_BUFFER) for name in extra):
+        return f"apr-dist import {where} -o plain.apr leaves these buffers out"
+    if {name.split("self_attn.")[-1] for name in extra} == {f"{part}_proj.bias" for part in "qkvo"}:
+        return how_to_state(where, attention_bias=True)
+    if all(name.endswith(".bias") for name in extra):
+        return "start from a model without these biases; without them it would compute something else"
+    return "remove them at the source (optimizer tensors, adapters, buffers), and import again"
 
 
 def _some(items: Sequence[str]) -> str:

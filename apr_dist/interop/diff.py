@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
-from apr_dist.interop.convert import Progress, converted_pieces
+from apr_dist.gates.model_file import prove_model
+from apr_dist.interop.convert import CHUNK_ELEMENTS, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +74,11 @@ def diff_files(first: Path, second: Path, *, progress: Progress | None = None) -
 
     Raises:
         ModelFileError: one of them cannot be read.
+        GateRefused: training would refuse one of them.
     """
     with AprReader(first) as one, AprReader(second) as other:
+        prove_model(one)
+        prove_model(other)
         shared = [name for name in one.tensors if name in other.tensors]
         found: list[TensorDiff] = []
         done, total = 0, sum(one.tensors[name].size_bytes for name in shared)
@@ -116,9 +118,9 @@ def _compare(one: AprReader, other: AprReader, name: str) -> TensorDiff | None:
     ):
         return None
     largest = scale = dot = first_square = second_square = 0.0
-    pairs = zip(converted_pieces(one, name, DType.F32), converted_pieces(other, name, DType.F32), strict=True)
-    for raw_a, raw_b in pairs:
-        a, b = _doubles(raw_a), _doubles(raw_b)
+    flat = [reader.float32(name).reshape(-1) for reader in (one, other)]
+    for start in range(0, flat[0].size, CHUNK_ELEMENTS):
+        a, b = (values[start : start + CHUNK_ELEMENTS].astype(np.float64) for values in flat)
         with np.errstate(invalid="ignore", over="ignore"):
             largest = max(largest, float(np.abs(a - b).max(initial=0)))
             scale = max(scale, float(np.abs(a).max(initial=0)))
@@ -134,7 +136,3 @@ def _compare(one: AprReader, other: AprReader, name: str) -> TensorDiff | None:
         relative=largest / scale if scale else (0.0 if largest == 0 else math.inf),
         cosine=dot / norms if norms else (1.0 if first_square == second_square else 0.0),
     )
-
-
-def _doubles(piece: npt.NDArray[Any] | memoryview) -> npt.NDArray[np.float64]:
-    return np.frombuffer(piece, np.float32).astype(np.float64)

@@ -34,6 +34,7 @@ from apr_dist.interop.gguf_names import (
     to_gguf,
     to_huggingface,
 )
+from apr_dist.interop.proven import proven_writer
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import GgufForm
@@ -93,7 +94,9 @@ def import_gguf(
         if with_tokenizer:
             metadata, more = _embed(metadata, file.path)
             notes = (*notes, *more)
-        with AprWriter(target, metadata=metadata, tensors=specs, overwrite=overwrite) as writer:
+        with proven_writer(
+            target, metadata=metadata, tensors=specs, source=file.path, overwrite=overwrite
+        ) as writer:
             _write_all(file, plans, writer, progress)
     return summarize(source, target, "gguf", specs, tied=tied, notes=(*note, *notes))
 

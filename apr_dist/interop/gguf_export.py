@@ -18,6 +18,8 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import atomic_path
 from apr_dist.errors import UnsupportedModelFile
+from apr_dist.gates.architecture import HEAD
+from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.convert import Progress
 from apr_dist.interop.gguf_check import check_read_back, refuse_too_large
 from apr_dist.interop.gguf_file import load_gguf_package
@@ -25,9 +27,6 @@ from apr_dist.interop.gguf_names import ROPE_FACTORS, adjacent_pairs, rotary_pro
 from apr_dist.interop.gguf_rope import rope_divisors, rope_fields
 from apr_dist.interop.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from apr_dist.interop.hf_export import ExportSummary
-from apr_dist.interop.sharded import refuse_shard
-from apr_dist.interop.stated_model import stated_model
-from apr_dist.interop.tie import HEAD
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import GGUF_KEYS, GgufForm
 from apr_dist.model.rope_scaling import RopeScalingType
@@ -71,8 +70,7 @@ def export_gguf(
     """
     gguf = load_gguf_package()
     with AprReader(source) as reader:
-        refuse_shard(reader)
-        model = stated_model(reader)
+        model = prove_model(reader).config
         _refuse_unsayable(model, reader.path)
         form = model.family.definition.gguf
         names = _names(reader, model, form)

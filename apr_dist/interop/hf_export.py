@@ -15,14 +15,13 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, writing_to
 from apr_dist.errors import OutputError
+from apr_dist.gates.architecture import HEAD
+from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, total_bytes
 from apr_dist.interop.embedding import embedded_files, stated_token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
-from apr_dist.interop.sharded import refuse_shard
-from apr_dist.interop.stated_model import stated_model
-from apr_dist.interop.tie import HEAD
 from apr_dist.model.config import TransformerConfig
 
 MAX_SHARD_BYTES: Final = 5_000_000_000
@@ -135,8 +134,7 @@ def export_safetensors(
 
 def _specs(reader: AprReader, dtype: DType | None) -> tuple[TransformerConfig, list[TensorSpec]]:
     """The model, and what to write of it in index order; a tied head is left out."""
-    refuse_shard(reader)
-    model = stated_model(reader)
+    model = prove_model(reader).config
     specs = []
     for entry in reader.tensors.values():
         if model.tie_word_embeddings and entry.name == HEAD:

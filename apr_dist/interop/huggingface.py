@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from apr_dist.apr.files import MISSING, map_readonly
 from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import NUMPY_TYPES, widen_bfloat16
-from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import (
-    ArchitectureRefused,
     DamagedModelFile,
     ModelFileMissing,
     TokenizerError,
     UnsupportedModelFile,
 )
+from apr_dist.gates.architecture import EMBEDDING, HEAD
 from apr_dist.interop.convert import (
     CHUNK_ELEMENTS,
     COPY_BYTES,
@@ -36,8 +36,10 @@ from apr_dist.interop.convert import (
 )
 from apr_dist.interop.embedding import END_IDS_KEY, embed_tokenizer, tokens_by_id
 from apr_dist.interop.hf_config import metadata_from_config, read_config
+from apr_dist.interop.proven import proven_writer
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
-from apr_dist.interop.tie import EMBEDDING, HEAD
+from apr_dist.interop.stored_names import model_names
+from apr_dist.interop.tie import CLAIM, decide_tie
 from apr_dist.parsing import parse_yaml
 
 _INDEX = "model.safetensors.index.json"
@@ -78,36 +80,42 @@ def import_huggingface(
         ArchitectureRefused: the configuration and the tensors disagree about the head.
         OutputError: the target cannot be written.
     """
-    folder, weights = _locate(Path(source))
+    folder, weights, located = _locate(Path(source))
     config = read_config(folder / "config.json")
     values, noted = metadata_from_config(config, where=folder / "config.json")
     with ExitStack() as stack:
-        plans = _plan([stack.enter_context(SafetensorsFile(path)) for path in weights], dtype)
-        tied, notes = _decide_tie(plans, config, tie, where=folder)
-        if tied:
-            plans.pop(HEAD, None)
-        metadata, more = _metadata(folder, config, values | {"tie_word_embeddings": tied})
+        stored = _plan([stack.enter_context(SafetensorsFile(path)) for path in weights], dtype)
+        claimed = config.get(CLAIM, False)  # what transformers takes where the key is absent
+        plans, tied, notes = _settle(stored, claimed, values["rope_theta"], tie, where=folder)
+        metadata, more = _metadata(folder, config, values | {CLAIM: tied})
         specs = [plan.spec for plan in plans.values()]
         done, total = 0, total_bytes(specs)
-        with AprWriter(target, metadata=metadata, tensors=specs, overwrite=overwrite) as writer:
+        with proven_writer(
+            target, metadata=metadata, tensors=specs, source=Path(source), overwrite=overwrite
+        ) as writer:
             for plan in plans.values():
                 for piece in _pieces(plan):
                     writer.append(plan.spec.name, piece)
                     done += piece.nbytes
                     if progress:
                         progress(done, total)
-    return summarize(source, target, "safetensors", specs, tied=tied, notes=(*notes, *noted, *more))
+    notes = (*located, *notes, *noted, *more)
+    return summarize(source, target, "safetensors", specs, tied=tied, notes=notes)
 
 
-def _locate(source: Path) -> tuple[Path, list[Path]]:
-    """The folder with ``config.json``, and the weight files, in order."""
+def _locate(source: Path) -> tuple[Path, list[Path], tuple[str, ...]]:
+    """The folder with ``config.json``, the weight files in order, and a note on those that are not read.
+
+    As in ``transformers``, a single file is read and the shards beside it are not.
+    """
     if source.is_file():
-        return source.parent, [source]
-    index = source / _INDEX
+        return source.parent, [source], ()
+    index, single = source / _INDEX, source / _SINGLE
+    if single.is_file():
+        ignored = f"{_SINGLE} was read, and {_INDEX} beside it was not, as transformers does"
+        return source, [single], (ignored,) if index.is_file() else ()
     if index.is_file():
-        return source, [source / name for name in _shard_names(index)]
-    if (source / _SINGLE).is_file():
-        return source, [source / _SINGLE]
+        return source, [source / name for name in _shard_names(index)], ()
     pickled = sorted(path.name for path in source.glob("*.bin")) if source.is_dir() else []
     raise ModelFileMissing(
         f"the folder holds {pickled[0]} but no safetensors" if pickled else "there is no model here",
@@ -157,33 +165,34 @@ def _plan(files: list[SafetensorsFile], dtype: DType | None) -> dict[str, _Plan]
     return plans
 
 
-def _decide_tie(
-    plans: Mapping[str, _Plan], config: Mapping[str, Any], tie: bool | None, *, where: Path
-) -> tuple[bool, tuple[str, ...]]:
-    """Whether the head is the embedding, as asked, configured, and stored."""
-    claimed = config.get("tie_word_embeddings")
-    if HEAD not in plans:
-        if claimed is False or tie is False:
-            raise ArchitectureRefused(
-                f"the head is said to be its own (tie_word_embeddings false) but there is no {HEAD}",
-                where=where,
-                expected="a separate head, or a tied one",
-                remedy="use the head of the embedding with --tie, after correcting config.json",
-            )
-        return EMBEDDING in plans, ()
-    if tie is not None:
-        return tie, (f"{HEAD} was dropped: the head is tied to the embedding as asked",) if tie else ()
-    same = EMBEDDING in plans and _same_bytes(plans[EMBEDDING], plans[HEAD])
-    if claimed and not same:
-        raise ArchitectureRefused(
-            f"config.json ties the head to the embedding, but {HEAD} holds other values",
-            where=where,
-            expected="one or the other",
-            remedy="drop the separate head with --tie, or set tie_word_embeddings to false in config.json",
-        )
-    if claimed:
-        return True, (f"{HEAD} equals the embedding and was dropped: the head is tied",)
-    return False, ()
+def _settle(
+    stored: Mapping[str, _Plan], claimed: Any, rope_theta: float, tie: bool | None, *, where: Path
+) -> tuple[dict[str, _Plan], bool, tuple[str, ...]]:
+    """The model's own tensors under their plain names, and whether the head is the embedding."""
+    names, notes = model_names(
+        stored, rope_theta=rope_theta, values=lambda name: _float32(stored[name]), where=where
+    )
+    plans = {new: _renamed(stored[old], new) for old, new in names.items()}
+    decided = decide_tie(
+        plans,
+        claimed=claimed,
+        asked=tie,
+        equal=lambda: _same_bytes(plans[EMBEDDING], plans[HEAD]),
+        where=where,
+    )
+    if decided.tied and HEAD in plans:
+        head = plans.pop(HEAD)
+        plans |= {EMBEDDING: _renamed(head, EMBEDDING)} if decided.renamed else {}
+    return plans, decided.tied, (*notes, *decided.notes)
+
+
+def _renamed(plan: _Plan, name: str) -> _Plan:
+    return replace(plan, spec=replace(plan.spec, name=name))
+
+
+def _float32(plan: _Plan) -> npt.NDArray[np.float32]:
+    values = _pieces(replace(plan, spec=replace(plan.spec, dtype=DType.F32)))
+    return np.concatenate([np.frombuffer(piece, np.float32) for piece in values])
 
 
 def _same_bytes(left: _Plan, right: _Plan) -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from apr_dist.apr import legacy
 from apr_dist.apr.files import open_regular
-from apr_dist.apr.layout import DType
+from apr_dist.apr.layout import MAGIC, DType
 from apr_dist.data.manifest import TokenizerIdentity
 from apr_dist.errors import NotAModelFile, OutputError, TokenizerError, UsageError
 from apr_dist.interop import gguf_file
+from apr_dist.interop.apr_import import import_apr
 from apr_dist.interop.convert import ImportSummary, Progress
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.huggingface import import_huggingface
@@ -33,7 +34,7 @@ def import_model(
 
     Args:
         source: Hugging Face folder, safetensors file with ``config.json`` beside it, GGUF file,
-            manifest of APR shards (or their folder), or an "APR1" file.
+            APR v2 file, manifest of APR shards (or their folder), or an "APR1" file.
         target: APR file to make.
         dtype: element type of every tensor; None keeps the source's, and F16 for what was quantised.
         tie: whether the head is the embedding; None decides from the source.
@@ -42,6 +43,7 @@ def import_model(
 
     Raises:
         ModelFileError: the source is missing, damaged, or not supported.
+        GateRefused: training would refuse the model; nothing is written.
         UsageError: an option that this kind of source does not have.
         OutputError: the target cannot be written.
     """
@@ -53,9 +55,13 @@ def import_model(
     head = _head(manifest or Path(source))
     if head[:4] == gguf_file.MAGIC:
         return import_gguf(source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress)
+    if head[:4] == MAGIC:
+        return import_apr(source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress)
     if head[:4] == legacy.MAGIC or head[:1] == b"{":
         if dtype is not None or tie is not None:
-            raise UsageError("APR is taken as it is", where=source, expected="no other option")
+            raise UsageError(
+                "shards and APR v1 are joined as they are", where=source, expected="no --dtype and no --tie"
+            )
         if head[:1] == b"{":
             return import_sharded(manifest or Path(source), target, overwrite=overwrite, progress=progress)
         return import_apr1(source, target, overwrite=overwrite, progress=progress)
@@ -66,7 +72,7 @@ def import_model(
     raise NotAModelFile(
         f"the file begins with {head[:4]!r}" if head else "the file is empty",
         where=source,
-        expected="a GGUF file, a safetensors file, a manifest of APR shards, or a Hugging Face folder",
+        expected="a GGUF, safetensors or APR file, a manifest of APR shards, or a Hugging Face folder",
         remedy="check the path",
     )
 

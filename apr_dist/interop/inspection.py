@@ -1,4 +1,4 @@
-"""What a file is (``inspect``) and whether it is right (``validate``), as facts for a front door to print."""
+"""What a file is (``inspect``) and whether training accepts it (``validate``), as facts to print."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.quality import Quality, QualityFacts, score_quality
 from apr_dist.apr.reader import AprReader
 from apr_dist.data.tokenizer_json import parse_tokenizer_json
-from apr_dist.errors import ArchitectureRefused, TokenizerError, WeightsRefused
+from apr_dist.errors import TokenizerError
+from apr_dist.gates.architecture import CLAIM_KEYS, EMBEDDING, HEAD
+from apr_dist.gates.model_file import prove_model, same_payload
+from apr_dist.gates.result import GateResult
 from apr_dist.interop.convert import Progress
-from apr_dist.interop.tie import EMBEDDING, tied_head
 from apr_dist.model.families import UNKNOWN, family_from_tensor_names, normalize_metadata_family
 
-_CLAIMS = ("hf_architecture", "architecture", "hf_model_type")
 _HF_CLAIMS = ("hf_architecture", "hf_model_type")
-_MISMATCH = "FALSIFY-INIT-ARCH-MATCH-001"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +98,12 @@ class FileReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationReport:
-    """A file that passed: what was checked, each with what was found."""
+    """A file that passed the gates of a training run, with what each of them measured."""
 
     path: Path
     size_bytes: int
     tensor_count: int
-    checks: tuple[tuple[str, str], ...]
+    checks: tuple[GateResult, ...]
 
 
 def inspect_file(path: Path, *, quality: bool = False, progress: Progress | None = None) -> FileReport:
@@ -120,10 +120,6 @@ def inspect_file(path: Path, *, quality: bool = False, progress: Progress | None
     with AprReader(path, verify="structure", footer_required=False) as reader:
         checksum = "absent" if not reader.has_footer else "valid" if reader.footer_matches() else "wrong"
         tokenizer = _tokenizer(reader)
-        try:
-            tied: bool | None = tied_head(reader)
-        except ArchitectureRefused:
-            tied = None
         return FileReport(
             path=reader.path,
             size_bytes=reader.size_bytes,
@@ -131,12 +127,12 @@ def inspect_file(path: Path, *, quality: bool = False, progress: Progress | None
             flags=tuple(str(flag.name) for flag in Flag if flag in reader.header.flags),
             checksum=checksum,
             metadata=reader.metadata,
-            family_claimed=_claim(reader.metadata, _CLAIMS),
+            family_claimed=_claim(reader.metadata, CLAIM_KEYS),
             family_shown=family_from_tensor_names(reader.tensors),
             tensor_count=len(reader.tensors),
             param_count=sum(entry.num_elements for entry in reader.tensors.values()),
             dtypes=_histogram(reader),
-            tied=tied,
+            tied=_tied(reader),
             tokenizer=tokenizer,
             tensors=tuple(reader.tensors.values()),
             quality=_quality(reader, checksum == "valid", tokenizer, progress) if quality else None,
@@ -144,61 +140,36 @@ def inspect_file(path: Path, *, quality: bool = False, progress: Progress | None
 
 
 def validate_file(path: Path, *, progress: Progress | None = None) -> ValidationReport:
-    """Check everything that can be wrong with a file by itself.
-
-    Structure and checksums, every value finite, the claimed family against the names, the tie.
+    """Prove that a training run would accept the file: the run's own gates, `gates.model_file`.
 
     Args:
         path: the file.
-        progress: called with (bytes scanned, bytes in all).
+        progress: called with (bytes looked at, bytes in all).
 
     Raises:
-        ModelFileError: missing, another format, damaged.
-        WeightsRefused: a tensor holds values that are not finite.
-        ArchitectureRefused: family or tie contradict the tensors.
+        ModelFileError: missing, another format, damaged, or one shard of a model.
+        ArchitectureRefused: no decoder, two families, a dimension missing or impossible, a disputed tie.
+        WeightsRefused: a tensor missing, left over, of another shape, all zero, or not finite.
     """
     with AprReader(path) as reader:
-        checks = [
-            ("structure", f"{len(reader.tensors)} tensors, sorted, aligned, apart, inside the file"),
-            ("checksums", "header and footer match"),
-        ]
-        for name in _scanned(reader, progress):
-            _check_finite(reader, name)
-        checks.append(("values", "all finite"))
-        checks.append(("family", _check_family(reader)))
-        checks.append(("head", "tied to the embedding" if tied_head(reader) else "its own"))
         return ValidationReport(
             path=reader.path,
             size_bytes=reader.size_bytes,
             tensor_count=len(reader.tensors),
-            checks=tuple(checks),
+            checks=prove_model(reader, progress=progress).results,
         )
 
 
-def _check_finite(reader: AprReader, name: str) -> None:
-    count = count_non_finite(reader, name)
-    if count:
-        raise WeightsRefused(
-            f"tensor {name!r} holds {count} values that are NaN or infinite",
-            where=reader.path,
-            expected="finite values",
-            remedy="start from an earlier checkpoint, or import the model again",
-        )
-
-
-def _check_family(reader: AprReader) -> str:
-    shown, claimed = family_from_tensor_names(reader.tensors), _claim(reader.metadata, _CLAIMS)
-    claims = {normalize_metadata_family(getattr(reader.metadata, key) or "") for key in _CLAIMS} - {None}
-    if len(claims) > 1 or (shown != UNKNOWN and claimed is not None and shown != claimed):
-        raise ArchitectureRefused(
-            f"the metadata claim {' and '.join(sorted(map(str, claims)))}, the tensor names show {shown}",
-            where=reader.path,
-            expected="one family",
-            remedy=f"apr-dist stamp {reader.path} --architecture {shown} -o stamped.apr, "
-            "with --hf-architecture and --hf-model-type to match",
-            falsifier=_MISMATCH,
-        )
-    return shown if shown != UNKNOWN else claimed or "not stated"
+def _tied(reader: AprReader) -> bool | None:
+    """Whether the head is the embedding; None where metadata and tensors contradict each other."""
+    claimed, both = (
+        reader.metadata.custom.get("tie_word_embeddings"),
+        {HEAD, EMBEDDING} <= reader.tensors.keys(),
+    )
+    shown = HEAD not in reader.tensors or (both and same_payload(reader, HEAD, EMBEDDING))
+    if (claimed is True and not shown) or (claimed is False and HEAD not in reader.tensors):
+        return None
+    return shown and claimed is not False
 
 
 def _claim(metadata: AprMetadata, keys: tuple[str, ...]) -> str | None:

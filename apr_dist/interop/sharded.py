@@ -17,10 +17,11 @@ from apr_dist.apr.files import map_readonly
 from apr_dist.apr.layout import MAX_TENSORS, Flag
 from apr_dist.apr.metadata import KEYS, AprMetadata
 from apr_dist.apr.reader import AprReader
-from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.errors import DamagedModelFile, UnsupportedModelFile
+from apr_dist.apr.writer import TensorSpec
+from apr_dist.errors import DamagedModelFile
+from apr_dist.gates.architecture import HEAD
 from apr_dist.interop.convert import ImportSummary, Progress, summarize
-from apr_dist.interop.tie import HEAD
+from apr_dist.interop.proven import proven_writer
 
 _MAX_SHARDS: Final = 10_000
 _ARCHITECTURE_KEYS = list(KEYS)[list(KEYS).index("architecture") :]
@@ -42,21 +43,6 @@ def find_manifest(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def refuse_shard(reader: AprReader) -> None:
-    """Refuse a file that is one shard of a model where the whole model is needed.
-
-    Raises:
-        UnsupportedModelFile: its header says so.
-    """
-    if Flag.SHARDED in reader.header.flags:
-        raise UnsupportedModelFile(
-            f"the file is one shard of a model ({len(reader.tensors)} tensors)",
-            where=reader.path,
-            expected="a whole model",
-            remedy="join the shards: apr-dist import MANIFEST.json -o model.apr",
-        )
-
-
 def import_sharded(
     manifest: Path, target: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> ImportSummary:
@@ -65,9 +51,10 @@ def import_sharded(
     Raises:
         DamagedModelFile: the manifest is malformed, or it and the shards, or two shards, disagree.
         ModelFileError: a shard is missing or cannot be read.
+        GateRefused: training would refuse the model.
         OutputError: the target cannot be written.
     """
-    shards = _read_manifest(manifest)
+    shards, unstated = _read_manifest(manifest), list[str]()
     with ExitStack() as stack:
         readers = [stack.enter_context(AprReader(manifest.with_name(shard.filename))) for shard in shards]
         for reader, shard in zip(readers, shards, strict=True):
@@ -80,8 +67,15 @@ def import_sharded(
         entries = [entry for reader in readers for entry in reader.tensors.values()]
         specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries]
         done, total = 0, sum(entry.size_bytes for entry in entries)
-        with AprWriter(
-            target, metadata=metadata, tensors=specs, flags=flags, overwrite=overwrite, verbatim=True
+        with proven_writer(
+            target,
+            metadata=metadata,
+            tensors=specs,
+            source=manifest,
+            flags=flags,
+            overwrite=overwrite,
+            verbatim=True,
+            unstated=unstated,
         ) as writer:
             for reader in readers:
                 for name, entry in reader.tensors.items():
@@ -91,8 +85,8 @@ def import_sharded(
                     if progress:
                         progress(done, total)
     tied = HEAD not in {spec.name for spec in specs}
-    note = f"joined from {len(shards)} shards"
-    return summarize(manifest, target, "apr shards", specs, tied=tied, notes=(note,))
+    notes = (f"joined from {len(shards)} shards", *unstated)
+    return summarize(manifest, target, "apr shards", specs, tied=tied, notes=notes)
 
 
 def _is_manifest(path: Path) -> bool:

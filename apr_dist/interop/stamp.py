@@ -1,4 +1,4 @@
-"""Rewriting what a file says about itself (``stamp``): metadata changed, tensor bytes copied unread."""
+"""Rewriting what a file states about itself (``stamp``): metadata changed, tensor bytes copied."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from apr_dist.apr.metadata import KEYS, AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.errors import TokenizerError, UsageError
+from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.convert import Progress
 from apr_dist.interop.embedding import embed_tokenizer
+
+_UNTYPED = ("tie_word_embeddings", "attention_bias")
+"""Keys of an architecture that the format keeps among the custom ones."""
 
 _LICENSES = ("license", "data_license")
 
@@ -47,7 +51,7 @@ def stamp_file(
     Args:
         source: APR file.
         target: APR file to make.
-        changes: typed metadata keys and their new values; None values are left alone.
+        changes: typed metadata keys (and ``_UNTYPED`` ones) with new values; None is left alone.
         tokenizer: folder whose tokenizer is put into the file.
         overwrite: whether ``target`` may exist.
         progress: told how far the writing is.
@@ -55,19 +59,17 @@ def stamp_file(
     Raises:
         UsageError: nothing would change, a key is not a typed one, or a license is no SPDX expression.
         ModelFileError: the source cannot be read.
+        GateRefused: training would refuse the file even with the changes.
         TokenizerError: the folder holds no tokenizer that can be embedded.
         OutputError: the target cannot be written.
     """
     wanted = _checked(changes)
     with AprReader(source) as reader:
         before = reader.metadata
-        merged = before.to_mapping() | wanted
-        after = AprMetadata.from_mapping(merged).replace(custom=before.custom)
-        changed = tuple(
-            (key, getattr(before, key), getattr(after, key))
-            for key in wanted
-            if getattr(before, key) != getattr(after, key)
-        )
+        custom = dict(before.custom) | {key: wanted[key] for key in wanted if key in _UNTYPED}
+        after = AprMetadata.from_mapping(before.to_mapping() | wanted).replace(custom=custom)
+        old, new = before.to_mapping(), after.to_mapping()
+        changed = tuple((key, old.get(key), new[key]) for key in wanted if old.get(key) != new[key])
         notes: tuple[str, ...] = ()
         if tokenizer is not None:
             _check_tokenizer(tokenizer)
@@ -78,6 +80,7 @@ def stamp_file(
                 where=source,
                 expected="at least one key with another value, or a tokenizer",
             )
+        prove_model(reader, metadata=after)
         _copy(reader, target, after, overwrite, progress)
     return StampSummary(
         source=Path(source),
@@ -120,7 +123,7 @@ def _copy(
 def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {key: value for key, value in changes.items() if value is not None}
     for key in wanted:
-        if key not in KEYS:
+        if key not in (*KEYS, *_UNTYPED):
             raise UsageError(f"{key!r} is no metadata key of the format", expected=", ".join(KEYS))
     for key in _LICENSES:
         if key in wanted:

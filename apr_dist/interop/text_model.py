@@ -7,7 +7,6 @@ they are chosen. Front doors parse flags and print.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +20,7 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.data.tokenizer import load_tokenizer
 from apr_dist.errors import TokenizerError, UsageError
-from apr_dist.gates.preflight import prove_model_file
+from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat import chat_template, render_chat
 from apr_dist.interop.embedding import embedded_files, end_token_ids
 from apr_dist.model.config import TransformerConfig
@@ -196,12 +195,11 @@ def open_text_model(path: Path, *, tokenizer: Path | None = None, device: str = 
         TokenizerError: there is no tokenizer, or it cannot be used.
         UsageError: the device is not there.
     """
-    with ExitStack() as stack:
-        found = prove_model_file(path, stack, say=lambda _: None)
-        assert found.reader is not None
-        metadata, digest = found.reader.metadata, found.reader.digest()
+    with AprReader(path) as reader:
+        proven = prove_model(reader, with_digest=True)
+        metadata, digest = reader.metadata, reader.digest()
         speaking, source, files = _tokenizer(metadata, path, tokenizer)
-        decoder = load_decoder(found.reader, found.model_config, device=device)
+        decoder = load_decoder(reader, proven.config, device=device)
     roles = {role: token for role, token in (metadata.special_tokens or {}).items() if isinstance(token, str)}
     return TextModel(
         path=path,
@@ -252,7 +250,7 @@ def _tokenizer(
             "there is no tokenizer inside the file or beside it",
             where=path,
             expected=f"an embedded one, or the folder {source.name}",
-            remedy="name one with --tokenizer FOLDER",
+            remedy=f"apr-dist tokenize import-hf FOLDER -o {source}, with the folder the tokenizer is in",
         )
     load_tokenizer(source)  # its checks: whole, of a known kind, unchanged since its import
     files = {file.name: file.read_bytes() for file in source.iterdir() if file.suffix in (".json", ".jinja")}

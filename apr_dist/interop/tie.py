@@ -1,48 +1,64 @@
-"""Whether a file's output head is its embedding: what its tensors show, held against what it says."""
+"""Whether the model of a source has a head of its own: its tensors, its configuration, and ``--tie``."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from apr_dist.apr.reader import AprReader
-from apr_dist.errors import ArchitectureRefused
+from apr_dist.gates.architecture import EMBEDDING, HEAD, HeadFacts, check_tie
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CLAIM = "tie_word_embeddings"
 
 
-def tied_head(reader: AprReader) -> bool:
-    """True when there is no separate head, or it holds the embedding's bytes.
+@dataclass(frozen=True)
+class Tie:
+    """How an import treats the head.
+
+    Attributes:
+        tied: whether head and embedding are one parameter.
+        renamed: the shared matrix is stored as the head alone and becomes the embedding.
+        notes: what was decided and is worth reporting.
+    """
+
+    tied: bool
+    renamed: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def decide_tie(
+    names: Collection[str],
+    *,
+    claimed: Any,
+    asked: bool | None,
+    equal: Callable[[], bool],
+    where: Path,
+) -> Tie:
+    """Whether the head is the embedding, as asked, configured, and stored.
+
+    A matrix that both share may be stored once under either name, as ``transformers`` loads it.
+
+    Args:
+        names: plain names of the tensors that are stored.
+        claimed: ``tie_word_embeddings`` of the configuration; None where it is silent.
+        asked: what the user asked for; None follows configuration and tensors.
+        equal: compares the stored head with the stored embedding.
+        where: what a refusal names.
 
     Raises:
-        ArchitectureRefused: the metadata claim the opposite of what the tensors show.
+        ArchitectureRefused: configuration and tensors disagree, or the claim is neither true nor false.
     """
-    tied = HEAD not in reader.tensors or same_payload(reader, EMBEDDING, HEAD)
-    claimed = reader.metadata.custom.get(CLAIM)
-    shown = EMBEDDING in reader.tensors
-    if shown and HEAD not in reader.tensors and claimed is False:
-        raise ArchitectureRefused(
-            f"the metadata say the head is its own ({CLAIM} false) but there is no {HEAD}",
-            where=reader.path,
-            expected=f"{HEAD}, or {CLAIM} true",
-            remedy="import the model again from its source",
-        )
-    if HEAD in reader.tensors and claimed is True and not tied:
-        raise ArchitectureRefused(
-            f"the metadata tie the head to the embedding, but {HEAD} holds other values",
-            where=reader.path,
-            expected="one or the other",
-            remedy="import the model again from its source",
-        )
-    return tied and claimed is not False
-
-
-def same_payload(reader: AprReader, left: str, right: str) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes."""
-    if left not in reader.tensors or right not in reader.tensors:
-        return False
-    one, other = reader.tensors[left], reader.tensors[right]
-    same_kind = (one.dtype, one.shape) == (other.dtype, other.shape)
-    return same_kind and np.array_equal(
-        np.frombuffer(reader.raw(left), np.uint8), np.frombuffer(reader.raw(right), np.uint8)
+    stored, embedded = HEAD in names, EMBEDDING in names
+    same = equal() if stored and embedded and asked is None and claimed is not False else None
+    facts = HeadFacts(present=stored, equals_embedding=same)
+    tied = check_tie(claimed if asked is None else asked, facts, where=where)
+    if not (tied and stored):
+        return Tie(tied)
+    if not embedded:
+        note = f"{HEAD} is the only copy of the matrix that the embedding shares: stored as {EMBEDDING}"
+        return Tie(tied, renamed=True, notes=(note,))
+    why = "was dropped: the head is tied to the embedding as asked"
+    return Tie(
+        tied, notes=(f"{HEAD} {why if asked else 'equals the embedding and was dropped: it is tied'}",)
     )

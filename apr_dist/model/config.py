@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from apr_dist.errors import ArchitectureRefused, UsageError
+from apr_dist.errors import ArchitectureRefused, DimensionsUnstated, UsageError
 from apr_dist.model.families import Family, FamilyDefinition
 from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, one_of, refuse_key
 
@@ -121,7 +121,7 @@ class TransformerConfig:
                 f"rope_type is {values['rope_type']!r}: rows of q and k for another pairing of dimensions",
                 where=where,
                 expected=f"{SPLIT_HALVES} (split halves), as Hugging Face tensors have",
-                remedy="import the model again from its safetensors or GGUF source with apr-dist import",
+                remedy=f"apr-dist import {where} -o split-halves.apr reorders the rows",
                 falsifier=INCOMPLETE_METADATA,
             )
         sizes = {key: _positive_integer(values, key, where) for key in _INTEGER_KEYS}
@@ -238,13 +238,28 @@ def _refuse_missing(values: Mapping[str, Any], family: Family, where: str | Path
     needed = [*_INTEGER_KEYS, *_NUMBER_KEYS, *(["head_dim"] if family.definition.head_dim_stated else [])]
     missing = [key for key in needed if values.get(key) is None]
     if missing:
-        raise ArchitectureRefused(
+        raise DimensionsUnstated(
             f"the metadata does not state {', '.join(missing)}",
             where=where,
             expected="every dimension of the model, because none is ever guessed",
-            remedy="state them with apr-dist stamp, or import the model again with its config.json beside it",
+            remedy=how_to_state(where, **dict.fromkeys(missing, "VALUE")),
             falsifier=INCOMPLETE_METADATA,
         )
+
+
+def is_source(where: str | Path) -> bool:
+    """Whether a path is of another format than APR, with a configuration of its own."""
+    return Path(where).suffix in (".json", ".gguf", ".safetensors") or Path(where).is_dir()
+
+
+def how_to_state(where: str | Path, **keys: object) -> str:
+    """What corrects a stated key: a stamp on an APR file, the configuration of anything else."""
+    if not is_source(where):
+        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in keys.items())
+        return f"apr-dist stamp {where} {flags} -o stamped.apr"
+    if Path(where).suffix == ".gguf":
+        return "export it again from its Hugging Face folder"
+    return f"correct {', '.join(keys)} in {'it' if Path(where).suffix == '.json' else 'config.json'}"
 
 
 def _positive_integer(values: Mapping[str, Any], key: str, where: str | Path) -> int:

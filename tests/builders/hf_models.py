@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apr_dist.gates.preflight import prove_model_file
+from apr_dist.apr.reader import AprReader
+from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.importing import import_model
 from apr_dist.interop.text_model import load_decoder
 from apr_dist.model.families import Family
@@ -63,10 +63,8 @@ def reference_logits(folder: Path) -> torch.Tensor:
 
 def logits_of(path: Path) -> torch.Tensor:
     """Logits of ``TOKENS`` of an APR file, opened through the gates that a run opens it with."""
-    with ExitStack() as stack:
-        found = prove_model_file(path, stack, say=lambda _: None)
-        assert found.reader is not None
-        decoder = load_decoder(found.reader, found.model_config)
+    with AprReader(path) as reader:
+        decoder = load_decoder(reader, prove_model(reader).config)
     with torch.no_grad():
         logits = decoder(TOKENS)
     assert isinstance(logits, torch.Tensor)

@@ -9,6 +9,7 @@ from mutants.change import (
     FAMILY_GATE,
     INIT,
     MATCH,
+    MODEL_FILE_GATE,
     OUTPUT_GATE,
     PREFLIGHT,
     TRAINER,
@@ -103,7 +104,7 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "003",
         "a claimed tie is believed",
         FAMILY_GATE,
-        "    if claim is True and not head.equals_embedding:",
+        "    if claim is True and head.equals_embedding is False:",
         "    if False:",
     ),
     Change(
@@ -151,8 +152,8 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "012",
         "values are not looked at before training",
-        PREFLIGHT,
-        "    count = weights.check_values(reader, list(expected))",
+        MODEL_FILE_GATE,
+        "    count = check_values(reader, list(expected), where=where, progress=progress)",
         "    count = len(expected)",
     ),
     Change(
@@ -173,31 +174,32 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "007",
         "infinity is a weight",
         WEIGHTS_GATE,
-        "    if not np.isfinite(total):",
-        "    if np.isnan(total):",
+        "    if count:",
+        "    if count and not name:",
     ),
     Change(
         TRAINER + "007",
         "a matrix of zeros is a weight",
         WEIGHTS_GATE,
-        '    if total == 0.0 and not name.endswith(".bias") and not values.any():',
-        "    if total == 0.0 and not name and not values.any():",
+        '    if not name.endswith(".bias") and is_all_zero(reader, name):',
+        "    if not name and is_all_zero(reader, name):",
     ),
     Change(
         ARCH + "CUDA-002",
         "the command line gives the shape, the file the weights",
         PREFLIGHT,
-        "    found = Preflight(model_config=model_config, reader=reader,",
-        "    found = Preflight(model_config=model_from_name(config.model), reader=reader,",
+        "        found = _from_file(path, stack, say, read_weights) if path else _from_scratch(config)",
+        "        found = _from_file(path, stack, say, read_weights) if path else _from_scratch(config)\n"
+        "        found.model_config = model_from_name(config.model)",
     ),
     Change(
         ARCH + "CUDA-003",
         "the encoder is asked for on the CPU only",
         PREFLIGHT,
-        "    family = architecture.check_family(metadata, shapes, where=path)",
-        '    cpu = config.device != "cuda"\n'
-        '    claims = metadata if cpu else {"architecture": "qwen2"}\n'
-        "    family = architecture.check_family(claims, shapes if cpu else {}, where=path)",
+        "        found = _from_file(path, stack, say, read_weights) if path else _from_scratch(config)",
+        '        there = path and config.device != "cuda"\n'
+        "        found = _from_file(path, stack, say, read_weights) if there else _from_scratch(config)",
+        also=(ARCH + "CUDA-002",),
     ),
     Change(
         TRAINER + "031",
