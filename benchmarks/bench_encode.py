@@ -22,10 +22,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from apr_dist.corpus.encode import encode_corpus
+from apr_dist.corpus.sources import standard_library_sources
+from apr_dist.corpus.tokenizer import load_tokenizer
 from apr_dist.data import Manifest
-from apr_dist.data.corpus import standard_library_sources
-from apr_dist.data.encode import encode_corpus
-from apr_dist.data.tokenizer import load_tokenizer
 
 PUBLISHED_TOKENS_PER_S = 9_100  # a single-thread encoder of the 151,643-entry Qwen vocabulary
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from builders.tokens import build_tiny_tokenizer, write_jsonl
 
-from apr_dist.data import corpus_formats
-from apr_dist.data.corpus import (
+from apr_dist.corpus import formats
+from apr_dist.corpus.encode import encode_corpus
+from apr_dist.corpus.sources import (
     STDIN,
     BadRecord,
     CorpusReader,
@@ -23,7 +24,6 @@ from apr_dist.data.corpus import (
     list_sources,
     standard_library_sources,
 )
-from apr_dist.data.encode import encode_corpus
 from apr_dist.errors import CorpusError
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
@@ -36,7 +36,7 @@ def read_all(*paths: Path, text_key: str = "content") -> list[str | tuple[Proble
 
 
 def zstd_compress(content: bytes) -> bytes:
-    return corpus_formats._zstd().compress(content)  # type: ignore[no-any-return]
+    return formats._zstd().compress(content)  # type: ignore[no-any-return]
 
 
 def test_a_folder_is_read_in_path_order_at_any_depth(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_another_text_key_is_honoured(tmp_path: Path) -> None:
 def test_a_document_beyond_the_limit_is_reported_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_formats, "MAX_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 64)
     path = write_jsonl(tmp_path / "a.jsonl", ["x", "y" * 1000, "z"])
     assert read_all(path) == ["x", (Problem.TOO_LARGE, 2), "z"]
     (tmp_path / "a.txt").write_text("x" * 65)

@@ -15,12 +15,13 @@ import pytest
 from builders.tokens import DOCUMENT_END, build_tiny_tokenizer, contents, ids_of, small_sources, write_jsonl
 from tokenizers import Tokenizer
 
-from apr_dist.data import Manifest, encoding_pool
-from apr_dist.data.corpus import Problem
-from apr_dist.data.decode import decode_documents
-from apr_dist.data.encode import EncodeProgress, EosPolicy, Normalization, encode_corpus
-from apr_dist.data.encoding_pool import EncodingPool, cut
-from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
+from apr_dist.corpus import encoding_pool
+from apr_dist.corpus.decode import decode_documents
+from apr_dist.corpus.encode import EncodeProgress, EosPolicy, Normalization, encode_corpus
+from apr_dist.corpus.encoding_pool import EncodingPool, cut
+from apr_dist.corpus.sources import Problem
+from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
+from apr_dist.data import Manifest
 from apr_dist.errors import CorpusError, OutputError, TokenizerError, UsageError
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
 
@@ -101,7 +102,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(
             workers=count,
         )
         monkeypatch.setattr(encoding_pool, "CALL_CHARACTERS", 500)  # other batches, other cuts
-        monkeypatch.setattr("apr_dist.data.encoding_run.CALL_CHARACTERS", 500)
+        monkeypatch.setattr("apr_dist.corpus.encoding_run.CALL_CHARACTERS", 500)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 

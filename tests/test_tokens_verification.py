@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from builders.tokens import build_tiny_dataset, build_tiny_tokenizer, write_jsonl
 
+from apr_dist.corpus.decode import decode_documents
+from apr_dist.corpus.encode import EosPolicy, encode_corpus
+from apr_dist.corpus.repair import repair_manifest
 from apr_dist.data import Manifest
-from apr_dist.data.decode import decode_documents
-from apr_dist.data.encode import EosPolicy, encode_corpus
 from apr_dist.data.shard_files import read_shard_facts
-from apr_dist.data.verification import repair_manifest, verify_dataset
+from apr_dist.data.verification import verify_dataset
 from apr_dist.errors import ManifestError, ShardError, TokenizerError, UsageError
 
 

@@ -14,7 +14,7 @@ import yaml
 from builders.runs import metrics, run_here, verdict
 from builders.tokens import build_tiny_tokenizer, small_sources
 
-from apr_dist.data.encode import encode_corpus
+from apr_dist.corpus.encode import encode_corpus
 from apr_dist.data.manifest import Manifest, Shard
 from apr_dist.data.training_set import tail_names
 from apr_dist.errors import ExitCode

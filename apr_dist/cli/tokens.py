@@ -9,10 +9,11 @@ from typing import Annotated
 import tyro
 
 from apr_dist.cli.progress import bytes_bar, encode_progress
-from apr_dist.data.corpus import standard_library_sources
-from apr_dist.data.decode import decode_documents
-from apr_dist.data.encode import EncodeSummary, EosPolicy, Normalization, encode_corpus
-from apr_dist.data.verification import repair_manifest, verify_dataset
+from apr_dist.corpus.decode import decode_documents
+from apr_dist.corpus.encode import EncodeSummary, EosPolicy, Normalization, encode_corpus
+from apr_dist.corpus.repair import repair_manifest
+from apr_dist.corpus.sources import standard_library_sources
+from apr_dist.data.verification import verify_dataset
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.interop.tokenizers import import_any_tokenizer
 

@@ -1,8 +1,8 @@
 """A data set's identity: what manifest.json records about a folder of shards, and reading it back.
 
 Lives here: ``Shard``, ``TokenizerIdentity`` and ``Manifest``, opening a folder, and the fingerprint that
-checkpoints carry. Hashing shard bytes, repairing and verifying live in ``verification``; making shards
-lives in ``encode``.
+checkpoints carry. Hashing shard bytes and verifying live in ``verification``; making shards and repairing
+live in ``corpus``.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
 from apr_dist.config_sections import ShuffleOrder
+from apr_dist.corpus.tokenizer import identify, load_tokenizer
+from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
 from apr_dist.data.mixture import Mixture
-from apr_dist.data.tokenizer import identify, load_tokenizer
-from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary, weights

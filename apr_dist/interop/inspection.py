@@ -12,7 +12,7 @@ from apr_dist.apr.layout import TOKENIZER_TEXT, VOCABULARY, Flag, TensorEntry
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.quality import Quality, QualityFacts, score_quality
 from apr_dist.apr.reader import AprReader
-from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import ArchitectureRefused, TokenizerError, WeightsRefused
 from apr_dist.interop.convert import Progress
 from apr_dist.interop.tie import EMBEDDING, tied_head

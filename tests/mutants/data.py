@@ -7,10 +7,10 @@ from mutants.change import (
     LOADER,
     LOADER_FILE,
     REPAIR,
+    REPAIR_FILE,
     TOKENIZER,
     TOKENIZER_JSON,
     TRAINER,
-    VERIFICATION,
     Change,
 )
 
@@ -142,21 +142,21 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         REPAIR + "004",
         "the time has no zone",
-        VERIFICATION,
+        REPAIR_FILE,
         '    now = datetime.now(UTC).isoformat(timespec="seconds")',
         '    now = datetime.now().isoformat(timespec="seconds")',
     ),
     Change(
         REPAIR + "005",
         "a repaired manifest forgets its tokenizer",
-        VERIFICATION,
+        REPAIR_FILE,
         "        identity = load_tokenizer(tokenizer).identity\n        vocab_size = identity.id_bound",
         "        vocab_size = None",
     ),
     Change(
         REPAIR + "006",
         "the note changes from repair to repair",
-        VERIFICATION,
+        REPAIR_FILE,
         "    manifest = replace(manifest, repaired_at=now, note=note)",
         "    manifest = replace(manifest, repaired_at=now, note=f'{note} {id(manifest)} {changed}')",
     ),
@@ -178,7 +178,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         TRAINER + "032",
         "shards depend on the number of workers",
-        "apr_dist/data/encode.py",
+        "apr_dist/corpus/encode.py",
         "        shard_tokens=shard_tokens,\n        eos_policy",
         "        shard_tokens=shard_tokens // (workers or 1),\n        eos_policy",
     ),

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO
 
 from apr_dist.atomic_files import writing_to
+from apr_dist.corpus.split_writer import OpenShard
 from apr_dist.data.manifest_file import Shard
-from apr_dist.data.split_writer import OpenShard
 from apr_dist.errors import OutputError
 from apr_dist.parsing import parse_json
 

@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from apr_dist.data.encode_facts import Normalization
-from apr_dist.data.tokenizer import LoadedTokenizer
+from apr_dist.corpus.encode_facts import Normalization
+from apr_dist.corpus.tokenizer import LoadedTokenizer
 
 # One call's texts: enough to hide the cost of a call, little enough that the library's answer (about
 # 100 bytes a token) stays small.

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 
 from apr_dist.atomic_files import write_atomically, writing_to
+from apr_dist.corpus.tokenizer_json import TokenizerJson, parse_tokenizer_json, unencodable_bytes
 from apr_dist.data.manifest_file import TokenizerIdentity
-from apr_dist.data.tokenizer_json import TokenizerJson, parse_tokenizer_json, unencodable_bytes
 from apr_dist.errors import OutputError, TokenizerError
 from apr_dist.parsing import parse_json
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from apr_dist.data.corpus_formats import (
+from apr_dist.corpus.formats import (
     STDIN,
     BadRecord,
     Document,

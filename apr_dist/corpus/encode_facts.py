@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from apr_dist.data.corpus_formats import Problem
+from apr_dist.corpus.formats import Problem
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import UsageError
 

@@ -20,21 +20,21 @@ import tokenizers
 from apr_dist import __version__
 from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.cores import usable_cores
-from apr_dist.data.corpus import STDIN, Problem, Source, list_sources
-from apr_dist.data.encode_facts import (
+from apr_dist.corpus.encode_facts import (
     EncodeProgress,
     EncodeSettings,
     EncodeSummary,
     EosPolicy,
     Normalization,
 )
-from apr_dist.data.encoding_pool import EncodingPool
-from apr_dist.data.encoding_run import LOSSY_DOCUMENTS, LOST_BYTES, EncodingRun
-from apr_dist.data.journal import Journal, is_publishing
+from apr_dist.corpus.encoding_pool import EncodingPool
+from apr_dist.corpus.encoding_run import LOSSY_DOCUMENTS, LOST_BYTES, EncodingRun
+from apr_dist.corpus.journal import Journal, is_publishing
+from apr_dist.corpus.publish import SOURCES_NAME, WORK_FOLDER, publish, refuse_existing
+from apr_dist.corpus.sources import STDIN, Problem, Source, list_sources
+from apr_dist.corpus.split_writer import SplitWriter
+from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
-from apr_dist.data.publish import SOURCES_NAME, WORK_FOLDER, publish, refuse_existing
-from apr_dist.data.split_writer import SplitWriter
-from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import CorpusError, ShardError, TokenizerError, UsageError
 
 __all__ = ["EncodeProgress", "EncodeSummary", "EosPolicy", "Normalization", "encode_corpus"]

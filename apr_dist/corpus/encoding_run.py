@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apr_dist.data.corpus import BadRecord, CorpusReader, Document, Problem, Record, Source
-from apr_dist.data.encode_facts import EncodeProgress, EncodeSettings, EosPolicy
-from apr_dist.data.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingPool
-from apr_dist.data.journal import Journal, Progress, SplitProgress
-from apr_dist.data.split_writer import SplitWriter
+from apr_dist.corpus.encode_facts import EncodeProgress, EncodeSettings, EosPolicy
+from apr_dist.corpus.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingPool
+from apr_dist.corpus.journal import Journal, Progress, SplitProgress
+from apr_dist.corpus.sources import BadRecord, CorpusReader, Document, Problem, Record, Source
+from apr_dist.corpus.split_writer import SplitWriter
 from apr_dist.errors import CorpusError
 
 LOSSY_DOCUMENTS = "lossy documents"
