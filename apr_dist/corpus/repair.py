@@ -51,7 +51,7 @@ def repair_manifest(folder: Path, *, tokenizer: Path | None = None) -> RepairRep
         OutputError: the manifest cannot be written.
     """
     names = _repairable(folder)
-    recorded, complaint = _salvage(folder)
+    recorded, listed, complaint = _salvage(folder)
     shards = tuple(read_shard_facts(folder, name) for name in names)
     manifest = _measured(folder, shards, recorded, tokenizer)
     _refuse_ids_beyond(manifest)
@@ -60,7 +60,11 @@ def repair_manifest(folder: Path, *, tokenizer: Path | None = None) -> RepairRep
         manifest = _without_index(manifest)
     unknown = _unknown(manifest)
     had_index = recorded.documents_index is not None
-    changed = [complaint] if complaint else list(_differences(recorded, measured if had_index else manifest))
+    changed = (
+        [complaint]
+        if complaint
+        else list(_differences(recorded, listed, measured if had_index else manifest))
+    )
     if had_index or complaint:
         changed += [f"no document boundaries are recorded any more: {problem}" for problem in misfits]
     note = f"could not know: {', '.join(unknown)}" if unknown else "nothing is missing"
@@ -88,15 +92,16 @@ def _repairable(folder: Path) -> list[str]:
     return names
 
 
-def _salvage(folder: Path) -> tuple[RecordedManifest, str | None]:
-    """The manifest that is there, or an empty one and why."""
+def _salvage(folder: Path) -> tuple[RecordedManifest, tuple[Shard, ...], str | None]:
+    """The manifest that is there and its shards, or an empty one and why."""
     path = folder / MANIFEST_NAME
     try:
-        return parse_manifest(path.read_bytes(), where=path), None
+        recorded, table = parse_manifest(path.read_bytes(), where=path)
     except OSError:
-        return RecordedManifest(schema=SCHEMA), "there was no manifest"
+        return RecordedManifest(schema=SCHEMA), (), "there was no manifest"
     except ManifestError as error:
-        return RecordedManifest(schema=SCHEMA), f"the manifest could not be used: {error.what}"
+        return RecordedManifest(schema=SCHEMA), (), f"the manifest could not be used: {error.what}"
+    return recorded, tuple(Shard(*table.fields(index)) for index in range(len(table))) if table else (), None
 
 
 def _measured(
@@ -165,8 +170,8 @@ def _unknown(manifest: Manifest) -> list[str]:
     return [name for name, fact in facts.items() if fact is None]
 
 
-def _differences(recorded: RecordedManifest, manifest: Manifest) -> Iterator[str]:
-    before = {shard.file: shard for shard in recorded.shards or ()}
+def _differences(recorded: RecordedManifest, listed: tuple[Shard, ...], manifest: Manifest) -> Iterator[str]:
+    before = {shard.file: shard for shard in listed}
     now = {shard.file: shard for shard in manifest.shards}
     if recorded.schema != SCHEMA:
         yield f"the schema was {recorded.schema}"

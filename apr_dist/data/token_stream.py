@@ -16,7 +16,6 @@ from apr_dist.data.mixture import Mixture, sources_of
 from apr_dist.errors import DataError, ManifestError, UsageError
 
 if TYPE_CHECKING:
-    from apr_dist._rust_loader import SourceFacts
     from apr_dist.data.manifest import Manifest, Shard
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
@@ -82,7 +81,7 @@ class ShardStream:
     def open(self) -> TokenStream:
         """The stream of this process."""
         if self._opened is None or self._process != os.getpid():
-            sources = [_source(*source) for source in self.sources]
+            sources = [(data.folder, data.table, key, units) for data, key, units in self.sources]
             self._opened, self._process = TokenStream(sources, **self._arguments[1]), os.getpid()
         return self._opened
 
@@ -139,20 +138,6 @@ def choice(kind: type[_Choice], value: str, name: str) -> _Choice:
         return kind(value)
     except ValueError as error:
         raise UsageError(f"{name} is {value!r}", expected=f"one of {', '.join(kind)}") from error
-
-
-def _source(dataset: Manifest, key: int, units: int) -> SourceFacts:
-    if dataset.table is not None:
-        return dataset.folder, dataset.table, key, units
-    shards = dataset.shards
-    return (
-        dataset.folder,
-        [shard.file for shard in shards],
-        [shard.tokens for shard in shards],
-        [int(shard.xxh3_64, 16) if shard.xxh3_64 else None for shard in shards],
-        key,
-        units,
-    )
 
 
 def _check_size(dataset: Manifest, needed: int) -> None:

@@ -34,9 +34,9 @@ def check_sequences(manifest: Manifest, *, seq_length: int) -> int:
     Raises:
         DataError: naming the sequence length and the longest shard.
     """
-    sequences = sum(max(0, shard.tokens - 1) // seq_length for shard in manifest.shards)
+    sequences = manifest.sequences(seq_length)
     if not sequences:
-        longest = max(shard.tokens for shard in manifest.shards)
+        longest = manifest.longest_shard
         raise DataError(
             f"the longest shard holds {longest:,} tokens and a sequence needs {seq_length + 1:,}",
             where=manifest.folder,

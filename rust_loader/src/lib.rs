@@ -23,6 +23,7 @@ mod python;
 pub mod ring;
 pub mod set;
 pub mod shard;
+mod sizes;
 pub mod stream;
 pub mod table;
 

@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use crate::error::{Error, Result};
 use crate::mapping::{Mapping, Place};
 use crate::options::{Access, Options};
+use crate::sizes::to_usize;
 
 const WORD: u64 = size_of::<u32>() as u64;
 const HASH_CHUNK: usize = 1 << 20;
@@ -331,10 +332,4 @@ fn open_error(path: &Path, source: io::Error) -> Error {
         Some(code) if limits.contains(&code) => Error::Limit { path, source },
         _ => Error::Io { path, source },
     }
-}
-
-/// Sizes and offsets fit: the crate only builds where addresses have 64 bits.
-#[allow(clippy::cast_possible_truncation, reason = "usize has 64 bits, see lib.rs")]
-pub(crate) const fn to_usize(value: u64) -> usize {
-    value as usize
 }

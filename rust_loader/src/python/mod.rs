@@ -18,7 +18,8 @@ use crate::batch::{Buffer, Pool, Width, views};
 use crate::error::Result;
 use crate::options::Options;
 use crate::set::ShardSet;
-use crate::shard::{View, to_usize};
+use crate::shard::View;
+use crate::sizes::to_usize;
 use crate::stream::{Order, Row, Stream};
 use dlpack::Memory;
 use sources::{Parts, SourceTuple, parse_access, parse_verify};
@@ -219,6 +220,5 @@ fn signed(values: [u64; 2]) -> [i64; 2] {
 fn _rust_loader(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<TokenStream>()?;
     module.add_class::<prefetch::Prefetcher>()?;
-    module.add_class::<table::ShardTable>()?;
-    module.add_function(wrap_pyfunction!(sources::first_misfit, module)?)
+    module.add_class::<table::ShardTable>()
 }
