@@ -7,6 +7,8 @@ A few kilobytes of brackets drive both parsers beyond the interpreter's stack, w
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,3 +38,8 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def printable(path: Path | str) -> str:
+    r"""A path as text that any file and terminal can hold: bytes that are not UTF-8 become ``\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -122,7 +122,7 @@ def test_no_document_is_on_both_sides_of_the_split(tokenizer: Path, tmp_path: Pa
 
 def test_what_is_no_document_is_counted_and_shown(tokenizer: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
-    path.write_text(path.read_text() + '{bad\n{"text": "x"}\n{"text": "y"}\n')
+    path.write_text(path.read_text() + '{bad\n{"body": "x"}\n{"body": "y"}\n')
     summary = encode_corpus(sources=[path], tokenizer=tokenizer, output=tmp_path / "out")
     assert summary.problems == {Problem.BAD_LINE: 1, Problem.MISSING_KEY: 2, Problem.EMPTY: 1}
     assert summary.documents == 2
@@ -324,7 +324,9 @@ def test_an_existing_data_set_is_replaced_only_when_asked(tokenizer: Path, tmp_p
     encode_corpus(sources=[second], tokenizer=tokenizer, output=output, overwrite=True)
     assert [one.text for one in decode_documents(output)] == ["second"]
     names = {path.name for path in output.iterdir()}
-    assert names == {"manifest.json", "shard-00000.bin", "shard-00000.idx", "sources.jsonl", "notes.txt"}
+    assert names == {"manifest.json", "sources.jsonl", "notes.txt"} | {
+        f"shard-00000.{suffix}" for suffix in ("bin", "idx", "docs")
+    }
 
 
 def test_another_layout_does_not_leave_the_old_one_readable(tokenizer: Path, tmp_path: Path) -> None:

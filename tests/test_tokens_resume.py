@@ -143,7 +143,7 @@ def test_an_interrupted_run_is_not_mixed_with_another_configuration(
     with pytest.raises(OutputError, match=r"another configuration lies there \(shard_tokens differ"):
         encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=601)
     write_jsonl(corpus, ["changed"])
-    with pytest.raises(OutputError, match="corpus_sha256 differ"):
+    with pytest.raises(OutputError, match=r"corpus\.jsonl is another than it was"):
         encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600)
     encode_corpus(
         sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600, overwrite=True

@@ -6,7 +6,8 @@ folder with its manifest lives in ``data.verification``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,8 @@ from apr_dist.data.manifest_file import SCHEMA, RecordedManifest, parse_manifest
 from apr_dist.data.shard_files import read_shard_facts, refuse_link_out, shard_names
 from apr_dist.data.verification import check_documents, dataset_parts
 from apr_dist.errors import DataError, ManifestError, ShardError
+
+_NUMBERED = re.compile(r"shard-([0-9]+)\.bin")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class RepairReport:
     unknown: tuple[str, ...]
 
 
-def repair_manifest(folder: Path, *, tokenizer: Path | None = None) -> RepairReport:
+def repair_manifest(
+    folder: Path, *, tokenizer: Path | None = None, accept_loss: bool = False
+) -> RepairReport:
     """Rebuild manifest.json from the shards; idempotent but for the time it records.
 
     What a manifest that is there says about origin and tokenizer is kept, since shards cannot tell; what it
@@ -44,14 +49,26 @@ def repair_manifest(folder: Path, *, tokenizer: Path | None = None) -> RepairRep
     Args:
         folder: the shard folder.
         tokenizer: the tokenizer folder the ids came from, when the old manifest does not say.
+        accept_loss: go on without shards that are missing.
 
     Raises:
-        ManifestError: there are no shards, or an unfinished encoding lies there.
+        ManifestError: there are no shards, a shard is missing, or an unfinished encoding lies there.
         ShardError: a shard is no whole number of tokens, or holds ids beyond the vocabulary.
         OutputError: the manifest cannot be written.
     """
     names = _repairable(folder)
     recorded, listed, complaint = _salvage(folder)
+    missing = _missing([shard.file for shard in listed], names)
+    if missing and not accept_loss:
+        raise ManifestError(
+            f"{len(missing)} shard(s) are missing, such as {missing[0]}",
+            where=folder,
+            expected=f"{'every shard that is recorded' if listed else 'numbers without a gap'}",
+            remedy=f"restore them, or accept the loss with `apr-dist tokenize repair-manifest {folder}"
+            " --accept-loss`",
+        )
+    if {shard.file for shard in listed} == set(names):
+        names = [shard.file for shard in listed]  # whatever order was trained on stays
     shards = tuple(read_shard_facts(folder, name) for name in names)
     manifest = _measured(folder, shards, recorded, tokenizer)
     _refuse_ids_beyond(manifest)
@@ -90,6 +107,16 @@ def _repairable(folder: Path) -> list[str]:
     for name in names:
         refuse_link_out(folder, name)
     return names
+
+
+def _missing(listed: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Shards that are recorded and not there; where nothing is recorded, gaps in the numbers."""
+    if listed:
+        return sorted(set(listed) - set(names))
+    numbers = {int(found[1]): name for name in names if (found := _NUMBERED.fullmatch(name))}
+    if len(numbers) < len(names):  # names of another tool
+        return []
+    return [f"shard-{number:05}.bin" for number in range(max(numbers)) if number not in numbers]
 
 
 def _salvage(folder: Path) -> tuple[RecordedManifest, tuple[Shard, ...], str | None]:
@@ -143,7 +170,10 @@ def _misfitting_indexes(manifest: Manifest) -> list[DataError]:
 
 
 def _without_index(manifest: Manifest) -> Manifest:
-    shards = tuple(replace(shard, documents=None, index_xxh3_64=None) for shard in manifest.shards)
+    shards = tuple(
+        replace(shard, documents=None, index_xxh3_64=None, fingerprints_xxh3_64=None)
+        for shard in manifest.shards
+    )
     return replace(manifest, shards=shards, has_index=False, total_documents=None)
 
 

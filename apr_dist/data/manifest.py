@@ -25,7 +25,13 @@ from apr_dist.data.manifest_file import (
     TokenizerIdentity,
     parse_manifest,
 )
-from apr_dist.data.shard_files import INDEX_SUFFIX, check_shard_files, shard_names, shards_of_older_folder
+from apr_dist.data.shard_files import (
+    FINGERPRINTS_SUFFIX,
+    INDEX_SUFFIX,
+    check_shard_files,
+    shard_names,
+    shards_of_older_folder,
+)
 from apr_dist.errors import ManifestError, ShardError
 
 if TYPE_CHECKING:
@@ -151,27 +157,51 @@ class Manifest:
         Raises:
             ShardError: the folder has no document index, or the sidecar is missing or of a wrong size.
         """
-        import numpy as np  # noqa: PLC0415  (opening a manifest does not need numpy)
-
-        path = self.path_of(shard).with_suffix(INDEX_SUFFIX)
         if not self.has_index:
             raise ShardError(
                 "this folder records no document boundaries",
                 where=self.folder,
                 remedy="encode the corpus again with `apr-dist tokenize encode-corpus`",
             )
+        return self._sidecar(shard, INDEX_SUFFIX, "document index", shard.index_xxh3_64)
+
+    @property
+    def has_fingerprints(self) -> bool:
+        """Every shard has a sidecar of its documents' fingerprints."""
+        return all(shard.fingerprints_xxh3_64 is not None for shard in self.shards)
+
+    def document_fingerprints(self, shard: Shard) -> NDArray[np.uint64]:
+        """XXH3-64 of the text of each document of ``shard``, in order: [documents] u64.
+
+        Raises:
+            ShardError: the sidecar is missing, or is not the recorded one.
+        """
+        return self._sidecar(shard, FINGERPRINTS_SUFFIX, "list of fingerprints", shard.fingerprints_xxh3_64)
+
+    def _sidecar(self, shard: Shard, suffix: str, name: str, digest: str | None) -> NDArray[np.uint64]:
+        """A sidecar of one u64 a document, compared with the hash that was recorded."""
+        import numpy as np  # noqa: PLC0415  (opening a manifest does not need numpy)
+        import xxhash  # noqa: PLC0415
+
+        path = self.path_of(shard).with_suffix(suffix)
+        remedy = f"restore it, or apr-dist tokenize repair-manifest {self.folder}"
         try:
-            starts = np.fromfile(path, dtype="<u8")
+            content = path.read_bytes()
         except OSError as error:
-            raise ShardError(f"the document index cannot be read ({error.strerror})", where=path) from error
-        if shard.documents is not None and (starts.size != shard.documents or path.stat().st_size % 8):
+            raise ShardError(f"the {name} cannot be read ({error.strerror})", where=path) from error
+        if len(content) % 8 or (shard.documents is not None and len(content) != 8 * shard.documents):
+            expected = f"{8 * (shard.documents or 0)} ({shard.documents} documents)"
             raise ShardError(
-                f"the document index holds {path.stat().st_size} bytes",
-                where=path,
-                expected=f"{shard.documents * 8} ({shard.documents} documents)",
-                remedy=f"apr-dist tokenize repair-manifest {self.folder}",
+                f"the {name} holds {len(content)} bytes", where=path, expected=expected, remedy=remedy
             )
-        return starts
+        if digest is not None and xxhash.xxh3_64_hexdigest(content) != digest:
+            raise ShardError(
+                f"the {name} is not as it was recorded",
+                where=path,
+                expected=f"the hash {digest}",
+                remedy=remedy,
+            )
+        return np.frombuffer(bytearray(content), dtype="<u8")
 
     @staticmethod
     def load(folder: Path, *, check_files: bool = True) -> Manifest:

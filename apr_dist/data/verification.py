@@ -108,6 +108,11 @@ def check_documents(manifest: Manifest, shard: Shard, found: Shard, *, is_last: 
     except ShardError as error:
         yield error
         return
+    if shard.fingerprints_xxh3_64 is not None:
+        try:
+            manifest.document_fingerprints(shard)
+        except ShardError as error:
+            yield error
     steps = np.diff(starts.astype(np.int64), append=found.tokens)
     if not starts.size or starts[0] != 0 or (steps <= 0).any():
         yield ShardError("its document starts do not rise from 0 to its end", where=path)
