@@ -69,6 +69,8 @@ class TokenStream:
         max_open: shards kept open at once.
         recheck_s: an open shard not looked at for this long is compared with its file again.
         wide: gather into int64 instead of int32.
+        verified: file of what processes of this host verified; None: only this one counts.
+        settle_s: what was changed later than this before it was verified is not remembered there.
     """
 
     def __new__(
@@ -85,6 +87,8 @@ class TokenStream:
         max_open: int = 256,
         recheck_s: float = 1.0,
         wide: bool = False,
+        verified: Path | None = None,
+        settle_s: float = 2.0,
     ) -> TokenStream: ...
     @property
     def dropped_tokens(self) -> int:

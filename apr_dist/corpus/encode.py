@@ -304,6 +304,6 @@ def _notes(journal: Journal, manifests: Mapping[str, Manifest]) -> tuple[str, ..
         mean = manifest.total_tokens // manifest.shard_count
         notes.append(
             f"{name}: shards of {mean:,} tokens lose at most 1 % at their ends to sequences of up to"
-            f" {max(1, mean // 50):,} tokens; longer ones want a larger --shard-tokens"
+            f" {max(1, mean // 100):,} tokens; longer ones want a larger --shard-tokens"
         )
     return tuple(notes)

@@ -26,7 +26,14 @@ from apr_dist.data.mixture import Mixture
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary, weights
-from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
+from apr_dist.gates.data import (
+    check_batch,
+    check_disjoint,
+    check_sequences,
+    check_shared_documents,
+    check_splits,
+    check_unread,
+)
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.output import check_run_dir
 from apr_dist.gates.result import GateResult
@@ -269,8 +276,16 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     check_documents(config, parts)
     sequences = sum(check_sequences(part, seq_length=config.seq_length) for part in parts)
     held = check_sequences(held_out, seq_length=config.seq_length)
+    for part in everything:
+        length, limit = config.seq_length, order.max_unread
+        part_block = 1 if part is held_out else block
+        if text := check_unread(part, seq_length=length, block=part_block, limit=limit):
+            found.warnings.append(text)
+    check_splits(parts, held_out, allowed=order.any_split)
     for part in parts:
         check_disjoint(part, held_out)
+    shared, warning = check_shared_documents(parts, held_out, limit=config.evaluation.max_shared)
+    found.warnings += [warning] if warning else []
     rows = found.model_config.vocab_size
     _note(found, say, _check_tokenizer(found, config, parts, rows))
     for manifest in everything:
@@ -280,7 +295,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         id=vocabulary.SHARD_ID,
         gate="shards fit the model",
         measured=f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
-        f"{sequences:,} + {held:,} sequences",
+        f"{sequences:,} + {held:,} sequences, {shared}",
         required=f"ids below {rows:,}; nothing held out is trained on",
     )
     _note(found, say, result)

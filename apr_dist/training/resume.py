@@ -31,12 +31,16 @@ _FREE = {
         "parallel.hang_s",
         "loader.verify",
         "loader.max_epochs",
+        "loader.max_open_shards",
+        "loader.max_unread",
+        "loader.any_split",
         "loader.access",
         "loader.prefetch_batches",
         "loader.pin_memory",
         "compute.activation_checkpointing",
     ),
     *("early_stop.patience", "early_stop.min_epochs", "evaluation.micro_batch_size", "log_every"),
+    "evaluation.max_shared",
     *("checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.background"),
 }
 """Keys that change where and how often, not what is computed. Files are compared by content instead; a

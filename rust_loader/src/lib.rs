@@ -26,5 +26,6 @@ pub mod shard;
 mod sizes;
 pub mod stream;
 pub mod table;
+pub mod verified;
 
 pub use error::{Error, Result};

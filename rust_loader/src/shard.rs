@@ -37,6 +37,8 @@ struct Stamp {
     inode: u64,
     bytes: u64,
     modified: (i64, i64),
+    /// Set by the system at every change, so that nobody can put it back.
+    changed: (i64, i64),
 }
 
 impl Stamp {
@@ -46,14 +48,15 @@ impl Stamp {
             inode: metadata.ino(),
             bytes: metadata.len(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
 
     /// A digest that is never 0, which stands for "not known".
     fn digest(self) -> u64 {
-        let (seconds, nanoseconds) = self.modified;
-        let fields =
-            [self.device, self.inode, self.bytes, seconds.cast_unsigned(), nanoseconds.cast_unsigned()];
+        let (modified, changed) = (self.modified, self.changed);
+        let times = [modified.0, modified.1, changed.0, changed.1].map(i64::cast_unsigned);
+        let fields = [self.device, self.inode, self.bytes, times[0], times[1], times[2], times[3]];
         xxh3_64(bytemuck::cast_slice(&fields)) | 1
     }
 }
@@ -117,6 +120,11 @@ impl OpenShard {
     /// Tells the file, as it was opened, from any other; never 0.
     pub(crate) fn identity(&self) -> u64 {
         self.stamp.digest()
+    }
+
+    /// When it was changed last, in seconds of the epoch.
+    pub(crate) fn changed_at(&self) -> i64 {
+        self.stamp.changed.0
     }
 
     /// Where it lies.
