@@ -47,7 +47,7 @@ def test_the_same_documents_on_both_sides_are_refused_whatever_their_shards(
     training = encode(tmp_path / "a", tokenizer, TEXTS)
     held_out = encode(tmp_path / "b", tokenizer, held, shard_tokens=37)
     assert not {one.sha256 for one in training.shards} & {one.sha256 for one in held_out.shards}
-    said = rf"{shared} of its {len(held)} documents are also trained on.*--evaluation\.max_shared"
+    said = rf"{shared} of its {len(held)} documents are also trained on.*--evaluation\.max-shared"
     with pytest.raises(DataError, match=said):
         check_shared_documents([training], held_out, limit=0)
     found, warning = check_shared_documents([training], held_out, limit=shared / len(held))
@@ -88,7 +88,7 @@ def test_a_part_on_the_wrong_side_is_refused_unless_allowed_by_name(
 ) -> None:
     training = replace(build_shards(tmp_path / "a", [50]), split=trained)
     held_out = replace(build_shards(tmp_path / "b", [50]), split=measured)
-    with pytest.raises(DataError, match=rf"it is the {named}.*--loader\.any_split"):
+    with pytest.raises(DataError, match=rf"it is the {named}.*--loader\.any-split"):
         check_splits([training], held_out, allowed=False)
     check_splits([training], held_out, allowed=True)
 
@@ -114,7 +114,7 @@ def test_what_no_sequence_reaches_is_said_and_bounded(
         return
     assert f"{share} of the tokens are never read" in str(warning)
     assert f"--shard-tokens {100 * seq_length * block} or more" in str(warning)
-    with pytest.raises(DataError, match=rf"{share} of the tokens.*--loader\.max_unread"):
+    with pytest.raises(DataError, match=rf"{share} of the tokens.*--loader\.max-unread"):
         check_unread(manifest, seq_length=seq_length, block=block, limit=0.005)
 
 

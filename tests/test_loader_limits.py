@@ -122,7 +122,7 @@ def test_a_hard_limit_that_is_too_low_is_refused_at_the_start_with_a_fix(tmp_pat
     said = limited(tmp_path, 500, 800, 1)
     assert "may open 800 files" in said
     assert "ulimit -n" in said
-    assert "--loader.prefetch_batches" in said
+    assert "--loader.prefetch-batches" in said
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def open_limit(shards: int, wanted: int | None, *, in_views: int) -> int:
         raise UsageError(
             f"the process may open {soft:,} files, of which batches made ahead may hold {in_views:,}",
             expected=f"at least {in_views + _RESERVED + min(target, _FEWEST):,}",
-            remedy="raise the limit (ulimit -n), or make fewer batches ahead with --loader.prefetch_batches",
+            remedy="raise the limit (ulimit -n), or make fewer batches ahead with --loader.prefetch-batches",
         )
     return min(target, free)
 

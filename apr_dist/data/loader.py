@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from torch.utils.dlpack import from_dlpack
 
 from apr_dist.data.descriptors import open_limit
-from apr_dist.data.documents import Documents, document_begins
+from apr_dist.data.documents import Documents, DocumentStarts, document_begins
 from apr_dist.data.evaluation_loader import EvaluationLoader
 from apr_dist.data.mixture import CYCLE_BATCHES, Mixture, Progress, Source
 from apr_dist.data.prefetch import BufferKind, Course, RunAhead, default_depth, process
@@ -123,6 +123,7 @@ class TokenLoader:
         self._batches = self._count_batches()
         self._pin_memory, self._dtype = pin_memory, dtype
         self._ahead: RunAhead | None = None
+        self._starts = DocumentStarts()
         self._latest = -1
 
     @property
@@ -198,9 +199,13 @@ class TokenLoader:
             StreamExhausted, ShardError: as ``batch``.
         """
         first, stream = self._first(k), self._stream.open()
-        rows: torch.Tensor = from_dlpack(stream.gather(first, self._share))
         places = [(*self._stream.shard(shard), start) for shard, start in stream.locate(first, self._share)]
-        begins = document_begins(rows, places)
+
+        def rows() -> torch.Tensor:
+            gathered: torch.Tensor = from_dlpack(stream.gather(first, self._share))
+            return gathered
+
+        begins = document_begins(rows, places, self._seq_length, self._starts)
         return [Documents.from_begins(part) for part in torch.split(begins, self._micro)]
 
     def rows(self, k: int) -> list[torch.Tensor]:
@@ -278,7 +283,7 @@ class TokenLoader:
         self._stream.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ahead": None, "_latest": -1}
+        return {**self.__dict__, "_ahead": None, "_latest": -1, "_starts": DocumentStarts()}
 
     def _made_now(self, first: int, stream: TokenStream) -> list[torch.Tensor]:
         if self._views:

@@ -104,7 +104,7 @@ def check_unread(manifest: Manifest, *, seq_length: int, block: int, limit: floa
             what,
             where=manifest.folder,
             expected=f"at most {limit:.1%} (loader.max_unread)",
-            remedy=f"{remedy}, shorten the sequence, or raise --loader.max_unread",
+            remedy=f"{remedy}, shorten the sequence, or raise --loader.max-unread",
         )
     return f"{manifest.folder}: {what}; {remedy}"
 
@@ -124,7 +124,7 @@ def check_splits(training: Sequence[Manifest], held_out: Manifest, *, allowed: b
                 f"it is the {wrong} part of its data set",
                 where=manifest.folder,
                 expected=f"another one for {flag}",
-                remedy="swap the folders, or pass --loader.any_split if it is meant so",
+                remedy="swap the folders, or pass --loader.any-split if it is meant so",
                 falsifier=SHARED,
             )
 
@@ -167,7 +167,7 @@ def check_shared_documents(
             where=held_out.folder,
             expected=f"at most a share of {limit:g} (evaluation.max_shared)",
             remedy="split the corpus with encode-corpus --val-fraction, which never puts equal texts on both"
-            " sides, or raise --evaluation.max_shared",
+            " sides, or raise --evaluation.max-shared",
             falsifier=SHARED,
         )
     return found, f"{held_out.folder}: {found}" if shared else None

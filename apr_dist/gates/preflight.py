@@ -281,9 +281,9 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         part_block = 1 if part is held_out else block
         if text := check_unread(part, seq_length=length, block=part_block, limit=limit):
             found.warnings.append(text)
-    check_splits(parts, held_out, allowed=order.any_split)
     for part in parts:
         check_disjoint(part, held_out)
+    check_splits(parts, held_out, allowed=order.any_split)
     shared, warning = check_shared_documents(parts, held_out, limit=config.evaluation.max_shared)
     found.warnings += [warning] if warning else []
     rows = found.model_config.vocab_size
