@@ -12,11 +12,8 @@ from typing import Any, Literal, TypeAlias
 Capsule: TypeAlias = Any
 """A DLPack capsule of int32 in CPU memory, for ``torch.utils.dlpack.from_dlpack``."""
 
-SourceFacts: TypeAlias = (
-    tuple[Path, ShardTable, int, int] | tuple[Path, list[str], list[int], list[int | None], int, int]
-)
-"""A source: folder; its shards, as a table or per shard its file, tokens, and xxh3-64 or None; a number that
-tells its order from that of other sources; units per cycle."""
+SourceFacts: TypeAlias = tuple[Path, ShardTable, int, int]
+"""A source: folder; its shards; a number that tells its order from that of other sources; units per cycle."""
 
 class ShardTable:
     """A manifest's shard list, kept without a Python object a shard."""
@@ -28,23 +25,34 @@ class ShardTable:
         """Tokens of the longest shard."""
 
     @staticmethod
-    def parse(content: bytes) -> tuple[int, ShardTable] | None:
-        """The list that ends ``content``, and the length of what stands before it, its bracket included.
+    def parse(content: bytes) -> tuple[bytes, ShardTable | None]:
+        """The keys of a manifest but ``shards``, as JSON, and its shards; None when it lists none.
 
-        None when the list is not exactly as ``Manifest.write`` lays it out, or a field is out of bounds.
+        ValueError, naming the key, when the text is malformed.
         """
 
     def __len__(self) -> int: ...
     def fields(
         self, index: int
-    ) -> tuple[str, int, int, str | None, str | None, int | None, int | None, int | None, str | None]:
+    ) -> tuple[
+        str, int, int, str | None, str | None, int | None, int | None, int | None, str | None, str | None
+    ]:
         """The fields of a ``Shard``, in its order."""
+
+    def sequences(self, seq_length: int) -> int:
+        """Sequences in one pass over the shards."""
 
     def identity(self) -> bytes | None:
         """SHA-256 and tokens, a line a shard; None when a hash is not recorded."""
 
-    def all_fit(self, folder: Path) -> bool:
-        """Whether every shard is a regular file (no link) of its size, which is whole tokens."""
+    def listed_twice(self) -> str | None:
+        """The first file name that stands in the list twice."""
+
+    def has_broken_size(self) -> bool:
+        """Whether a recorded size is not that of its tokens."""
+
+    def first_misfit(self, folder: Path) -> tuple[int, int | None] | None:
+        """The first shard that is not a regular file (no link) of its size, and the size it has."""
 
 class TokenStream:
     """Shards as one stream of sequences of ``seq_length + 1`` tokens; any thread may use it.
@@ -61,6 +69,8 @@ class TokenStream:
         max_open: shards kept open at once.
         recheck_s: an open shard not looked at for this long is compared with its file again.
         wide: gather into int64 instead of int32.
+        verified: file of what processes of this host verified; None: only this one counts.
+        settle_s: what was changed later than this before it was verified is not remembered there.
     """
 
     def __new__(
@@ -77,6 +87,8 @@ class TokenStream:
         max_open: int = 256,
         recheck_s: float = 1.0,
         wide: bool = False,
+        verified: Path | None = None,
+        settle_s: float = 2.0,
     ) -> TokenStream: ...
     @property
     def dropped_tokens(self) -> int:
@@ -99,9 +111,6 @@ class TokenStream:
         """
     def stats(self) -> dict[str, int | float]:
         """What was read so far, and how long batches took to hand over."""
-
-def first_misfit(folder: Path, files: Sequence[str], sizes: Sequence[int]) -> tuple[int, int | None] | None:
-    """The first of ``files`` that is not a regular file (no link) of its size, and the size it has."""
 
 class Prefetcher:
     """A thread that makes consecutive batches of a stream, at most ``depth`` ahead.

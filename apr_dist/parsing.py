@@ -7,6 +7,8 @@ A few kilobytes of brackets drive both parsers beyond the interpreter's stack, w
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -54,3 +56,8 @@ class _EachKeyOnce(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def printable(path: Path | str) -> str:
+    r"""A path as text that any file and terminal can hold: bytes that are not UTF-8 become ``\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -4,7 +4,7 @@ Both take the same texts with the same tokenizer on the same cores, in turn; the
 bare loop has texts and tokenizer in memory already; the encoder opens the tokenizer, reads JSONL, hashes,
 splits, and writes shards to disk.
 
-    python benchmarks/bench_encode.py --tokenizer DIR [--rounds 5] [--megabytes 24] [--json PATH]
+    python benchmarks/bench_encode.py --tokenizer DIR [--rounds 5] [--megabytes 24] [--quote] [--json PATH]
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from apr_dist.corpus.encode import encode_corpus
+from apr_dist.corpus.sources import standard_library_sources
+from apr_dist.corpus.tokenizer import load_tokenizer
 from apr_dist.data import Manifest
-from apr_dist.data.corpus import standard_library_sources
-from apr_dist.data.encode import encode_corpus
-from apr_dist.data.tokenizer import load_tokenizer
 
 PUBLISHED_TOKENS_PER_S = 9_100  # a single-thread encoder of the 151,643-entry Qwen vocabulary
 
@@ -72,7 +72,8 @@ def spread(values: list[float]) -> str:
 def measure(folder: Path, tokenizer_folder: Path, texts: list[str], rounds: int) -> dict[str, list[float]]:
     """Rates in M tokens/s and their ratios, one value a round."""
     corpus, output = folder / "corpus.jsonl", folder / "out"
-    corpus.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts), "utf-8")
+    lines = (json.dumps({"content": text}, ensure_ascii=False) + "\n" for text in texts)
+    corpus.write_text("".join(lines), "utf-8")
     loaded = load_tokenizer(tokenizer_folder)
     figures: dict[str, list[float]] = {}
     bare_loop(loaded.tokenizer, texts[:50], 16)
@@ -104,10 +105,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, default=24.0, help="standard-library source to encode")
+    parser.add_argument("--quote", action="store_true", help="begin each text with a curly quote")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     choice = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    texts = corpus_texts(choice.megabytes)
+    texts = [("\u2019" if choice.quote else "") + text for text in corpus_texts(choice.megabytes)]
     with tempfile.TemporaryDirectory(prefix="bench-encode-") as folder:
         figures = measure(Path(folder), choice.tokenizer, texts, choice.rounds)
     cores = len(os.sched_getaffinity(0))

@@ -25,9 +25,9 @@ from typing import IO
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from apr_dist.corpus.sources import standard_library_sources
+from apr_dist.corpus.tokenizer import import_tokenizer
 from apr_dist.data import Manifest
-from apr_dist.data.corpus import standard_library_sources
-from apr_dist.data.tokenizer import import_tokenizer
 
 LINES = 4_000
 LARGE_EVERY, LARGE_BYTES = 20_000, 8_000_000

@@ -18,7 +18,7 @@ from builders.tokens import build_tiny_tokenizer, small_sources
 
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
-from apr_dist.data.encode import encode_corpus
+from apr_dist.corpus.encode import encode_corpus
 from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode, ModelFileError

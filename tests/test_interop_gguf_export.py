@@ -16,7 +16,7 @@ from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import ArchitectureRefused, OutputError, UnsupportedModelFile, WeightsRefused
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_export import GgufType, export_gguf

@@ -16,7 +16,7 @@ from builders.hf_models import SIZES, claims, hf_folder
 from tokenizers import Tokenizer
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.data.tokenizer_json import byte_alphabet
+from apr_dist.corpus.tokenizer_json import byte_alphabet
 from apr_dist.errors import TokenizerError, UnsupportedModelFile
 from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.hf_export import export_huggingface

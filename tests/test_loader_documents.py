@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from builders.shards import build_shards, build_shards_of
+from numpy.typing import NDArray
 
-from apr_dist.data.documents import Documents, loss_mask
+from apr_dist.data.documents import Documents, DocumentStarts, loss_mask
 from apr_dist.data.loader import TokenLoader
-from apr_dist.data.manifest import Manifest
-from apr_dist.errors import DataError
+from apr_dist.data.manifest import Manifest, Shard
+from apr_dist.data.shard_files import read_shard_facts
+from apr_dist.errors import DataError, ShardError
 
 T, EOS = 8, 7
 
@@ -45,7 +47,8 @@ def with_index(manifest: Manifest) -> Manifest:
         tokens = np.fromfile(manifest.path_of(shard), dtype="<u4")
         starts = np.concatenate([[0], np.flatnonzero(tokens[:-1] == EOS) + 1]).astype("<u8")
         starts.tofile(manifest.path_of(shard).with_suffix(".idx"))
-    return replace(manifest, has_index=True, eos_token_id=None)
+    shards = tuple(read_shard_facts(manifest.folder, shard.file) for shard in manifest.shards)
+    return replace(manifest, shards=shards, has_index=True, eos_token_id=None)
 
 
 def test_documents_are_told_apart_by_their_end_mark(marked: Manifest) -> None:
@@ -99,3 +102,49 @@ def test_named_ids_do_not_count_in_the_loss() -> None:
     targets = torch.tensor([[1, 0, 5], [0, 0, 2]], dtype=torch.int32)
     assert loss_mask(targets, ignored_ids=[0, 5]).tolist() == [[True, False, False], [False, False, True]]
     assert loss_mask(targets, ignored_ids=[]).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_documents_follow_from_where_they_begin(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    begins = torch.rand(5, 40, generator=generator) < (0.0, 0.02, 0.1, 0.5, 0.9, 1.0)[seed]
+    found = Documents.from_begins(begins)
+    starts = []
+    for row in range(5):
+        number, place = -1, 0
+        for column in range(40):
+            if begins[row, column] or column == 0:
+                number, place = number + 1, 0
+                starts.append(row * 40 + column)
+            assert (found.ids[row, column], found.positions[row, column]) == (number, place)
+            place += 1
+    assert found.cu_seqlens.tolist() == [*starts, 200]
+    assert found.max_seqlen == max(b - a for a, b in zip(starts, [*starts[1:], 200], strict=True))
+    assert found.cu_seqlens.dtype == found.ids.dtype == found.positions.dtype == torch.int32
+
+
+def test_an_index_is_read_once_and_refused_when_it_changed(
+    marked: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked, read = with_index(marked), list[str]()
+    starts = Manifest.document_starts
+
+    def counted(manifest: Manifest, shard: Shard) -> NDArray[np.uint64]:
+        read.append(shard.file)
+        return starts(manifest, shard)
+
+    monkeypatch.setattr(Manifest, "document_starts", counted)
+    one = loader(marked)
+    for k in range(30):
+        one.documents(k)
+    assert sorted(read) == sorted(set(read))
+    few = DocumentStarts(max_bytes=1)
+    for shard in (*marked.shards, *marked.shards):
+        assert few.of(marked, shard).tolist() == starts(marked, shard).tolist()
+    path = marked.path_of(marked.shards[0]).with_suffix(".idx")
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1
+    path.write_bytes(content)
+    changed = loader(marked)
+    with pytest.raises(ShardError, match=r"\.idx: the document index is not as it was recorded"):
+        list(map(changed.documents, range(30)))

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from builders.tokens import build_tiny_tokenizer, write_jsonl
 
-from apr_dist.data import corpus_formats
-from apr_dist.data.corpus import (
+from apr_dist.corpus import formats
+from apr_dist.corpus.encode import encode_corpus
+from apr_dist.corpus.sources import (
     STDIN,
     BadRecord,
     CorpusReader,
@@ -23,20 +24,19 @@ from apr_dist.data.corpus import (
     list_sources,
     standard_library_sources,
 )
-from apr_dist.data.encode import encode_corpus
 from apr_dist.errors import CorpusError
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
 
 
-def read_all(*paths: Path, text_key: str = "content") -> list[str | tuple[Problem, int]]:
+def read_all(*paths: Path, text_key: str | None = None) -> list[str | tuple[Problem, int]]:
     """Texts of documents, and problem with line of everything else."""
-    reader = CorpusReader(list_sources(paths), text_key=text_key)
+    reader = CorpusReader(list_sources(paths).files, text_key=text_key)
     return [(one.problem, one.line) if isinstance(one, BadRecord) else one.text for _, one in reader]
 
 
 def zstd_compress(content: bytes) -> bytes:
-    return corpus_formats._zstd().compress(content)  # type: ignore[no-any-return]
+    return formats._zstd().compress(content)  # type: ignore[no-any-return]
 
 
 def test_a_folder_is_read_in_path_order_at_any_depth(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_plain_files_keep_every_character(tmp_path: Path) -> None:
 def test_what_is_no_document_is_reported_with_its_line(tmp_path: Path) -> None:
     lines = [
         b"\xef\xbb\xbf" + json.dumps({"content": "first"}).encode(),
-        b'{"text": "other key"}',
+        b'{"body": "other key"}',
         b"",
         b"   ",
         b"{broken",
@@ -119,15 +119,15 @@ def test_documents_stops_at_the_first_bad_record_with_file_and_line(tmp_path: Pa
 
 
 def test_another_text_key_is_honoured(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", ["x", "y"], key="text")
-    assert read_all(path, text_key="text") == ["x", "y"]
+    path = write_jsonl(tmp_path / "a.jsonl", ["x", "y"], key="body")
+    assert read_all(path, text_key="body") == ["x", "y"]
     assert read_all(path) == [(Problem.MISSING_KEY, 1), (Problem.MISSING_KEY, 2)]
 
 
 def test_a_document_beyond_the_limit_is_reported_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_formats, "MAX_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 64)
     path = write_jsonl(tmp_path / "a.jsonl", ["x", "y" * 1000, "z"])
     assert read_all(path) == ["x", (Problem.TOO_LARGE, 2), "z"]
     (tmp_path / "a.txt").write_text("x" * 65)
@@ -137,7 +137,7 @@ def test_a_document_beyond_the_limit_is_reported_not_read(
 def test_reading_from_any_position_gives_the_rest(tmp_path: Path) -> None:
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{one}" for one in range(4)]) for name in "ab"]
     paths[0].write_text("\n\n{bad\n" + paths[0].read_text())
-    sources = list_sources(paths)
+    sources = list_sources(paths).files
     whole = list(CorpusReader(sources, text_key="content"))
     position = {0: 0, 1: 0}
     for done, (number, _) in enumerate(whole):
@@ -148,7 +148,7 @@ def test_reading_from_any_position_gives_the_rest(tmp_path: Path) -> None:
 
 def test_the_reader_knows_how_far_it_is(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x" * 50_000 for _ in range(20)])
-    reader = CorpusReader(list_sources([path]), text_key="content")
+    reader = CorpusReader(list_sources([path]).files, text_key="content")
     seen = [reader.bytes_done for _ in reader]
     assert seen == sorted(seen)
     assert 0 < seen[5] < seen[15] <= reader.bytes_done == reader.bytes_total == path.stat().st_size
@@ -178,7 +178,7 @@ def test_a_damaged_compressed_file_stops_the_run(tmp_path: Path, suffix: str, da
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(packed)
     with pytest.raises(CorpusError, match=r"damaged|cannot be read"):
-        list(CorpusReader(list_sources([path]), text_key="content"))
+        list(CorpusReader(list_sources([path]).files, text_key="content"))
 
 
 @needs_pyarrow
@@ -204,7 +204,7 @@ def test_a_missing_optional_package_is_named(
     for name in ("pyarrow", "compression.zstd", "backports.zstd"):
         monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / ("a.parquet" if package == "pyarrow" else "a.jsonl.zst")
-    path.write_bytes(b"PAR1")
+    path.write_bytes(b"PAR1" if package == "pyarrow" else b"\x28\xb5\x2f\xfd")
     with pytest.raises(CorpusError, match="pip install"):
         read_all(path)
 

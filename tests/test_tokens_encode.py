@@ -15,12 +15,13 @@ import pytest
 from builders.tokens import DOCUMENT_END, build_tiny_tokenizer, contents, ids_of, small_sources, write_jsonl
 from tokenizers import Tokenizer
 
-from apr_dist.data import Manifest, encoding_pool
-from apr_dist.data.corpus import Problem
-from apr_dist.data.decode import decode_documents
-from apr_dist.data.encode import EncodeProgress, EosPolicy, Normalization, encode_corpus
-from apr_dist.data.encoding_pool import EncodingPool, cut
-from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
+from apr_dist.corpus import encoding_pool
+from apr_dist.corpus.decode import decode_documents
+from apr_dist.corpus.encode import EncodeProgress, EosPolicy, Normalization, encode_corpus
+from apr_dist.corpus.encoding_pool import EncodingPool, cut
+from apr_dist.corpus.sources import Problem
+from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
+from apr_dist.data import Manifest
 from apr_dist.errors import CorpusError, OutputError, TokenizerError, UsageError
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
 
@@ -101,7 +102,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(
             workers=count,
         )
         monkeypatch.setattr(encoding_pool, "CALL_CHARACTERS", 500)  # other batches, other cuts
-        monkeypatch.setattr("apr_dist.data.encoding_run.CALL_CHARACTERS", 500)
+        monkeypatch.setattr("apr_dist.corpus.encoding_run.CALL_CHARACTERS", 500)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
@@ -121,7 +122,7 @@ def test_no_document_is_on_both_sides_of_the_split(tokenizer: Path, tmp_path: Pa
 
 def test_what_is_no_document_is_counted_and_shown(tokenizer: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
-    path.write_text(path.read_text() + '{bad\n{"text": "x"}\n{"text": "y"}\n')
+    path.write_text(path.read_text() + '{bad\n{"body": "x"}\n{"body": "y"}\n')
     summary = encode_corpus(sources=[path], tokenizer=tokenizer, output=tmp_path / "out")
     assert summary.problems == {Problem.BAD_LINE: 1, Problem.MISSING_KEY: 2, Problem.EMPTY: 1}
     assert summary.documents == 2
@@ -323,7 +324,9 @@ def test_an_existing_data_set_is_replaced_only_when_asked(tokenizer: Path, tmp_p
     encode_corpus(sources=[second], tokenizer=tokenizer, output=output, overwrite=True)
     assert [one.text for one in decode_documents(output)] == ["second"]
     names = {path.name for path in output.iterdir()}
-    assert names == {"manifest.json", "shard-00000.bin", "shard-00000.idx", "sources.jsonl", "notes.txt"}
+    assert names == {"manifest.json", "sources.jsonl", "notes.txt"} | {
+        f"shard-00000.{suffix}" for suffix in ("bin", "idx", "docs")
+    }
 
 
 def test_another_layout_does_not_leave_the_old_one_readable(tokenizer: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.data.corpus import standard_library_sources
-from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
-from apr_dist.data.tokenizer_json import byte_alphabet
+from apr_dist.corpus.sources import standard_library_sources
+from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
+from apr_dist.corpus.tokenizer_json import byte_alphabet
 from apr_dist.errors import AprDistError, TokenizerError
 from apr_dist.interop.embedding import embed_text
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from builders.tokens import DOCUMENT_END, build_tiny_tokenizer, contents, ids_of, write_jsonl
 
-from apr_dist.data.decode import decode_documents
-from apr_dist.data.encode import EncodeProgress, encode_corpus
+from apr_dist.corpus.decode import decode_documents
+from apr_dist.corpus.encode import EncodeProgress, encode_corpus
 from apr_dist.data.verification import verify_dataset
 from apr_dist.errors import OutputError
 
@@ -33,8 +33,8 @@ def corpus(tmp_path: Path) -> Path:
 KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-from apr_dist.data import encoding_run, journal
-from apr_dist.data.encode import encode_corpus
+from apr_dist.corpus import encoding_run, journal
+from apr_dist.corpus.encode import encode_corpus
 
 corpus, tokenizer, output, when = sys.argv[1:]
 left = [int(when)]
@@ -143,7 +143,7 @@ def test_an_interrupted_run_is_not_mixed_with_another_configuration(
     with pytest.raises(OutputError, match=r"another configuration lies there \(shard_tokens differ"):
         encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=601)
     write_jsonl(corpus, ["changed"])
-    with pytest.raises(OutputError, match="corpus_sha256 differ"):
+    with pytest.raises(OutputError, match=r"corpus\.jsonl is another than it was"):
         encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600)
     encode_corpus(
         sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=600, overwrite=True
@@ -187,7 +187,7 @@ def test_standard_input_is_encoded_and_never_resumed(
 MEASURED_RUN = """
 import json, sys
 from pathlib import Path
-from apr_dist.data.encode import encode_corpus
+from apr_dist.corpus.encode import encode_corpus
 
 folder, tokenizer, megabytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 line = json.dumps({"content": "some words of one document\\n" * 200}) + "\\n"

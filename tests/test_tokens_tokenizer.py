@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from apr_dist.data.tokenizer import LoadedTokenizer, import_tokenizer, load_tokenizer
-from apr_dist.data.tokenizer_json import byte_alphabet
+from apr_dist.corpus.tokenizer import LoadedTokenizer, import_tokenizer, load_tokenizer
+from apr_dist.corpus.tokenizer_json import byte_alphabet
 from apr_dist.errors import OutputError, TokenizerError
 from apr_dist.interop.tokenizers import import_any_tokenizer
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from builders.tokens import build_tiny_dataset, build_tiny_tokenizer, write_jsonl
 
+from apr_dist.corpus.decode import decode_documents
+from apr_dist.corpus.encode import EosPolicy, encode_corpus
+from apr_dist.corpus.repair import repair_manifest
 from apr_dist.data import Manifest
-from apr_dist.data.decode import decode_documents
-from apr_dist.data.encode import EosPolicy, encode_corpus
 from apr_dist.data.shard_files import read_shard_facts
-from apr_dist.data.verification import repair_manifest, verify_dataset
+from apr_dist.data.verification import verify_dataset
 from apr_dist.errors import ManifestError, ShardError, TokenizerError, UsageError
 
 
@@ -191,7 +192,7 @@ def test_a_repair_keeps_what_the_old_manifest_knew_and_says_what_changed(data: P
     set_ids(folder / "shard-00001.bin", 3, 7)
     (folder / "shard-00002.bin").unlink()
     (folder / "shard-00002.idx").unlink()
-    report = repair_manifest(folder)
+    report = repair_manifest(folder, accept_loss=True)
     assert report.changed == ("shard-00002.bin is gone", "shard-00001.bin is not as it was recorded")
     after = Manifest.load(folder)
     assert (after.tokenizer, after.split, after.eos_policy) == (before.tokenizer, "train", "between")
@@ -303,3 +304,17 @@ def test_a_document_index_that_no_longer_fits_its_shard_is_not_taken_over(data: 
     assert not Manifest.load(folder).has_index
     assert verify_dataset(folder).ok
     assert repair_manifest(folder).changed == ()
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".docs"])
+def test_a_changed_sidecar_is_not_believed(data: Path, suffix: str) -> None:
+    manifest = Manifest.load(data / "train")
+    shard = manifest.shards[0]
+    path = manifest.path_of(shard).with_suffix(suffix)
+    content = bytearray(path.read_bytes())
+    content[9] ^= 1
+    path.write_bytes(content)
+    read = manifest.document_starts if suffix == ".idx" else manifest.document_fingerprints
+    with pytest.raises(ShardError, match=r"is not as it was recorded.*repair-manifest"):
+        read(shard)
+    assert not verify_dataset(data / "train").ok

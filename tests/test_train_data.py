@@ -13,7 +13,7 @@ import yaml
 from builders.runs import metrics, run_here, verdict, whole_folders
 from builders.tokens import build_tiny_tokenizer, small_sources
 
-from apr_dist.data.encode import encode_corpus
+from apr_dist.corpus.encode import encode_corpus
 from apr_dist.data.manifest import Manifest, Shard
 from apr_dist.data.training_set import tail_names
 from apr_dist.errors import ExitCode
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def encoded(folder: Path, tokenizer: Path, *, files: int) -> Path:
-    """A shard folder of a few source files."""
-    encode_corpus(sources=small_sources(files), tokenizer=tokenizer, output=folder)
+    """A shard folder of a few source files that are in neither part of the shared data set."""
+    encode_corpus(sources=small_sources(150 + files)[150:], tokenizer=tokenizer, output=folder)
     return folder
 
 

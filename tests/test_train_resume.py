@@ -194,7 +194,7 @@ def test_a_resume_on_other_data_or_another_init_is_refused(
     straight: Path, inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = stopped_after(straight, tmp_path / "run", 4)
-    other = ("--dataset", str(inputs.validation), "--val-dataset", str(inputs.train))
+    other = ("--dataset", str(inputs.validation), "--val-dataset", str(inputs.train), "--loader.any-split")
     assert run_here(*flags(inputs, run_dir, "--resume", "auto", *other)) == ExitCode.USAGE
     assert "training shards" in capfd.readouterr().err
     init = ("--init", str(straight / "checkpoint.apr"))

@@ -254,6 +254,9 @@ def test_data_that_runs_out_cycles_in_the_open_or_stops(
 ) -> None:
     flags = ("--dataset", str(inputs.validation), "--val-dataset", str(inputs.train), "--seq-length", "256")
     flags += ("--batch-size", "160", "--num-steps", "3", "--evaluation.max-sequences", "4")
+    assert finetune(inputs, tmp_path / "swapped", *flags) == ExitCode.DATA
+    assert "it is the validation part" in capfd.readouterr().err
+    flags += ("--loader.any-split",)
     assert finetune(inputs, tmp_path / "cycles", *flags) == 0
     assert "pass 2 begins" in capfd.readouterr().out
     assert metrics(tmp_path / "cycles")[-1]["data_epoch"] == 1

@@ -15,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from apr_dist.data.encode import EncodeProgress
+from apr_dist.corpus.encode import EncodeProgress
 
 
 @contextmanager

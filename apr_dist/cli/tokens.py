@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from apr_dist.cli.progress import bytes_bar, encode_progress
-from apr_dist.data.corpus import standard_library_sources
-from apr_dist.data.decode import decode_documents
-from apr_dist.data.encode import EncodeSummary, EosPolicy, Normalization, encode_corpus
-from apr_dist.data.verification import repair_manifest, verify_dataset
+from apr_dist.corpus.decode import decode_documents
+from apr_dist.corpus.encode import EncodeSummary, EosPolicy, Normalization, encode_corpus
+from apr_dist.corpus.repair import repair_manifest
+from apr_dist.corpus.sources import standard_library_sources
+from apr_dist.data.verification import verify_dataset
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.interop.tokenizers import import_any_tokenizer
+from apr_dist.parsing import printable
 
 Source = Annotated[Path, tyro.conf.Positional]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -37,7 +40,7 @@ def import_hf(
         source, output, include_added_tokens=include_added_tokens, overwrite=force
     )
     print(
-        f"{output}: {identity.bpe_vocab_count:,} base + {identity.added_tokens_count:,} added ="
+        f"{printable(output)}: {identity.bpe_vocab_count:,} base + {identity.added_tokens_count:,} added ="
         f" {identity.effective_vocab_count:,} tokens, {identity.merges_count:,} merges"
     )
 
@@ -50,7 +53,9 @@ def encode(
     standard_library: bool = False,
     glob: tuple[str, ...] = (),
     shard_tokens: int = 1_000_000,
-    text_key: str = "content",
+    text_key: str | None = None,
+    parse_special: bool = False,
+    skip_unreadable: bool = False,
     eos_policy: EosPolicy = EosPolicy.BETWEEN,
     normalization: Normalization = Normalization.NONE,
     val_fraction: float = 0.0,
@@ -68,11 +73,14 @@ def encode(
     Args:
         tokenizer: tokenizer folder.
         output: shard folder to write; with --val-fraction it gets train/ and validation/.
-        corpus: files or folders of JSONL, plain text or Parquet (also .gz, .zst), or - for JSONL on stdin.
+        corpus: files or folders of JSON lines, JSON arrays, plain text, Parquet or Arrow (also .gz, .zst,
+            .xz, .bz2), or - for JSON lines on stdin.
         standard_library: add the running Python's own standard-library sources.
         glob: which files of a folder are taken, such as '*.py'; by default the corpus formats.
         shard_tokens: a shard closes after the document that reaches this many tokens.
-        text_key: JSON key or Parquet column of the text.
+        text_key: JSON key or column of the text, a.b for b inside a; by default content, or else text.
+        parse_special: special tokens written out in the text, as in rendered chats, become their ids.
+        skip_unreadable: leave out files that cannot be read, counted; each file is read once more to know.
         eos_policy: where the tokenizer's document-end id is written.
         normalization: of the text before the tokenizer sees it.
         val_fraction: share of documents, by hash of their text, that is held out.
@@ -96,6 +104,8 @@ def encode(
             normalization=normalization,
             val_fraction=val_fraction,
             text_key=text_key,
+            parse_special=parse_special,
+            skip_unreadable=skip_unreadable,
             globs=glob or None,
             workers=workers,
             overwrite=force,
@@ -121,11 +131,11 @@ def verify(folder: Source, /) -> int:
     for text in report.unchecked:
         print(f"warning: {text}")
     if report.ok:
-        print(f"{folder}: {report.shards} shard(s), {report.tokens:,} tokens, all as recorded")
+        print(f"{printable(folder)}: {report.shards} shard(s), {report.tokens:,} tokens, all as recorded")
     return int(ExitCode.OK if report.ok else ExitCode.DATA)
 
 
-def repair(folder: Source, /, *, tokenizer: Path | None = None) -> None:
+def repair(folder: Source, /, *, tokenizer: Path | None = None, accept_loss: bool = False) -> None:
     """Rebuild a lost or stale manifest from the shards, and say what it could not know.
 
     Example: apr-dist tokenize repair-manifest shards --tokenizer tok
@@ -133,11 +143,14 @@ def repair(folder: Source, /, *, tokenizer: Path | None = None) -> None:
     Args:
         folder: shard folder.
         tokenizer: tokenizer folder the shards were encoded with.
+        accept_loss: write a manifest without shards that are missing.
     """
-    report = repair_manifest(folder, tokenizer=tokenizer)
+    report = repair_manifest(folder, tokenizer=tokenizer, accept_loss=accept_loss)
     found = report.manifest
     state = "written" if report.changed else "already right"
-    print(f"{folder}: manifest {state}: {len(found.shards)} shard(s), {found.total_tokens:,} tokens")
+    print(
+        f"{printable(folder)}: manifest {state}: {found.shard_count} shard(s), {found.total_tokens:,} tokens"
+    )
     for text in report.changed:
         print(f"changed: {text}")
     for text in report.unknown:
@@ -165,11 +178,15 @@ def decode(
 def _print_summary(summary: EncodeSummary) -> None:
     for split, manifest in summary.manifests.items():
         print(
-            f"{manifest.folder}: {split}, {len(manifest.shards)} shard(s), {manifest.total_tokens:,} tokens"
-            f" of {manifest.total_documents:,} documents, fingerprint {manifest.fingerprint[:16]}"
+            f"{printable(manifest.folder)}: {split}, {manifest.shard_count} shard(s),"
+            f" {manifest.total_tokens:,} tokens of {manifest.total_documents:,} documents,"
+            f" fingerprint {manifest.fingerprint[:16]}"
         )
     for problem, count in summary.problems.items():
         print(f"warning: {count:,} record(s) left out: {problem.value}")
+    for text, count in Counter(summary.left_out.values()).items():
+        first = next(path for path, reason in summary.left_out.items() if reason == text)
+        print(f"warning: {count:,} file(s) left out, such as {printable(first)}: {text}")
     for example in summary.examples:
         print(f"  {example}")
     if summary.lossy_documents:
@@ -177,4 +194,13 @@ def _print_summary(summary: EncodeSummary) -> None:
             f"warning: {summary.lossy_documents:,} document(s) hold {summary.lost_bytes:,} byte(s)"
             " that the tokenizer has no token for"
         )
+    if summary.special_texts:
+        print(
+            f"warning: {summary.special_texts:,} special token(s) in the texts, such as a chat's markers,"
+            " were encoded as plain text; --parse-special turns them into their ids"
+        )
+    for key, count in summary.text_keys.items():
+        print(f"text found under {key!r} in {count:,} record(s)")
+    for text in summary.notes:
+        print(f"note: {text}")
     print(f"{summary.tokens:,} tokens in {summary.elapsed_s:.1f} s ({summary.tokens_per_s:,.0f} tokens/s)")

@@ -111,6 +111,15 @@ class LoaderSection(Section):
     verify: VerifyShards = Field(
         VerifyShards.FIRST_TOUCH, description="when shard hashes are checked: first-touch, open or off"
     )
+    max_open_shards: int | None = Field(
+        None, gt=0, description="shards kept open at once; none: as many as the limit on open files allows"
+    )
+    max_unread: float = Field(
+        0.25, ge=0, le=1, description="largest share of the tokens that no sequence may reach, at shard ends"
+    )
+    any_split: bool = Field(
+        False, description="train on a part recorded as validation, or measure on one recorded as train"
+    )
     max_epochs: int | None = Field(
         None, gt=0, description="passes over the data before StreamExhausted; none: cycle, and say so"
     )
@@ -141,6 +150,9 @@ class EvaluationSection(Section):
     )
     micro_batch_size: int | None = Field(
         None, gt=0, description="sequences per forward while evaluating; none: as in training"
+    )
+    max_shared: float = Field(
+        0, ge=0, le=1, description="largest share of the held-out documents that may be trained on as well"
     )
     random_sequences: int = Field(
         4, ge=0, description="sequences an init is compared on with random weights first; 0: not compared"

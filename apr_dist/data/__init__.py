@@ -1,4 +1,4 @@
-"""Tokens: corpus, tokenizer, shards, manifest and the loader."""
+"""Shards to batches: manifest, verification, mixtures and the loader."""
 
 from apr_dist.data.manifest import Manifest, Shard, TokenizerIdentity
 

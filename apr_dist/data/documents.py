@@ -6,11 +6,15 @@ has is ``loader``'s to say (``TokenLoader.documents``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from apr_dist.errors import DataError
 
@@ -40,17 +44,21 @@ class Documents:
     @staticmethod
     def from_begins(begins: torch.Tensor) -> Documents:
         """From bool [batch, seq], true where a document begins; every row begins one."""
+        rows, width = begins.shape
         begins = begins.clone()
-        begins[:, 0] = True
-        place = torch.arange(begins.shape[1], dtype=torch.int32).expand(begins.shape)
-        since = torch.where(begins, place, 0).cummax(dim=1).values
-        starts = begins.flatten().nonzero().flatten().to(torch.int32)
-        cu_seqlens = torch.cat([starts, torch.tensor([begins.numel()], dtype=torch.int32)])
+        begins[:, :1] = True
+        starts = begins.numpy().ravel().nonzero()[0].astype(np.int32)
+        cu_seqlens = np.append(starts, np.int32(rows * width))
+        lengths = np.diff(cu_seqlens)
+        # One number a document, repeated over its tokens: much cheaper than running sums over all of them.
+        first = starts.searchsorted(starts // max(width, 1) * width).astype(np.int32)
+        ids = np.repeat(np.arange(starts.size, dtype=np.int32) - first, lengths)
+        positions = np.arange(rows * width, dtype=np.int32) - np.repeat(starts, lengths)
         return Documents(
-            ids=begins.cumsum(dim=1, dtype=torch.int32) - 1,
-            positions=(place - since).to(torch.int32),
-            cu_seqlens=cu_seqlens,
-            max_seqlen=int(cu_seqlens.diff().max()) if starts.numel() else 0,
+            ids=torch.from_numpy(ids).view(rows, width),
+            positions=torch.from_numpy(positions).view(rows, width),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            max_seqlen=int(lengths.max(initial=0)),
         )
 
     def attention_mask(self) -> torch.Tensor:
@@ -59,27 +67,65 @@ class Documents:
         return same & torch.ones(same.shape[-2:], dtype=torch.bool).tril()
 
 
-def document_begins(rows: torch.Tensor, places: Sequence[tuple[Manifest, Shard, int]]) -> torch.Tensor:
-    """Bool [batch, seq], true where a document begins in the inputs of ``rows``.
+class DocumentStarts:
+    """Where the documents of shards begin; the indexes that were read lately are kept.
+
+    Args:
+        max_bytes: of indexes that are kept; a shard of a million tokens has one of a few kilobytes.
+    """
+
+    def __init__(self, max_bytes: int = 64 << 20) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._kept: OrderedDict[tuple[Path, str], NDArray[np.int64]] = OrderedDict()
+
+    def of(self, dataset: Manifest, shard: Shard) -> NDArray[np.int64]:
+        """First token of each document of ``shard``: [documents], compared with its hash when it is read.
+
+        Raises:
+            ShardError: as ``Manifest.document_starts``.
+        """
+        key = (dataset.folder, shard.file)
+        starts = self._kept.get(key)
+        if starts is None:
+            starts = dataset.document_starts(shard).astype(np.int64)
+            self._kept[key] = starts
+            self._bytes += starts.nbytes
+            while self._bytes > self._max_bytes and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        else:
+            self._kept.move_to_end(key)
+        return starts
+
+
+def document_begins(
+    rows: Callable[[], torch.Tensor],
+    places: Sequence[tuple[Manifest, Shard, int]],
+    seq_length: int,
+    known: DocumentStarts,
+) -> torch.Tensor:
+    """Bool [batch, seq], true where a document begins in the inputs of rows.
 
     From the data set's document index where it has one, else behind every end-of-document id: the mark
     belongs to the document it ends.
 
     Args:
-        rows: [batch, seq + 1] token ids.
+        rows: gives [batch, seq + 1] token ids; asked for only where there is no index.
         places: per row its data set, its shard, and its first token in the shard.
+        seq_length: inputs of a row.
+        known: the indexes.
 
     Raises:
         DataError: a data set records neither.
     """
-    begins = torch.zeros((rows.shape[0], rows.shape[1] - 1), dtype=torch.bool)
-    for begin, row, (dataset, shard, start) in zip(begins, rows, places, strict=True):
+    found = [np.zeros(0, dtype=np.int64)]
+    marked: dict[int, int] = {}
+    for number, (dataset, shard, start) in enumerate(places):
         if dataset.has_index:
-            starts = dataset.document_starts(shard)
-            low, high = starts.searchsorted([start, start + begin.numel()])
-            begin[torch.from_numpy((starts[low:high] - start).astype("int64"))] = True
+            starts = known.of(dataset, shard)
+            low, high = starts.searchsorted((start, start + seq_length))
+            found.append(starts[low:high] + (number * seq_length - start))
         elif dataset.eos_token_id is not None:
-            begin[1:] = row[:-2] == dataset.eos_token_id
+            marked[number] = dataset.eos_token_id
         else:
             raise DataError(
                 "this data set records neither document starts nor an end-of-document id",
@@ -87,6 +133,13 @@ def document_begins(rows: torch.Tensor, places: Sequence[tuple[Manifest, Shard, 
                 expected="boundaries to tell documents apart by",
                 remedy="encode the corpus again with `apr-dist tokenize encode-corpus`",
             )
+    flat = np.zeros(len(places) * seq_length, dtype=np.bool_)
+    flat[np.concatenate(found)] = True
+    begins = torch.from_numpy(flat).view(len(places), seq_length)
+    if marked:
+        ids = rows()
+        for number, end in marked.items():
+            begins[number, 1:] = ids[number, :-2] == end
     return begins
 
 

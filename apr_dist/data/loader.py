@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import get_worker_info
 from torch.utils.dlpack import from_dlpack
 
-from apr_dist.data.documents import Documents, document_begins
+from apr_dist.data.descriptors import open_limit
+from apr_dist.data.documents import Documents, DocumentStarts, document_begins
 from apr_dist.data.evaluation_loader import EvaluationLoader
 from apr_dist.data.mixture import CYCLE_BATCHES, Mixture, Progress, Source
 from apr_dist.data.prefetch import BufferKind, Course, RunAhead, default_depth, process
@@ -53,7 +54,8 @@ class TokenLoader:
             no limit.
         verify: when shard hashes are checked.
         access: how shards are read.
-        max_open_shards: shards kept open at once; views keep theirs beyond that.
+        max_open_shards: shards kept open at once; None: as many as the limit on open files allows, which is
+            raised as far as it may be. Views keep theirs beyond that.
         recheck_s: an open shard not looked at for this long is compared with its file again.
         prefetch_batches: global batches made ahead by a thread once batches are taken in order; 0: none;
             None: by their size, two to eight, or many views.
@@ -64,7 +66,8 @@ class TokenLoader:
             else. Send int32 to a device and widen there.
 
     Raises:
-        UsageError: the batch does not divide into ranks and micro-batches, or a number is impossible.
+        UsageError: the batch does not divide into ranks and micro-batches, a number is impossible, or too
+            few files may be opened.
         ManifestError: the data set has no shards.
         DataError: no shard holds a whole sequence.
         ShardError: with ``Verify.OPEN``, a shard is not what the manifest says.
@@ -85,7 +88,7 @@ class TokenLoader:
         max_epochs: int | None = None,
         verify: Verify | str = Verify.FIRST_TOUCH,
         access: Access | str = Access.MMAP,
-        max_open_shards: int = 256,
+        max_open_shards: int | None = None,
         recheck_s: float = 1.0,
         prefetch_batches: int | None = None,
         pin_memory: bool | None = None,
@@ -110,17 +113,21 @@ class TokenLoader:
             "block": self._block,
             "verify": choice(Verify, verify, "verify").value,
             "access": choice(Access, access, "access").value,
-            "max_open": max_open_shards,
             "recheck_s": recheck_s,
             "wide": dtype == torch.int64,
         }
-        self._stream = ShardStream(dataset, self._options, cycle=cycle_units(global_batch, self._block))
-        self._batches = self._count_batches()
         self._views = self.shuffle is Shuffle.BLOCK and self._options["access"] == Access.MMAP.value
         depth = default_depth(self._share, seq_length + 1, views=self._views)
         self._depth = depth if prefetch_batches is None else prefetch_batches
+        in_views = (self._depth + 2) * (self._share // micro_batch) if self._views else 0
+        parts = [one.dataset for one in dataset.sources] if isinstance(dataset, Mixture) else [dataset]
+        shards = sum(part.shard_count for part in parts)
+        self._options["max_open"] = open_limit(shards, max_open_shards, in_views=min(shards, in_views))
+        self._stream = ShardStream(dataset, self._options, cycle=cycle_units(global_batch, self._block))
+        self._batches = self._count_batches()
         self._pin_memory, self._dtype = pin_memory, dtype
         self._ahead: RunAhead | None = None
+        self._starts = DocumentStarts()
         self._latest = -1
 
     @property
@@ -196,9 +203,13 @@ class TokenLoader:
             StreamExhausted, ShardError: as ``batch``.
         """
         first, stream = self._first(k), self._stream.open()
-        rows: torch.Tensor = from_dlpack(stream.gather(first, self._share))
         places = [(*self._stream.shard(shard), start) for shard, start in stream.locate(first, self._share)]
-        begins = document_begins(rows, places)
+
+        def rows() -> torch.Tensor:
+            gathered: torch.Tensor = from_dlpack(stream.gather(first, self._share))
+            return gathered
+
+        begins = document_begins(rows, places, self._seq_length, self._starts)
         return [Documents.from_begins(part) for part in torch.split(begins, self._micro)]
 
     def rows(self, k: int) -> list[torch.Tensor]:
@@ -276,7 +287,7 @@ class TokenLoader:
         self._stream.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ahead": None, "_latest": -1}
+        return {**self.__dict__, "_ahead": None, "_latest": -1, "_starts": DocumentStarts()}
 
     def _made_now(self, first: int, stream: TokenStream) -> list[torch.Tensor]:
         if self._views:

@@ -1,8 +1,8 @@
 """A data set's identity: what manifest.json records about a folder of shards, and reading it back.
 
 Lives here: ``Shard``, ``TokenizerIdentity`` and ``Manifest``, opening a folder, and the fingerprint that
-checkpoints carry. Hashing shard bytes, repairing and verifying live in ``verification``; making shards
-lives in ``encode``.
+checkpoints carry. Hashing shard bytes and verifying live in ``verification``; making shards and repairing
+live in ``corpus``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apr_dist._rust_loader import ShardTable
 from apr_dist.atomic_files import write_atomically
 from apr_dist.data.manifest_file import (
     OLDER_SCHEMA,
@@ -23,16 +24,19 @@ from apr_dist.data.manifest_file import (
     Shard,
     TokenizerIdentity,
     parse_manifest,
-    parse_table,
 )
-from apr_dist.data.shard_files import INDEX_SUFFIX, check_shard_files, shard_names, shards_of_older_folder
+from apr_dist.data.shard_files import (
+    FINGERPRINTS_SUFFIX,
+    INDEX_SUFFIX,
+    check_shard_files,
+    shard_names,
+    shards_of_older_folder,
+)
 from apr_dist.errors import ManifestError, ShardError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from apr_dist._rust_loader import ShardTable
 
 __all__ = ["MANIFEST_NAME", "Manifest", "Shard", "TokenizerIdentity"]
 
@@ -62,8 +66,6 @@ class Manifest:
         note: what a repair could not know.
         schema: the schema found in the file.
         warnings: what cannot be checked about this folder, one sentence each.
-        table: the shards once more, as a manifest of many was read; ``shards`` is then made of it when it
-            is first asked for. None otherwise.
     """
 
     folder: Path
@@ -83,42 +85,48 @@ class Manifest:
     note: str | None = None
     schema: str = SCHEMA
     warnings: tuple[str, ...] = ()
-    table: ShardTable | None = field(default=None, init=False, repr=False, compare=False)
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> tuple[Shard, ...]:
-            if name != "shards" or self.__dict__.get("table") is None:
+            """``shards``, made of the table that was read when it is first asked for."""
+            table = vars(self).get("table")
+            if name != "shards" or table is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            table = self.__dict__["table"]
             shards = tuple(Shard(*table.fields(index)) for index in range(len(table)))
             object.__setattr__(self, "shards", shards)
             return shards
 
     def __getstate__(self) -> dict[str, object]:
         """The fields without the table, which stays in its process."""
-        return {**vars(self), "shards": self.shards, "table": None}
+        return {**{key: value for key, value in vars(self).items() if key != "table"}, "shards": self.shards}
+
+    @cached_property
+    def table(self) -> ShardTable:
+        """The shards as the Rust core keeps them."""
+        listed = json.dumps({"shards": [vars(shard) for shard in self.shards]})
+        table = ShardTable.parse(listed.encode())[1]
+        assert table is not None
+        return table
 
     @property
     def shard_count(self) -> int:
         """Number of shards."""
-        return len(self.shards) if self.table is None else len(self.table)
+        return len(self.table)
 
     @property
     def longest_shard(self) -> int:
         """Tokens of the longest shard; 0 without shards."""
-        return (
-            max([shard.tokens for shard in self.shards], default=0)
-            if self.table is None
-            else self.table.longest
-        )
+        return self.table.longest
 
     @property
     def total_tokens(self) -> int:
         """Tokens in all shards."""
-        if self.table is not None:
-            return self.table.total_tokens
-        return sum(shard.tokens for shard in self.shards)
+        return self.table.total_tokens
+
+    def sequences(self, seq_length: int) -> int:
+        """Sequences of ``seq_length`` predicted tokens in one pass; none crosses a shard's end."""
+        return self.table.sequences(seq_length)
 
     @property
     def max_token_id(self) -> int | None:
@@ -132,15 +140,11 @@ class Manifest:
 
         A folder without shard hashes is fingerprinted over names and sizes only; ``warnings`` says so.
         """
-        identity = None if self.table is None else self.table.identity()
+        identity = self.table.identity()
         if identity is not None:
             tokenizer = self.tokenizer.sha256 if self.tokenizer else _NO_TOKENIZER
             return hashlib.sha256(f"{SCHEMA}\n{tokenizer}\n".encode() + identity).hexdigest()
-        if all(shard.sha256 for shard in self.shards):
-            lines = [SCHEMA, self.tokenizer.sha256 if self.tokenizer else _NO_TOKENIZER]
-            lines += [f"{shard.sha256} {shard.tokens}" for shard in self.shards]
-        else:
-            lines = ["names and sizes", *(f"{shard.file} {shard.bytes}" for shard in self.shards)]
+        lines = ["names and sizes", *(f"{shard.file} {shard.bytes}" for shard in self.shards)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def path_of(self, shard: Shard) -> Path:
@@ -153,27 +157,51 @@ class Manifest:
         Raises:
             ShardError: the folder has no document index, or the sidecar is missing or of a wrong size.
         """
-        import numpy as np  # noqa: PLC0415  (opening a manifest does not need numpy)
-
-        path = self.path_of(shard).with_suffix(INDEX_SUFFIX)
         if not self.has_index:
             raise ShardError(
                 "this folder records no document boundaries",
                 where=self.folder,
                 remedy="encode the corpus again with `apr-dist tokenize encode-corpus`",
             )
+        return self._sidecar(shard, INDEX_SUFFIX, "document index", shard.index_xxh3_64)
+
+    @property
+    def has_fingerprints(self) -> bool:
+        """Every shard has a sidecar of its documents' fingerprints."""
+        return all(shard.fingerprints_xxh3_64 is not None for shard in self.shards)
+
+    def document_fingerprints(self, shard: Shard) -> NDArray[np.uint64]:
+        """XXH3-64 of the text of each document of ``shard``, in order: [documents] u64.
+
+        Raises:
+            ShardError: the sidecar is missing, or is not the recorded one.
+        """
+        return self._sidecar(shard, FINGERPRINTS_SUFFIX, "list of fingerprints", shard.fingerprints_xxh3_64)
+
+    def _sidecar(self, shard: Shard, suffix: str, name: str, digest: str | None) -> NDArray[np.uint64]:
+        """A sidecar of one u64 a document, compared with the hash that was recorded."""
+        import numpy as np  # noqa: PLC0415  (opening a manifest does not need numpy)
+        import xxhash  # noqa: PLC0415
+
+        path = self.path_of(shard).with_suffix(suffix)
+        remedy = f"restore it, or apr-dist tokenize repair-manifest {self.folder}"
         try:
-            starts = np.fromfile(path, dtype="<u8")
+            content = path.read_bytes()
         except OSError as error:
-            raise ShardError(f"the document index cannot be read ({error.strerror})", where=path) from error
-        if shard.documents is not None and (starts.size != shard.documents or path.stat().st_size % 8):
+            raise ShardError(f"the {name} cannot be read ({error.strerror})", where=path) from error
+        if len(content) % 8 or (shard.documents is not None and len(content) != 8 * shard.documents):
+            expected = f"{8 * (shard.documents or 0)} ({shard.documents} documents)"
             raise ShardError(
-                f"the document index holds {path.stat().st_size} bytes",
-                where=path,
-                expected=f"{shard.documents * 8} ({shard.documents} documents)",
-                remedy=f"apr-dist tokenize repair-manifest {self.folder}",
+                f"the {name} holds {len(content)} bytes", where=path, expected=expected, remedy=remedy
             )
-        return starts
+        if digest is not None and xxhash.xxh3_64_hexdigest(content) != digest:
+            raise ShardError(
+                f"the {name} is not as it was recorded",
+                where=path,
+                expected=f"the hash {digest}",
+                remedy=remedy,
+            )
+        return np.frombuffer(bytearray(content), dtype="<u8")
 
     @staticmethod
     def load(folder: Path, *, check_files: bool = True) -> Manifest:
@@ -192,13 +220,12 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         content = _read(folder, path)
-        found = parse_table(content, where=path)
-        recorded, table = found or (parse_manifest(content, where=path), None)
-        if recorded.schema == OLDER_SCHEMA or not (recorded.shards or table):
-            return _open_without_shard_facts(folder, recorded)
+        recorded, table = parse_manifest(content, where=path)
+        if recorded.schema == OLDER_SCHEMA or not table:
+            return _open_without_shard_facts(folder, recorded, listed=table is not None)
         manifest = _from_recorded(folder, recorded, table)
         _check_sums(manifest, recorded, path)
-        if check_files and not (table and table.all_fit(folder)):
+        if check_files and (table.has_broken_size() or table.first_misfit(folder) is not None):
             check_shard_files(folder, manifest.shards)
         return manifest
 
@@ -219,7 +246,7 @@ class Manifest:
         """The manifest as the object that manifest.json holds."""
         recorded: dict[str, object] = {
             "schema": SCHEMA,
-            "shard_count": len(self.shards),
+            "shard_count": self.shard_count,
             "total_tokens": self.total_tokens,
             "total_documents": self.total_documents,
             "vocab_size": self.vocab_size,
@@ -272,13 +299,13 @@ def _remedy(folder: Path) -> str:
     return f"apr-dist tokenize encode-corpus --corpus PATH --tokenizer DIR --output {folder}"
 
 
-def _from_recorded(folder: Path, recorded: RecordedManifest, table: ShardTable | None) -> Manifest:
+def _from_recorded(folder: Path, recorded: RecordedManifest, table: ShardTable) -> Manifest:
     warnings = []
     if recorded.repair:
         warnings.append(f"this manifest was rebuilt from the shards; {recorded.note or 'no note was left'}")
     manifest = Manifest(
         folder=folder,
-        shards=recorded.shards or (),
+        shards=(),
         vocab_size=recorded.vocab_size,
         tokenizer=recorded.tokenizer,
         split=recorded.split,
@@ -295,9 +322,8 @@ def _from_recorded(folder: Path, recorded: RecordedManifest, table: ShardTable |
         schema=recorded.schema,
         warnings=tuple(warnings),
     )
-    if table is not None:
-        object.__setattr__(manifest, "table", table)
-        object.__delattr__(manifest, "shards")
+    vars(manifest)["table"] = table
+    object.__delattr__(manifest, "shards")
     return manifest
 
 
@@ -318,10 +344,10 @@ def _check_sums(manifest: Manifest, recorded: RecordedManifest, path: Path) -> N
             )
 
 
-def _open_without_shard_facts(folder: Path, recorded: RecordedManifest) -> Manifest:
+def _open_without_shard_facts(folder: Path, recorded: RecordedManifest, *, listed: bool) -> Manifest:
     """A folder whose manifest says nothing per shard: the files themselves are the list."""
     path = folder / MANIFEST_NAME
-    if recorded.schema == SCHEMA and recorded.shards is not None:
+    if recorded.schema == SCHEMA and listed:
         raise ManifestError(
             "it holds no shards", where=folder, expected="at least one shard", remedy=_remedy(folder)
         )

@@ -1,15 +1,12 @@
 """The layout of manifest.json: its keys, their types and limits, and the errors of a malformed one.
 
-Lives here: the records a manifest consists of and their validation. What they mean for a folder of
-shards lives in ``manifest``.
+Lives here: the records a manifest consists of and their validation. The shard list is read by the Rust core,
+which keeps it as a table; what the keys mean for a folder of shards lives in ``manifest``.
 """
 
 from __future__ import annotations
 
-import gc
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,12 +22,7 @@ OLDER_SCHEMA = "pretokenize-bin-v1"
 
 _Count = Annotated[int, Field(ge=0)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**32)]
-_Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# Below it a tuple of shards costs nothing worth saving (256 KiB: about 900 shards).
-_TABLE_BYTES = 1 << 18
-_NOT_PLAIN = re.compile(r"[/\\\0]|^\.\.?$", re.MULTILINE)
-_PlainName = Annotated[str, Field(min_length=1, max_length=255)]
 
 
 @dataclass(frozen=True)
@@ -47,17 +39,19 @@ class Shard:
         max_id: largest id, None when unknown.
         documents: documents that begin in this shard, None when unknown.
         index_xxh3_64: XXH3-64 of the sidecar of document starts, None when there is none.
+        fingerprints_xxh3_64: XXH3-64 of the sidecar of document fingerprints, None when there is none.
     """
 
-    file: _PlainName
-    tokens: _Count
-    bytes: _Count
-    xxh3_64: _Xxh3 | None = None
-    sha256: _Sha256 | None = None
-    min_id: _TokenId | None = None
-    max_id: _TokenId | None = None
-    documents: _Count | None = None
-    index_xxh3_64: _Xxh3 | None = None
+    file: str
+    tokens: int
+    bytes: int
+    xxh3_64: str | None = None
+    sha256: str | None = None
+    min_id: int | None = None
+    max_id: int | None = None
+    documents: int | None = None
+    index_xxh3_64: str | None = None
+    fingerprints_xxh3_64: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class RecordedManifest:
-    """The keys of manifest.json that are read, of this schema and the older one; others are ignored."""
+    """The keys of manifest.json that are read, without the shards; others are ignored."""
 
     schema: str
     shard_count: _Count | None = None
@@ -110,7 +104,6 @@ class RecordedManifest:
     repair: bool = False
     repaired_at: str | None = None
     note: str | None = None
-    shards: tuple[Shard, ...] | None = None
 
     def source_fields(self) -> Mapping[str, object]:
         """The source as an object, whichever way it was recorded."""
@@ -124,76 +117,37 @@ def _validator() -> TypeAdapter[RecordedManifest]:
     return TypeAdapter(RecordedManifest)
 
 
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """A hundred thousand new objects, none of them garbage, would be walked over again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def parse_table(content: bytes, *, where: Path) -> tuple[RecordedManifest, ShardTable] | None:
-    """Read manifest.json's bytes where the shards are many and laid out as ``Manifest.write`` does.
-
-    The record then holds no shards: they are in the table, checked as strictly. None when anything is
-    otherwise, also when it is wrong: ``parse_manifest`` says what.
-    """
-    found = ShardTable.parse(content) if len(content) >= _TABLE_BYTES else None
-    if found is None:
-        return None
-    head, table = found
-    try:
-        recorded = parse_manifest(content[:head] + b"]}", where=where)
-    except ManifestError:
-        return None
-    return (recorded, table) if recorded.schema == SCHEMA and recorded.shards == () else None
-
-
-def parse_manifest(content: bytes, *, where: Path) -> RecordedManifest:
-    """Read manifest.json's bytes.
+def parse_manifest(content: bytes, *, where: Path) -> tuple[RecordedManifest, ShardTable | None]:
+    """Read manifest.json's bytes: its keys, and its shards or None when it lists none.
 
     Raises:
         ManifestError: malformed JSON, an unknown schema, a key of a wrong type or out of bounds, a
             file name that is not plain, or one shard named twice.
     """
     try:
-        with _collector_at_rest():
-            recorded = _validator().validate_json(content, strict=True)
+        head, table = ShardTable.parse(content)
+        recorded = _validator().validate_json(head, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ManifestError(
-            f"{place}: {first['msg']}" if place else first["msg"],
-            where=where,
-            expected=f"a manifest of schema {SCHEMA}",
-            remedy=f"apr-dist tokenize repair-manifest {where.parent}",
-        ) from error
+        raise _malformed(f"{place}: {first['msg']}" if place else first["msg"], where) from error
+    except ValueError as error:
+        raise _malformed(str(error), where) from error
     if recorded.schema not in (SCHEMA, OLDER_SCHEMA):
         raise ManifestError(
             f"its schema is {recorded.schema!r}", where=where, expected=f"{SCHEMA} or {OLDER_SCHEMA}"
         )
     if recorded.dtype != "u32le":
         raise ManifestError(f"its dtype is {recorded.dtype!r}", where=where, expected="u32le")
-    _check_names(recorded.shards or (), where)
-    return recorded
+    if table and (name := table.listed_twice()):
+        raise ManifestError(f"it names the shard {name} twice", where=where, expected="each shard once")
+    return recorded, table
 
 
-def _check_names(shards: tuple[Shard, ...], where: Path) -> None:
-    names = [shard.file for shard in shards]
-    if len(set(names)) == len(names) and not _NOT_PLAIN.search("\n".join(names)):
-        return
-    seen: set[str] = set()
-    for name in names:
-        if _NOT_PLAIN.search(name):
-            raise ManifestError(
-                f"it names the file {name!r}",
-                where=where,
-                expected="plain file names inside the folder, without separators or `..`",
-            )
-        if name in seen:
-            raise ManifestError(f"it names the shard {name} twice", where=where, expected="each shard once")
-        seen.add(name)
+def _malformed(what: str, where: Path) -> ManifestError:
+    return ManifestError(
+        what,
+        where=where,
+        expected=f"a manifest of schema {SCHEMA}",
+        remedy=f"apr-dist tokenize repair-manifest {where.parent}",
+    )

@@ -12,20 +12,34 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from apr_dist._rust_loader import first_misfit
 from apr_dist.data.manifest_file import Shard
 from apr_dist.errors import ManifestError, ShardError
 
 INDEX_SUFFIX = ".idx"
+FINGERPRINTS_SUFFIX = ".docs"
+"""Sidecars of a shard: u64 document starts; u64 hashes of its documents' texts."""
 _SHARD_NAME = re.compile(r"shard-.*\.bin")
+_DIGITS = re.compile(r"(\d+)")
 _READ_BYTES = 1 << 22
 _LARGEST_ID = 2**32 - 1
 
 
 def shard_names(folder: Path) -> list[str]:
-    """Names ``shard-*.bin`` in ``folder``, in reading order."""
-    return sorted(entry.name for entry in os.scandir(folder) if _SHARD_NAME.fullmatch(entry.name))
+    """Names ``shard-*.bin`` in ``folder``, in reading order: numbers in a name count as numbers."""
+    names = [entry.name for entry in os.scandir(folder) if _SHARD_NAME.fullmatch(entry.name)]
+    return sorted(names, key=_by_number)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part) if part.isdecimal() else 0, part) for part in _DIGITS.split(name)]
+
+
+def remove_shard(folder: Path, name: str) -> None:
+    """Remove a shard and its sidecars, as far as they are there."""
+    for suffix in (".bin", INDEX_SUFFIX, FINGERPRINTS_SUFFIX):
+        (folder / name).with_suffix(suffix).unlink(missing_ok=True)
 
 
 def check_shard_files(folder: Path, shards: Sequence[Shard]) -> None:
@@ -35,11 +49,7 @@ def check_shard_files(folder: Path, shards: Sequence[Shard]) -> None:
         ManifestError: a name is a link that leads out of the folder.
         ShardError: a shard is missing, is no regular file, or has another size.
     """
-    whole = all(shard.bytes == 4 * shard.tokens for shard in shards)
-    names, sizes = [shard.file for shard in shards], [shard.bytes for shard in shards]
-    if whole and first_misfit(folder, names, sizes) is None:
-        return
-    with os.scandir(folder) as entries:  # something is unusual: say what, or find that it is allowed
+    with os.scandir(folder) as entries:
         present = {entry.name: entry for entry in entries}
     for shard in shards:
         entry = present.get(shard.file)
@@ -48,7 +58,8 @@ def check_shard_files(folder: Path, shards: Sequence[Shard]) -> None:
                 "the shard is missing",
                 where=folder / shard.file,
                 expected=f"{shard.bytes} bytes, as its manifest says",
-                remedy=f"restore it, or accept its loss with `apr-dist tokenize repair-manifest {folder}`",
+                remedy=f"restore it, or accept its loss with `apr-dist tokenize repair-manifest {folder}"
+                " --accept-loss`",
             )
         if entry.is_symlink():
             refuse_link_out(folder, shard.file)
@@ -125,11 +136,14 @@ def read_shard_facts(folder: Path, name: str) -> Shard:
         max_id=largest,
     )
     _check_size(folder, shard, size)
-    index = path.with_suffix(INDEX_SUFFIX)
-    if not index.is_file() or index.is_symlink():
-        return shard
-    starts = index.read_bytes()
-    return replace(shard, documents=len(starts) // 8, index_xxh3_64=xxhash.xxh3_64_hexdigest(starts))
+    for suffix, key in ((INDEX_SUFFIX, "index_xxh3_64"), (FINGERPRINTS_SUFFIX, "fingerprints_xxh3_64")):
+        sidecar = path.with_suffix(suffix)
+        if sidecar.is_file() and not sidecar.is_symlink():
+            content = sidecar.read_bytes()
+            documents = shard.documents if shard.documents is not None else len(content) // 8
+            facts: dict[str, Any] = {key: xxhash.xxh3_64_hexdigest(content), "documents": documents}
+            shard = replace(shard, **facts)
+    return shard
 
 
 def _check_size(folder: Path, shard: Shard, size: int) -> None:

@@ -12,12 +12,15 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from apr_dist._rust_loader import TokenStream
+from apr_dist.data.descriptors import verified_marks
 from apr_dist.data.mixture import Mixture, sources_of
 from apr_dist.errors import DataError, ManifestError, UsageError
 
 if TYPE_CHECKING:
-    from apr_dist._rust_loader import SourceFacts
     from apr_dist.data.manifest import Manifest, Shard
+
+SETTLE_S = 2.0
+"""A shard changed later than this before it was verified is verified again by the next process."""
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -37,9 +40,9 @@ class Verify(StrEnum):
     """When a shard's content is hashed and compared with the manifest."""
 
     FIRST_TOUCH = "first-touch"
-    """Before its first sequence is handed out."""
+    """Before its first sequence is handed out; once a host, which remembers it until it is started again."""
     OPEN = "open"
-    """All of them before the loader is ready."""
+    """All of them before the loader is ready, in every process, whatever was verified before."""
     OFF = "off"
     """Never."""
 
@@ -82,8 +85,10 @@ class ShardStream:
     def open(self) -> TokenStream:
         """The stream of this process."""
         if self._opened is None or self._process != os.getpid():
-            sources = [_source(*source) for source in self.sources]
-            self._opened, self._process = TokenStream(sources, **self._arguments[1]), os.getpid()
+            marks = verified_marks() if self._arguments[1].get("verify") == Verify.FIRST_TOUCH else None
+            sources = [(data.folder, data.table, key, units) for data, key, units in self.sources]
+            options = {"verified": marks, "settle_s": SETTLE_S, **self._arguments[1]}
+            self._opened, self._process = TokenStream(sources, **options), os.getpid()
         return self._opened
 
     def sequences(self) -> int:
@@ -139,20 +144,6 @@ def choice(kind: type[_Choice], value: str, name: str) -> _Choice:
         return kind(value)
     except ValueError as error:
         raise UsageError(f"{name} is {value!r}", expected=f"one of {', '.join(kind)}") from error
-
-
-def _source(dataset: Manifest, key: int, units: int) -> SourceFacts:
-    if dataset.table is not None:
-        return dataset.folder, dataset.table, key, units
-    shards = dataset.shards
-    return (
-        dataset.folder,
-        [shard.file for shard in shards],
-        [shard.tokens for shard in shards],
-        [int(shard.xxh3_64, 16) if shard.xxh3_64 else None for shard in shards],
-        key,
-        units,
-    )
 
 
 def _check_size(dataset: Manifest, needed: int) -> None:

@@ -17,14 +17,14 @@ from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import ShuffleOrder
 from apr_dist.config import TrainConfig
+from apr_dist.corpus.tokenizer import identify, load_tokenizer
+from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
 from apr_dist.data.mixture import Mixture
-from apr_dist.data.tokenizer import identify, load_tokenizer
-from apr_dist.data.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
-from apr_dist.gates.data import check_disjoint
+from apr_dist.gates.data import check_disjoint, check_shared_documents, check_splits, check_unread
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.model_file import prove_model
 from apr_dist.gates.result import GateResult
@@ -206,8 +206,16 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
     check_documents(order.documents, config.compute, parts, synthetic=False)
     found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
+    for part in everything:
+        length, limit = config.seq_length, order.max_unread
+        part_block = 1 if part is held_out else block
+        if text := check_unread(part, seq_length=length, block=part_block, limit=limit):
+            found.warnings.append(text)
     for part in parts:
         check_disjoint(part, held_out)
+    check_splits(parts, held_out, allowed=order.any_split)
+    shared, warning = check_shared_documents(parts, held_out, limit=config.evaluation.max_shared)
+    found.warnings += [warning] if warning else []
     rows = found.model_config.vocab_size
     _note(found, say, _check_tokenizer(found, config, parts, rows))
     for manifest in everything:
@@ -217,7 +225,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         id=vocabulary.SHARD_ID,
         gate="shards fit the model",
         measured=f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
-        f"{data.sequences:,} + {data.held_out_sequences:,} sequences",
+        f"{data.sequences:,} + {data.held_out_sequences:,} sequences, {shared}",
         required=f"ids below {rows:,}; nothing held out is trained on",
     )
     _note(found, say, result)

@@ -17,7 +17,7 @@ from typing import Any, Final
 from apr_dist.apr.files import map_readonly
 from apr_dist.apr.layout import MAX_METADATA_BYTES, TOKENIZER_TEXT, VOCABULARY
 from apr_dist.apr.metadata import AprMetadata
-from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import TokenizerError
 from apr_dist.parsing import parse_json
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
-from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import OutputError, UnsupportedModelFile
 from apr_dist.interop.convert import CHUNK_ELEMENTS
 from apr_dist.interop.gguf_file import GgufFile, GgufTensor

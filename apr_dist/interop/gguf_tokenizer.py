@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.metadata import AprMetadata
-from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import UnsupportedModelFile
 from apr_dist.interop.embedding import end_token_ids
 from apr_dist.interop.post_processor import TextEnds, text_ends

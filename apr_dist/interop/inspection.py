@@ -12,7 +12,7 @@ from apr_dist.apr.layout import TOKENIZER_TEXT, VOCABULARY, Flag, TensorEntry
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.quality import Quality, QualityFacts, score_quality
 from apr_dist.apr.reader import AprReader
-from apr_dist.data.tokenizer_json import parse_tokenizer_json
+from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import TokenizerError
 from apr_dist.gates.architecture import CLAIM_KEYS, EMBEDDING, HEAD
 from apr_dist.gates.model_file import prove_model, same_payload

@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
-from apr_dist.data.tokenizer import load_tokenizer
+from apr_dist.corpus.tokenizer import load_tokenizer
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat import chat_template, render_chat

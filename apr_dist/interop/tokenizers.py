@@ -19,9 +19,9 @@ import numpy as np
 
 from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
+from apr_dist.corpus.tokenizer import import_tokenizer, write_tokenizer_folder
+from apr_dist.corpus.tokenizer_json import byte_alphabet, parse_tokenizer_json
 from apr_dist.data.manifest import TokenizerIdentity
-from apr_dist.data.tokenizer import import_tokenizer, write_tokenizer_folder
-from apr_dist.data.tokenizer_json import byte_alphabet, parse_tokenizer_json
 from apr_dist.errors import TokenizerError
 from apr_dist.interop.gguf_file import GgufFile
 from apr_dist.interop.post_processor import post_processor

@@ -19,7 +19,7 @@ import torch
 from apr_dist.choices import Offload, StrategyChoice
 from apr_dist.config import TrainConfig
 from apr_dist.config.text import load_config
-from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
+from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.preflight import run_preflight
 from apr_dist.model.chunked_loss import IGNORE_INDEX

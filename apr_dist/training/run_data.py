@@ -93,6 +93,7 @@ def open_data(
         max_epochs=config.loader.max_epochs,
         verify=config.loader.verify.value,
         access=config.loader.access.value,
+        max_open_shards=config.loader.max_open_shards,
         prefetch_batches=config.loader.prefetch_batches,
         pin_memory=config.loader.pin_memory,
         origin=progress.data_origin,

@@ -9,7 +9,8 @@ use bytemuck::{Pod, Zeroable};
 use crate::error::Result;
 use crate::mapping::Place;
 use crate::set::ShardSet;
-use crate::shard::{OpenShard, View, to_usize};
+use crate::shard::{OpenShard, View};
+use crate::sizes::to_usize;
 use crate::stream::Row;
 
 /// Rows gathered at a time: as many shards may be held open beyond the set's limit.

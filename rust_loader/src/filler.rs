@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use crate::batch::{populate, read_ahead};
 use crate::error::Result;
 use crate::set::ShardSet;
-use crate::shard::{OpenShard, to_usize};
+use crate::shard::OpenShard;
+use crate::sizes::to_usize;
 use crate::stream::{Orders, Row, Stream};
 
 /// A row that takes longer than this was not in memory; one that was takes about 1 us.

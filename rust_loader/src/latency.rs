@@ -57,7 +57,7 @@ fn bucket(nanoseconds: u64) -> usize {
     let octave = value.ilog2();
     // The two bits below the leading one.
     let step = if octave >= 2 { value >> (octave - 2) & 3 } else { value << (2 - octave) & 3 };
-    (octave * STEPS) as usize + crate::shard::to_usize(step)
+    (octave * STEPS) as usize + crate::sizes::to_usize(step)
 }
 
 fn upper_edge(bucket: usize) -> u64 {

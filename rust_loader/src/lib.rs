@@ -23,7 +23,9 @@ mod python;
 pub mod ring;
 pub mod set;
 pub mod shard;
+mod sizes;
 pub mod stream;
 pub mod table;
+pub mod verified;
 
 pub use error::{Error, Result};

@@ -1,9 +1,11 @@
 //! Plain values about a set of shards: what its manifest says, how it is used, and what was read.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use crate::latency::Latencies;
+use crate::verified::Verified;
 
 /// What a manifest says about one shard.
 #[derive(Clone, Debug)]
@@ -49,6 +51,8 @@ pub struct Options {
     pub max_open: usize,
     /// An open shard whose file was not looked at for this long is compared with it again.
     pub recheck: Duration,
+    /// What was verified on this host already, with [`Verify::FirstTouch`].
+    pub verified: Option<Arc<Verified>>,
     /// Whether most of each shard will be read in order (blocks, evaluation) or rows of it at random.
     pub sequential: bool,
 }
@@ -60,6 +64,7 @@ impl Default for Options {
             access: Access::Mmap,
             max_open: 256,
             recheck: Duration::from_secs(1),
+            verified: None,
             sequential: false,
         }
     }

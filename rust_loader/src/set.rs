@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::options::{Counters, Options, ShardFacts, Verify};
 use crate::shard::OpenShard;
+use crate::sizes::to_usize;
 
 struct Entry {
     index: u32,
@@ -24,6 +25,9 @@ struct Cache {
 }
 
 const NOT_OPEN: u32 = u32::MAX;
+
+/// Open shards looked at for the one to close.
+const EXAMINED: usize = 64;
 
 impl Cache {
     fn of(shards: usize) -> Self {
@@ -51,14 +55,24 @@ impl Cache {
         // Another thread may have opened it meanwhile: the newer one stays.
         self.remove(self.places[index as usize]);
         while self.entries.len() >= max_open.max(1) {
-            let oldest = (0..).zip(&self.entries).min_by_key(|(_, entry)| entry.used);
-            let Some((place, _)) = oldest else { break };
-            self.remove(place);
+            self.remove(self.stale());
         }
         #[allow(clippy::cast_possible_truncation, reason = "there are fewer places than shards, a u32")]
         let place = self.entries.len() as u32;
         self.places[index as usize] = place;
         self.entries.push(Entry { index, shard, used: self.clock, checked: Instant::now() });
+    }
+
+    /// The place that was used longest ago, among all or, of many, among a few in different parts.
+    fn stale(&self) -> u32 {
+        let count = self.entries.len();
+        let step = count.div_ceil(EXAMINED).max(1);
+        let begin = to_usize(self.clock) % step;
+        let looked_at = self.entries.iter().enumerate().skip(begin).step_by(step);
+        let stale = looked_at.min_by_key(|(_, entry)| entry.used).map_or(0, |(place, _)| place);
+        #[allow(clippy::cast_possible_truncation, reason = "there are fewer places than shards, a u32")]
+        let place = stale as u32;
+        place
     }
 
     fn remove(&mut self, place: u32) {
@@ -188,8 +202,11 @@ impl ShardSet {
     fn accept(&self, shard: &OpenShard, facts: &ShardFacts, index: usize) -> Result<()> {
         let digest = shard.identity();
         let before = self.accepted[index].load(Ordering::Acquire);
-        let hash = facts.xxh3.filter(|_| self.options.verify != Verify::Off);
-        shard.expect(self.options.sequential || (hash.is_some() && before != digest));
+        let due = before != digest && (self.options.verify != Verify::Off || before != 0);
+        let remembered = self.options.verified.as_ref().filter(|_| self.options.verify != Verify::Open);
+        let known = |hash| remembered.is_some_and(|verified| verified.holds(digest, hash));
+        let hash = facts.xxh3.filter(|&hash| due && !known(hash));
+        shard.expect(self.options.sequential || hash.is_some());
         if before == digest {
             return Ok(());
         }
@@ -199,7 +216,10 @@ impl ShardSet {
             if found != expected {
                 return Err(Error::Hash { path: shard.path().to_path_buf(), found, expected });
             }
-        } else if before != 0 {
+            if let Some(verified) = self.options.verified.as_ref().filter(|_| shard.is_unchanged()) {
+                verified.add(digest, shard.changed_at(), expected);
+            }
+        } else if before != 0 && facts.xxh3.is_none() {
             return Err(shard.changed("another file took its place, or it was written to".into()));
         }
         self.accepted[index].store(digest, Ordering::Release);

@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use crate::error::{Error, Result};
 use crate::mapping::{Mapping, Place};
 use crate::options::{Access, Options};
+use crate::sizes::to_usize;
 
 const WORD: u64 = size_of::<u32>() as u64;
 const HASH_CHUNK: usize = 1 << 20;
@@ -36,6 +37,8 @@ struct Stamp {
     inode: u64,
     bytes: u64,
     modified: (i64, i64),
+    /// Set by the system at every change, so that nobody can put it back.
+    changed: (i64, i64),
 }
 
 impl Stamp {
@@ -45,14 +48,15 @@ impl Stamp {
             inode: metadata.ino(),
             bytes: metadata.len(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
 
     /// A digest that is never 0, which stands for "not known".
     fn digest(self) -> u64 {
-        let (seconds, nanoseconds) = self.modified;
-        let fields =
-            [self.device, self.inode, self.bytes, seconds.cast_unsigned(), nanoseconds.cast_unsigned()];
+        let (modified, changed) = (self.modified, self.changed);
+        let times = [modified.0, modified.1, changed.0, changed.1].map(i64::cast_unsigned);
+        let fields = [self.device, self.inode, self.bytes, times[0], times[1], times[2], times[3]];
         xxh3_64(bytemuck::cast_slice(&fields)) | 1
     }
 }
@@ -116,6 +120,11 @@ impl OpenShard {
     /// Tells the file, as it was opened, from any other; never 0.
     pub(crate) fn identity(&self) -> u64 {
         self.stamp.digest()
+    }
+
+    /// When it was changed last, in seconds of the epoch.
+    pub(crate) fn changed_at(&self) -> i64 {
+        self.stamp.changed.0
     }
 
     /// Where it lies.
@@ -331,10 +340,4 @@ fn open_error(path: &Path, source: io::Error) -> Error {
         Some(code) if limits.contains(&code) => Error::Limit { path, source },
         _ => Error::Io { path, source },
     }
-}
-
-/// Sizes and offsets fit: the crate only builds where addresses have 64 bits.
-#[allow(clippy::cast_possible_truncation, reason = "usize has 64 bits, see lib.rs")]
-pub(crate) const fn to_usize(value: u64) -> usize {
-    value as usize
 }

@@ -9,7 +9,7 @@
 use crate::error::{Error, Result};
 use crate::options::ShardFacts;
 use crate::order::{Permutation, Purpose};
-use crate::shard::to_usize;
+use crate::sizes::to_usize;
 
 /// Where a row's tokens begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,34 +1,33 @@
-//! The shard list of a manifest in its writer's own layout, one shard a line, kept without an object a shard.
+//! The shard list of a manifest, kept without a Python object a shard.
 //!
-//! Not a JSON parser: whatever is not written exactly so is left to one, which also words the errors.
+//! The rest of the manifest is handed back as JSON: what its keys mean is Python's business.
 
 use std::collections::HashSet;
+use std::fmt::{self, Display, Formatter};
 use std::path::Path;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, open, statat};
-
-const BEGIN: &[u8] = b",\n \"shards\": [\n";
-const END: &[u8] = b"\n ]\n}\n";
+use serde::de::{Deserializer, Error, MapAccess, Unexpected, Visitor};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// Shards looked at by one thread, at least: fewer are not worth starting one for.
 const SHARDS_PER_THREAD: usize = 4096;
 
-/// Bytes of a list read by one thread, at least.
-const BYTES_PER_THREAD: usize = 1 << 20;
-
-/// One line of the list.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One shard as a manifest describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Line {
-    /// Plain file name, ASCII.
+    /// Plain file name.
+    #[serde(deserialize_with = "plain_name")]
     pub file: Box<str>,
     /// Number of ids.
     pub tokens: u64,
     /// Size of the file.
     pub bytes: u64,
     /// xxh3-64 of the file.
-    pub xxh3: Option<u64>,
+    pub xxh3_64: Option<Hex<1>>,
     /// SHA-256 of the file.
-    pub sha256: Option<[u64; 4]>,
+    pub sha256: Option<Hex<4>>,
     /// Smallest id.
     pub min_id: Option<u32>,
     /// Largest id.
@@ -36,162 +35,155 @@ pub struct Line {
     /// Documents that begin in it.
     pub documents: Option<u64>,
     /// xxh3-64 of the sidecar of document starts.
-    pub index_xxh3: Option<u64>,
+    pub index_xxh3_64: Option<Hex<1>>,
+    /// xxh3-64 of the sidecar of document fingerprints.
+    pub fingerprints_xxh3_64: Option<Hex<1>>,
 }
 
-/// Takes `content` apart: the length of what stands before the first shard, and the shards.
-///
-/// None when the list is not in the writer's layout, holds no shard, a number or a name out of bounds,
-/// or a name twice.
-#[must_use]
-pub fn parse(content: &[u8]) -> Option<(usize, Vec<Line>)> {
-    let head = content.windows(BEGIN.len()).position(|part| part == BEGIN)? + BEGIN.len() - 1;
-    let list = content.get(head + 1..)?.strip_suffix(END)?;
-    let parts = split(list);
-    let (first, others) = parts.split_first()?;
-    let lines = std::thread::scope(|scope| {
-        let others: Vec<_> = others.iter().map(|part| scope.spawn(move || read(part))).collect();
-        let mut lines = read(first)?;
-        for other in others {
-            lines.append(&mut other.join().ok()??);
+/// A number of 16 lower-case hexadecimal digits a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hex<const WORDS: usize>(pub [u64; WORDS]);
+
+impl<const WORDS: usize> Display for Hex<WORDS> {
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|word| write!(formatter, "{word:016x}"))
+    }
+}
+
+struct HexVisitor<const WORDS: usize>;
+
+impl<const WORDS: usize> Visitor<'_> for HexVisitor<WORDS> {
+    type Value = Hex<WORDS>;
+
+    fn expecting(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} lower-case hexadecimal digits", 16 * WORDS)
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
+        let wrong = || E::invalid_value(Unexpected::Str(text), &self);
+        if text.len() != 16 * WORDS {
+            return Err(wrong());
         }
-        Some(lines)
-    })?;
-    let rising = lines.windows(2).all(|pair| pair[0].file < pair[1].file);
-    let distinct = || lines.iter().map(|line| &line.file).collect::<HashSet<_>>().len() == lines.len();
-    (rising || distinct()).then_some((head, lines))
-}
-
-/// Cuts a list between lines, a part a processor: a line holds no newline, whatever is wrong with it.
-fn split(list: &[u8]) -> Vec<&[u8]> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let size = list.len().div_ceil(threads).max(BYTES_PER_THREAD);
-    let (mut parts, mut rest) = (Vec::new(), list);
-    while rest.len() > size {
-        let Some(end) = rest[size..].windows(2).position(|pair| pair == b",\n") else { break };
-        let (part, behind) = rest.split_at(size + end);
-        parts.push(part);
-        rest = &behind[2..];
-    }
-    parts.push(rest);
-    parts
-}
-
-/// The lines of one part.
-fn read(part: &[u8]) -> Option<Vec<Line>> {
-    let mut lines = Vec::with_capacity(part.len() / 200);
-    let mut rest = Text(part);
-    loop {
-        lines.push(rest.line()?);
-        if rest.0.is_empty() {
-            return Some(lines);
+        let mut words = [0_u64; WORDS];
+        for (at, digit) in text.bytes().enumerate() {
+            let value = match digit {
+                b'0'..=b'9' => digit - b'0',
+                b'a'..=b'f' => digit - b'a' + 10,
+                _ => return Err(wrong()),
+            };
+            words[at / 16] = words[at / 16] << 4 | u64::from(value);
         }
-        rest.literal(b",\n")?;
+        Ok(Hex(words))
     }
 }
 
-/// What is left to be read of a list.
-struct Text<'a>(&'a [u8]);
+impl<'de, const WORDS: usize> Deserialize<'de> for Hex<WORDS> {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Self, D::Error> {
+        source.deserialize_str(HexVisitor)
+    }
+}
 
-impl<'a> Text<'a> {
-    fn line(&mut self) -> Option<Line> {
-        Some(Line {
-            file: self.after(b"  {\"file\": \"")?.name()?,
-            tokens: self.after(b", \"tokens\": ")?.number()?,
-            bytes: self.after(b", \"bytes\": ")?.number()?,
-            xxh3: self.after(b", \"xxh3_64\": ")?.or_null(|text| Some(text.hex::<1>()?[0]))?,
-            sha256: self.after(b", \"sha256\": ")?.or_null(Self::hex)?,
-            min_id: self.after(b", \"min_id\": ")?.or_null(Self::id)?,
-            max_id: self.after(b", \"max_id\": ")?.or_null(Self::id)?,
-            documents: self.after(b", \"documents\": ")?.or_null(Self::number)?,
-            index_xxh3: self.after(b", \"index_xxh3_64\": ")?.or_null(|text| Some(text.hex::<1>()?[0]))?,
-        })
-        .filter(|_| self.literal(b"}").is_some())
+fn plain_name<'de, D: Deserializer<'de>>(source: D) -> Result<Box<str>, D::Error> {
+    let name = Box::<str>::deserialize(source)?;
+    let plain = !name.contains(['/', '\\', '\0']) && !["", ".", ".."].contains(&&*name) && name.len() < 256;
+    if plain {
+        return Ok(name);
+    }
+    let expected = "plain file names inside the folder, without separators or `..`";
+    Err(D::Error::invalid_value(Unexpected::Str(&name), &expected))
+}
+
+/// A manifest: its shards, None when it lists none, and its other keys.
+#[derive(Debug, Serialize)]
+pub struct Recorded {
+    /// Every key but `shards`.
+    #[serde(flatten)]
+    pub rest: Map<String, Value>,
+    /// The list under `shards`.
+    #[serde(skip)]
+    pub lines: Option<Vec<Line>>,
+}
+
+struct RecordedVisitor;
+
+impl<'de> Visitor<'de> for RecordedVisitor {
+    type Value = Recorded;
+
+    fn expecting(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a JSON object")
     }
 
-    fn literal(&mut self, expected: &[u8]) -> Option<()> {
-        self.0 = self.0.strip_prefix(expected)?;
-        Some(())
-    }
-
-    fn after(&mut self, expected: &[u8]) -> Option<&mut Self> {
-        self.literal(expected)?;
-        Some(self)
-    }
-
-    #[allow(clippy::option_option, reason = "malformed, or null, or a value")]
-    fn or_null<T>(&mut self, read: impl Fn(&mut Self) -> Option<T>) -> Option<Option<T>> {
-        if self.literal(b"null").is_some() { Some(None) } else { read(self).map(Some) }
-    }
-
-    fn take(&mut self, count: usize) -> Option<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(count)?;
-        self.0 = rest;
-        Some(taken)
-    }
-
-    /// A name up to its closing quote: printable ASCII without escapes or separators.
-    fn name(&mut self) -> Option<Box<str>> {
-        let length = self.0.iter().take(256).position(|&byte| byte == b'"')?;
-        let name = std::str::from_utf8(self.take(length)?).ok()?;
-        self.literal(b"\"")?;
-        let plain = name.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'/' && byte != b'\\');
-        (plain && !["", ".", ".."].contains(&name)).then(|| name.into())
-    }
-
-    fn number(&mut self) -> Option<u64> {
-        let length = self.0.iter().take(20).position(|byte| !byte.is_ascii_digit())?;
-        let digits = self.take(length)?;
-        if digits.is_empty() || (digits[0] == b'0' && digits.len() > 1) {
-            return None;
-        }
-        Some(digits.iter().fold(0, |number, digit| number * 10 + u64::from(digit - b'0')))
-    }
-
-    fn id(&mut self) -> Option<u32> {
-        u32::try_from(self.number()?).ok()
-    }
-
-    /// A quoted string of 16 lower-case digits a word.
-    fn hex<const WORDS: usize>(&mut self) -> Option<[u64; WORDS]> {
-        self.literal(b"\"")?;
-        let mut words = [0; WORDS];
-        for word in &mut words {
-            for &digit in self.take(16)? {
-                let value = match digit {
-                    b'0'..=b'9' => digit - b'0',
-                    b'a'..=b'f' => digit - b'a' + 10,
-                    _ => return None,
-                };
-                *word = *word << 4 | u64::from(value);
+    fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Recorded, M::Error> {
+        let mut recorded = Recorded { rest: Map::new(), lines: None };
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "shards" {
+                recorded.lines = map.next_value()?;
+            } else if recorded.rest.insert(key.clone(), map.next_value()?).is_some() {
+                return Err(M::Error::custom(format_args!("the key {key:?} occurs twice")));
             }
         }
-        self.literal(b"\"")?;
-        Some(words)
+        Ok(recorded)
     }
 }
 
-/// Whether every shard in `folder` is a regular file (no link) of its size, in whole tokens.
+impl<'de> Deserialize<'de> for Recorded {
+    fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Self, D::Error> {
+        source.deserialize_map(RecordedVisitor)
+    }
+}
+
+/// Reads a manifest; the error names the key and says what is wrong with it.
+pub fn parse(content: &[u8]) -> Result<Recorded, String> {
+    // Which key is at fault is only worked out when one is: keeping track of it takes time.
+    serde_json::from_slice(content).map_err(|error| located(content, &error))
+}
+
+/// The first name that stands in the list twice.
 #[must_use]
-pub fn all_fit(folder: &Path, lines: &[Line]) -> bool {
+pub fn listed_twice(lines: &[Line]) -> Option<&str> {
+    if lines.windows(2).all(|pair| pair[0].file < pair[1].file) {
+        return None;
+    }
+    let mut seen = HashSet::with_capacity(lines.len());
+    lines.iter().find(|line| !seen.insert(&line.file)).map(|line| &*line.file)
+}
+
+fn located(content: &[u8], error: &serde_json::Error) -> String {
+    let mut source = serde_json::Deserializer::from_slice(content);
+    match serde_path_to_error::deserialize::<_, Recorded>(&mut source) {
+        Err(found) if found.path().iter().len() > 0 => {
+            format!("{}: {}", found.path().to_string().replace('[', ".").replace(']', ""), found.inner())
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// The first shard that is not a regular file (no link) of its size in `folder`: its index, and the size
+/// found, None where there is no such file.
+#[must_use]
+pub fn first_misfit(folder: &Path, lines: &[Line]) -> Option<(usize, Option<u64>)> {
     let Ok(folder) = open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) else {
-        return false;
+        return lines.first().map(|_| (0, None));
     };
-    let fits = |line: &Line| {
-        let found = statat(&folder, &*line.file, AtFlags::SYMLINK_NOFOLLOW);
-        line.tokens.checked_mul(4) == Some(line.bytes)
-            && found.is_ok_and(|found| {
-                FileType::from_raw_mode(found.st_mode).is_file()
-                    && u64::try_from(found.st_size).is_ok_and(|size| size == line.bytes)
-            })
+    let misfit = |line: &Line| match statat(&folder, &*line.file, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(_) => Some(None),
+        Ok(found) => {
+            let size = u64::try_from(found.st_size).unwrap_or(0);
+            let fits = FileType::from_raw_mode(found.st_mode).is_file() && size == line.bytes;
+            (!fits).then_some(Some(size))
+        }
     };
+    let find = |part: &[Line]| part.iter().enumerate().find_map(|(at, line)| Some((at, misfit(line)?)));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let part = lines.len().div_ceil(threads).max(SHARDS_PER_THREAD);
     std::thread::scope(|scope| {
-        let parts = lines.chunks(part).skip(1);
-        let others: Vec<_> = parts.map(|part| scope.spawn(move || part.iter().all(fits))).collect();
-        let first = lines.iter().take(part).all(fits);
-        others.into_iter().fold(first, |all, other| all & other.join().unwrap_or(false))
+        let others: Vec<_> = lines.chunks(part).skip(1).map(|part| scope.spawn(move || find(part))).collect();
+        let first = lines.chunks(part).next().and_then(find);
+        let behind = (1..).zip(others).map(|(number, other)| {
+            let found = other.join().unwrap_or(Some((0, None)));
+            found.map(|(at, size)| (number * part + at, size))
+        });
+        std::iter::once(first).chain(behind).collect::<Vec<_>>().into_iter().flatten().next()
     })
 }
 
@@ -199,68 +191,74 @@ pub fn all_fit(folder: &Path, lines: &[Line]) -> bool {
 mod tests {
     use super::*;
 
-    const LINE: &str = "  {\"file\": \"a.bin\", \"tokens\": 3, \"bytes\": 12, \"xxh3_64\": \"00000000000000ff\", \
-                        \"sha256\": null, \"min_id\": 0, \"max_id\": 4294967295, \"documents\": null, \
-                        \"index_xxh3_64\": null}";
+    const LINE: &str = "{\"file\": \"a.bin\", \"tokens\": 3, \"bytes\": 12, \"xxh3_64\": \"00000000000000ff\", \
+                        \"sha256\": null, \"min_id\": 0, \"max_id\": 4294967295, \"documents\": null}";
 
     fn written(lines: &[String]) -> Vec<u8> {
-        format!("{{\n \"schema\": \"x\",\n \"shards\": [\n{}\n ]\n}}\n", lines.join(",\n")).into_bytes()
+        format!("{{\"schema\": \"x\", \"shards\": [{}], \"split\": null}}", lines.join(",\n")).into_bytes()
+    }
+
+    fn lines(content: &[u8]) -> Vec<Line> {
+        parse(content).unwrap().lines.unwrap()
     }
 
     #[test]
-    fn the_writers_layout_is_read() {
-        let content = written(&[LINE.into(), LINE.replace("a.bin", "b.bin")]);
-        let (head, lines) = parse(&content).unwrap();
-        assert!(content[..head].ends_with(b"\"shards\": ["));
+    fn shards_are_read_and_the_other_keys_are_handed_back() {
+        let recorded = parse(&written(&[LINE.into(), LINE.replace("a.bin", "b.bin")])).unwrap();
+        assert_eq!(serde_json::to_string(&recorded).unwrap(), r#"{"schema":"x","split":null}"#);
+        let lines = recorded.lines.unwrap();
         assert_eq!(lines.iter().map(|line| &*line.file).collect::<Vec<_>>(), ["a.bin", "b.bin"]);
-        assert_eq!((lines[1].tokens, lines[1].xxh3, lines[1].max_id), (3, Some(255), Some(u32::MAX)));
-        assert_eq!((lines[1].sha256, lines[1].documents), (None, None));
+        assert_eq!(
+            (lines[1].tokens, lines[1].xxh3_64, lines[1].max_id),
+            (3, Some(Hex([255])), Some(u32::MAX))
+        );
+        assert_eq!((lines[1].sha256, lines[1].documents, lines[1].index_xxh3_64), (None, None, None));
     }
 
     #[test]
-    fn a_long_list_is_read_in_parts_that_meet() {
-        let line = |n: usize| LINE.replace("a.bin", &format!("{n:06}.bin"));
-        let count = 3 * BYTES_PER_THREAD / LINE.len();
-        let lines: Vec<_> = (0..count).map(line).collect();
-        assert!(split(written(&lines).as_slice()).len() <= 4);
-        let (_, found) = parse(&written(&lines)).unwrap();
-        assert_eq!(found.len(), count);
-        assert!((0..).zip(&found).all(|(n, line)| *line.file == *format!("{n:06}.bin")));
-        for wrong in [count / 3, count / 2, count - 1] {
-            let mut lines = lines.clone();
-            lines[wrong] = lines[wrong].replace(": 3,", ": 3 ,");
-            assert_eq!(parse(&written(&lines)), None);
-            lines[wrong] = lines[0].clone();
-            assert_eq!(parse(&written(&lines)), None, "a name twice, in two parts");
-        }
+    fn no_list_is_not_an_empty_list() {
+        assert_eq!(parse(b"{}").unwrap().lines, None);
+        assert_eq!(parse(b"{\"shards\": null}").unwrap().lines, None);
+        assert_eq!(parse(b"{\"shards\": []}").unwrap().lines, Some(vec![]));
     }
 
     #[test]
-    fn anything_else_is_left_to_the_strict_reader() {
-        for (from, to) in [
-            ("a.bin", "../a"),
-            ("a.bin", ".."),
-            ("a.bin", ""),
-            ("a.bin", "\\u0061"),
-            ("a.bin", "\u{e9}"),
-            (": 3,", ": 03,"),
-            (": 3,", ": -3,"),
-            (": 3,", ": 3.0,"),
-            (": 3,", ": 99999999999999999999,"),
-            (": 3,", ": \"3\","),
-            (": 3,", ": null,"),
-            ("4294967295", "4294967296"),
-            ("00ff", "00FF"),
-            ("00ff", "0ff"),
-            ("null}", "null, \"more\": 1}"),
-            ("  {", " {"),
+    fn a_hash_is_written_as_it_was_read() {
+        let digits = "0123456789abcdef".repeat(4);
+        let found = lines(&written(&[LINE
+            .replace("null", &format!("\"{digits}\""))
+            .replace(&format!("\"documents\": \"{digits}\""), "\"documents\": 1")]));
+        assert_eq!(found[0].sha256.unwrap().to_string(), digits);
+    }
+
+    #[test]
+    fn whatever_is_malformed_is_named() {
+        for (from, to, said) in [
+            ("a.bin", "../a", "shards.0.file"),
+            ("a.bin", "..", "shards.0.file"),
+            ("a.bin", "", "shards.0.file"),
+            ("a.bin", "a\\u0000", "shards.0.file"),
+            (": 3,", ": 03,", "shards.0.tokens"),
+            (": 3,", ": -3,", "shards.0.tokens"),
+            (": 3,", ": 3.0,", "shards.0.tokens"),
+            (": 3,", ": 99999999999999999999,", "shards.0.tokens"),
+            (": 3,", ": \"3\",", "shards.0.tokens"),
+            (": 3,", ": null,", "shards.0.tokens"),
+            ("4294967295", "4294967296", "shards.0.max_id"),
+            ("00ff", "00FF", "shards.0.xxh3_64"),
+            ("00ff", "0ff", "shards.0.xxh3_64"),
+            ("00ff", "0\u{e9}f", "shards.0.xxh3_64"),
+            ("\"tokens\": 3, ", "", "missing field `tokens`"),
+            ("null}", "null, \"tokens\": 3}", "duplicate field `tokens`"),
         ] {
             assert_ne!(LINE, LINE.replace(from, to));
-            assert_eq!(parse(&written(&[LINE.replace(from, to)])), None, "{to}");
+            let error = parse(&written(&[LINE.replace(from, to)])).unwrap_err();
+            assert!(error.contains(said), "{to}: {error}");
         }
-        assert_eq!(parse(&written(&[LINE.into(), LINE.into()])), None);
-        assert_eq!(parse(&written(&[])), None);
-        assert_eq!(parse(&written(&[LINE.into()])[..200]), None);
+        assert_eq!(listed_twice(&lines(&written(&[LINE.into(), LINE.into()]))), Some("a.bin"));
+        assert!(parse(&written(&[LINE.into()])[..150]).is_err());
+        assert!(parse(b"[]").is_err());
+        assert!(parse(b"{\"a\": 1, \"a\": 2}").unwrap_err().contains("twice"));
     }
 
     #[test]
@@ -269,22 +267,22 @@ mod tests {
         let count = SHARDS_PER_THREAD + 10;
         let names = (0..count).map(|n| format!("{n:05}.bin"));
         let lines: Vec<_> = names.map(|name| LINE.replace("a.bin", &name)).collect();
-        let (_, lines) = parse(&written(&lines)).unwrap();
+        let lines = super::tests::lines(&written(&lines));
         for line in &lines {
             std::fs::write(folder.path().join(&*line.file), [0; 12]).unwrap();
         }
-        assert!(all_fit(folder.path(), &lines));
+        assert_eq!(first_misfit(folder.path(), &lines), None);
         for odd in [0, count - 1] {
             let path = folder.path().join(&*lines[odd].file);
             std::fs::write(&path, [0; 13]).unwrap();
-            assert!(!all_fit(folder.path(), &lines));
+            assert_eq!(first_misfit(folder.path(), &lines), Some((odd, Some(13))));
             std::fs::remove_file(&path).unwrap();
-            assert!(!all_fit(folder.path(), &lines));
+            assert_eq!(first_misfit(folder.path(), &lines), Some((odd, None)));
             std::os::unix::fs::symlink(folder.path().join(&*lines[1].file), &path).unwrap();
-            assert!(!all_fit(folder.path(), &lines));
+            assert!(matches!(first_misfit(folder.path(), &lines), Some((at, Some(_))) if at == odd));
             std::fs::remove_file(&path).unwrap();
             std::fs::write(&path, [0; 12]).unwrap();
         }
-        assert!(all_fit(folder.path(), &lines));
+        assert_eq!(first_misfit(folder.path(), &lines), None);
     }
 }

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from apr_dist.corpus.encode import encode_corpus
+from apr_dist.corpus.sources import standard_library_sources
+from apr_dist.corpus.tokenizer import import_tokenizer
 from apr_dist.data import Manifest
-from apr_dist.data.corpus import standard_library_sources
-from apr_dist.data.encode import encode_corpus
-from apr_dist.data.tokenizer import import_tokenizer
 
 DOCUMENT_END = "<|endoftext|>"
 

@@ -6,6 +6,7 @@ mod prefetch;
 mod sources;
 mod table;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -18,8 +19,10 @@ use crate::batch::{Buffer, Pool, Width, views};
 use crate::error::Result;
 use crate::options::Options;
 use crate::set::ShardSet;
-use crate::shard::{View, to_usize};
+use crate::shard::View;
+use crate::sizes::to_usize;
 use crate::stream::{Order, Row, Stream};
+use crate::verified::Verified;
 use dlpack::Memory;
 use sources::{Parts, SourceTuple, parse_access, parse_verify};
 
@@ -43,7 +46,7 @@ struct Core {
 impl TokenStream {
     #[new]
     #[pyo3(signature = (sources, *, seq_length, shuffle, seed=0, block=1, sample=0, verify="first-touch",
-                        access="mmap", max_open=256, recheck_s=1.0, wide=false))]
+                        access="mmap", max_open=256, recheck_s=1.0, wide=false, verified=None, settle_s=2.0))]
     #[allow(clippy::too_many_arguments, reason = "keywords, named at every call")]
     fn new(
         py: Python<'_>,
@@ -58,7 +61,13 @@ impl TokenStream {
         max_open: usize,
         recheck_s: f64,
         wide: bool,
+        verified: Option<PathBuf>,
+        settle_s: f64,
     ) -> PyResult<Self> {
+        let seconds = |value| {
+            Duration::try_from_secs_f64(value).map_err(|error| PyValueError::new_err(error.to_string()))
+        };
+        let settle = seconds(settle_s)?;
         let order = match shuffle {
             "sequence" => Order::Shuffled { seed, block: 1 },
             "block" => Order::Shuffled { seed, block },
@@ -70,8 +79,9 @@ impl TokenStream {
             verify: parse_verify(verify)?,
             access: parse_access(access)?,
             max_open,
-            recheck: Duration::try_from_secs_f64(recheck_s)
-                .map_err(|error| PyValueError::new_err(error.to_string()))?,
+            recheck: seconds(recheck_s)?,
+            // Without it every process verifies for itself.
+            verified: verified.and_then(|path| Verified::open(&path, settle).ok()).map(Arc::new),
             sequential: matches!(shuffle, "block" | "none"),
         };
         if seq_length == 0 || block == 0 {
@@ -219,6 +229,5 @@ fn signed(values: [u64; 2]) -> [i64; 2] {
 fn _rust_loader(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<TokenStream>()?;
     module.add_class::<prefetch::Prefetcher>()?;
-    module.add_class::<table::ShardTable>()?;
-    module.add_function(wrap_pyfunction!(sources::first_misfit, module)?)
+    module.add_class::<table::ShardTable>()
 }

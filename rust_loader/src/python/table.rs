@@ -2,15 +2,25 @@
 
 use std::path::PathBuf;
 
-use pyo3::exceptions::PyIndexError;
+use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use crate::table::{Line, all_fit, parse};
+use crate::table::{Line, first_misfit, listed_twice, parse};
 
 /// The fields of a shard, in the order that a manifest gives them.
-type Fields =
-    (String, u64, u64, Option<String>, Option<String>, Option<u32>, Option<u32>, Option<u64>, Option<String>);
+type Fields = (
+    String,
+    u64,
+    u64,
+    Option<String>,
+    Option<String>,
+    Option<u32>,
+    Option<u32>,
+    Option<u64>,
+    Option<String>,
+    Option<String>,
+);
 
 #[pyclass(frozen)]
 pub struct ShardTable {
@@ -19,12 +29,16 @@ pub struct ShardTable {
 
 #[pymethods]
 impl ShardTable {
-    /// The table in `content`, and the length of what stands before it.
+    /// The table in `content`, None when it has none, and the other keys as JSON.
     #[staticmethod]
-    #[allow(clippy::needless_pass_by_value, reason = "what PyO3 makes of the argument")]
-    fn parse(py: Python<'_>, content: &Bound<'_, PyBytes>) -> Option<(usize, Self)> {
+    fn parse<'py>(
+        py: Python<'py>,
+        content: &Bound<'py, PyBytes>,
+    ) -> PyResult<(Bound<'py, PyBytes>, Option<Self>)> {
         let content = content.as_bytes();
-        py.detach(|| parse(content)).map(|(head, lines)| (head, Self { lines }))
+        let recorded = py.detach(|| parse(content)).map_err(PyValueError::new_err)?;
+        let head = serde_json::to_vec(&recorded).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok((PyBytes::new(py, &head), recorded.lines.map(|lines| Self { lines })))
     }
 
     fn __len__(&self) -> usize {
@@ -37,12 +51,13 @@ impl ShardTable {
             line.file.to_string(),
             line.tokens,
             line.bytes,
-            line.xxh3.map(|hash| format!("{hash:016x}")),
-            line.sha256.map(|hash| hex(&hash)),
+            line.xxh3_64.map(|hash| hash.to_string()),
+            line.sha256.map(|hash| hash.to_string()),
             line.min_id,
             line.max_id,
             line.documents,
-            line.index_xxh3.map(|hash| format!("{hash:016x}")),
+            line.index_xxh3_64.map(|hash| hash.to_string()),
+            line.fingerprints_xxh3_64.map(|hash| hash.to_string()),
         ))
     }
 
@@ -56,40 +71,30 @@ impl ShardTable {
         self.lines.iter().map(|line| line.tokens).max().unwrap_or(0)
     }
 
+    /// Sequences of `seq_length` tokens in one pass: neighbours share the token that is only a target.
+    fn sequences(&self, seq_length: u64) -> u64 {
+        self.lines.iter().map(|line| line.tokens.saturating_sub(1) / seq_length.max(1)).sum()
+    }
+
     /// Hash and tokens, one shard a line; None when a hash is not recorded.
     fn identity(&self, py: Python<'_>) -> Option<Py<PyBytes>> {
         let text = py.detach(|| {
-            let mut text = String::with_capacity(self.lines.len() * 80);
-            for line in &self.lines {
-                if !text.is_empty() {
-                    text.push('\n');
-                }
-                push_hex(&mut text, &line.sha256?);
-                text.push(' ');
-                text.push_str(&line.tokens.to_string());
-            }
-            Some(text)
+            let lines = self.lines.iter().map(|line| Some(format!("{} {}", line.sha256?, line.tokens)));
+            lines.collect::<Option<Vec<_>>>().map(|lines| lines.join("\n"))
         })?;
         Some(PyBytes::new(py, text.as_bytes()).unbind())
     }
 
-    #[allow(clippy::needless_pass_by_value, reason = "what PyO3 makes of the argument")]
-    fn all_fit(&self, py: Python<'_>, folder: PathBuf) -> bool {
-        py.detach(|| all_fit(&folder, &self.lines))
+    fn listed_twice(&self) -> Option<&str> {
+        listed_twice(&self.lines)
     }
-}
 
-fn hex(words: &[u64]) -> String {
-    let mut text = String::with_capacity(words.len() * 16);
-    push_hex(&mut text, words);
-    text
-}
+    fn has_broken_size(&self) -> bool {
+        self.lines.iter().any(|line| line.tokens.checked_mul(4) != Some(line.bytes))
+    }
 
-fn push_hex(text: &mut String, words: &[u64]) {
-    for word in words {
-        for place in (0..16).rev() {
-            let digit = word >> (4 * place) & 15;
-            text.push(char::from(b"0123456789abcdef"[usize::try_from(digit).unwrap_or(0)]));
-        }
+    #[allow(clippy::needless_pass_by_value, reason = "what PyO3 makes of the argument")]
+    fn first_misfit(&self, py: Python<'_>, folder: PathBuf) -> Option<(usize, Option<u64>)> {
+        py.detach(|| first_misfit(&folder, &self.lines))
     }
 }

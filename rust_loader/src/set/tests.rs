@@ -175,3 +175,68 @@ fn a_missing_shard_and_a_folder_in_its_place_are_errors() {
     assert!(matches!(set.get(0), Err(Error::Missing { .. })));
     assert!(set.get(1).is_err());
 }
+
+#[test]
+fn a_shard_overwritten_under_its_old_time_is_noticed() {
+    for verify in [Verify::FirstTouch, Verify::Off] {
+        both_ways(|options| {
+            let fixture = Fixture::new(&[50]);
+            let set = fixture.set(Options { verify, ..options });
+            set.get(0).unwrap();
+            let file = File::options().write(true).open(fixture.path(0)).unwrap();
+            let time = file.metadata().unwrap().modified().unwrap();
+            let content = fs::read(fixture.path(0)).unwrap();
+            let counted = set.counters.verified.load(Ordering::Relaxed);
+            for (first, fits) in [(content[0], true), (content[0] ^ 1, false)] {
+                std::thread::sleep(Duration::from_millis(20)); // the grain of the clock of the file system
+                std::os::unix::fs::FileExt::write_all_at(&file, &[first], 0).unwrap();
+                file.set_modified(time).unwrap();
+                assert_eq!(set.get(0).is_ok(), fits);
+            }
+            assert!(set.counters.verified.load(Ordering::Relaxed) > counted);
+        });
+    }
+}
+
+#[test]
+fn what_one_process_verified_another_believes_until_it_changes() {
+    let fixture = Fixture::new(&[50, 60]);
+    let marks = fixture.folder.path().join("verified");
+    let open = |settle| {
+        let verified = Some(Arc::new(crate::verified::Verified::open(&marks, settle).unwrap()));
+        fixture.set(Options { verified, recheck: Duration::ZERO, ..Options::default() })
+    };
+    let counted = |set: &ShardSet| set.counters.verified.load(Ordering::Relaxed);
+    let doubting = open(Duration::from_secs(3600));
+    doubting.get(0).unwrap();
+    assert_eq!(fs::metadata(&marks).unwrap().len(), 0, "changed too lately to be remembered");
+    let later = std::time::Instant::now() + Duration::from_millis(2100);
+    while std::time::Instant::now() < later {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let (first, second) = (open(Duration::ZERO), open(Duration::ZERO));
+    first.get(0).unwrap();
+    second.get(0).unwrap();
+    second.get(1).unwrap();
+    first.get(1).unwrap();
+    assert_eq!((counted(&first), counted(&second)), (1, 1));
+    fs::write(fixture.path(0), vec![0; 200]).unwrap();
+    assert!(matches!(open(Duration::ZERO).get(0), Err(Error::Hash { .. })));
+    let wary = Options { verify: Verify::Open, ..open(Duration::ZERO).options().clone() };
+    assert!(ShardSet::new(vec![fixture.folder.path().to_path_buf()], fixture.facts.clone(), wary).is_err());
+}
+
+#[test]
+fn the_shards_used_lately_stay_open() {
+    let fixture = Fixture::new(&[4; 300]);
+    let set = fixture.set(Options { max_open: 100, ..Options::default() });
+    for index in 0..300 {
+        set.get(index).unwrap();
+        set.get(7).unwrap();
+        assert!(set.open_count().unwrap() <= 100);
+    }
+    let opened = set.counters.opened.load(Ordering::Relaxed);
+    set.get(7).unwrap();
+    set.get(299).unwrap();
+    assert_eq!(set.counters.opened.load(Ordering::Relaxed), opened);
+}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from apr_dist.atomic_files import flush_folder, writing_to
 from apr_dist.data.manifest import MANIFEST_NAME, Manifest
-from apr_dist.data.shard_files import INDEX_SUFFIX, shard_names
+from apr_dist.data.shard_files import remove_shard, shard_names
 from apr_dist.errors import OutputError
 
 WORK_FOLDER = ".encoding"
@@ -69,8 +69,7 @@ def _move(made: Path, target: Path) -> None:
     (target / MANIFEST_NAME).unlink(missing_ok=True)
     kept = {shard.file for shard in Manifest.load(made, check_files=False).shards}
     for stale in set(shard_names(target)) - kept:
-        (target / stale).unlink()
-        (target / stale).with_suffix(INDEX_SUFFIX).unlink(missing_ok=True)
+        remove_shard(target, stale)
     for path in sorted(made.iterdir()):
         if path.name != MANIFEST_NAME:
             path.replace(target / path.name)
@@ -85,6 +84,5 @@ def _remove_data_set(folder: Path) -> None:
         return
     (folder / MANIFEST_NAME).unlink()
     for name in shard_names(folder):
-        (folder / name).unlink()
-        (folder / name).with_suffix(INDEX_SUFFIX).unlink(missing_ok=True)
+        remove_shard(folder, name)
     (folder / SOURCES_NAME).unlink(missing_ok=True)

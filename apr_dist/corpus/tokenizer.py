@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -20,8 +21,8 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC
 
 from apr_dist.atomic_files import write_atomically, writing_to
+from apr_dist.corpus.tokenizer_json import TokenizerJson, parse_tokenizer_json, unencodable_bytes
 from apr_dist.data.manifest_file import TokenizerIdentity
-from apr_dist.data.tokenizer_json import TokenizerJson, parse_tokenizer_json, unencodable_bytes
 from apr_dist.errors import OutputError, TokenizerError
 from apr_dist.parsing import parse_json
 
@@ -44,10 +45,13 @@ class LoadedTokenizer:
     Attributes:
         folder: where it lies.
         identity: counts, ids and hash.
-        tokenizer: the ``tokenizers`` object, set to neither pad nor truncate, and to read the text of a
-            special token as plain text (a document that contains ``<|endoftext|>`` does not end there).
+        tokenizer: the ``tokenizers`` object, set to neither pad nor truncate, and, without
+            ``parse_special``, to read the text of a special token as plain text (a document that contains
+            ``<|endoftext|>`` does not end there).
         unencodable: bytes that occur in UTF-8 and that the vocabulary has no token for; text with them
             loses them when encoded, so the encoder counts such documents.
+        specials: texts of the special tokens, which are encoded as plain text unless ``parse_special`` was
+            asked for; None where it was.
         cuttable: a text may be encoded in pieces cut between a letter or digit and a newline, with the
             same ids.
     """
@@ -57,6 +61,7 @@ class LoadedTokenizer:
     tokenizer: Tokenizer
     unencodable: bytes
     cuttable: bool
+    specials: re.Pattern[str] | None = None
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Ids of ``text``: [tokens] u32, without any special token added."""
@@ -73,9 +78,17 @@ class LoadedTokenizer:
         raw = text.encode()
         return len(raw) - len(raw.translate(None, self.unencodable))
 
+    def count_specials(self, text: str) -> int:
+        """How many special tokens stand in ``text`` and are encoded as plain text."""
+        return 0 if self.specials is None else sum(1 for _ in self.specials.finditer(text))
 
-def load_tokenizer(folder: Path) -> LoadedTokenizer:
+
+def load_tokenizer(folder: Path, *, parse_special: bool = False) -> LoadedTokenizer:
     """Open a tokenizer folder.
+
+    Args:
+        folder: the tokenizer folder.
+        parse_special: the text of a special token becomes its id.
 
     Raises:
         TokenizerError: no tokenizer.json, malformed, not BPE, or changed since it was imported.
@@ -91,26 +104,34 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         raise TokenizerError(f"the tokenizers library refuses it ({error})", where=path) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = not parse_special
     tokenizer.model.dropout = None
     return LoadedTokenizer(
         folder=folder,
         identity=identity,
         tokenizer=tokenizer,
         unencodable=unencodable_bytes(facts),
-        cuttable=facts.byte_level and _cuts_at_newlines(tokenizer),
+        cuttable=facts.byte_level and _cuts_at_newlines(tokenizer, parse_special=parse_special),
+        specials=None if parse_special else _special_texts(tokenizer),
     )
 
 
-def _cuts_at_newlines(tokenizer: Tokenizer) -> bool:
+def _special_texts(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    added = tokenizer.get_added_tokens_decoder().values()
+    texts = sorted((token.content for token in added if token.special and token.content), key=len)
+    return re.compile("|".join(re.escape(text) for text in reversed(texts))) if texts else None
+
+
+def _cuts_at_newlines(tokenizer: Tokenizer, *, parse_special: bool) -> bool:
     """Whether nothing before BPE looks across the place between a letter or digit and a newline.
 
     Patterns are arbitrary, so they are tried on every kind of neighbour instead of being understood.
     """
     if not isinstance(tokenizer.normalizer, NFC | None):
         return False
-    added = tokenizer.get_added_tokens_decoder().values()  # special ones are plain text here
-    if any("\n" in token.content or token.rstrip for token in added if not token.special):
+    added = tokenizer.get_added_tokens_decoder().values()
+    parsed = [token for token in added if parse_special or not token.special]
+    if any("\n" in token.content or token.rstrip for token in parsed):
         return False
 
     def cut(text: str) -> list[str]:

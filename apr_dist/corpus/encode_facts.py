@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from apr_dist.data.corpus_formats import Problem
+from apr_dist.corpus.formats import Problem
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import UsageError
 
@@ -44,7 +44,8 @@ class EncodeSettings:
     eos_policy: EosPolicy
     normalization: Normalization
     val_fraction: float
-    text_key: str
+    text_key: str | None
+    parse_special: bool
     limit_tokens: int | None
     strict: bool
     commit_every_s: float
@@ -74,6 +75,7 @@ class EncodeSettings:
             "normalization": self.normalization.value,
             "val_fraction": self.val_fraction,
             "text_key": self.text_key,
+            "parse_special": self.parse_special,
             "limit_tokens": self.limit_tokens,
         }
 
@@ -113,6 +115,10 @@ class EncodeSummary:
         examples: the first few of them that this process met, with file and line.
         lossy_documents: documents with bytes that the vocabulary has no token for.
         lost_bytes: how many such bytes.
+        special_texts: special tokens in the texts that were encoded as plain text.
+        text_keys: documents by the key their text was found under, where no key was named.
+        left_out: files of the corpus's folders that were not read, with the reason.
+        notes: what else is worth knowing, one sentence each.
         resumed_tokens: tokens found done from an interrupted run.
         elapsed_s: of this process.
     """
@@ -124,6 +130,10 @@ class EncodeSummary:
     examples: tuple[str, ...]
     lossy_documents: int
     lost_bytes: int
+    special_texts: int
+    text_keys: Mapping[str, int]
+    left_out: Mapping[Path, str]
+    notes: tuple[str, ...]
     resumed_tokens: int
     elapsed_s: float
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.data.manifest import Manifest, Shard
-from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import ShardError, TokenizerError, UsageError
 
 

@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from apr_dist.data.encode_facts import Normalization
-from apr_dist.data.tokenizer import LoadedTokenizer
+from apr_dist.corpus.encode_facts import Normalization
+from apr_dist.corpus.tokenizer import LoadedTokenizer
 
 # One call's texts: enough to hide the cost of a call, little enough that the library's answer (about
 # 100 bytes a token) stays small.
@@ -34,11 +34,24 @@ _PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 @dataclass(frozen=True)
 class EncodedText:
-    """One text's ids: [tokens] u32; its hash as a number in [0, 1); bytes the vocabulary cannot express."""
+    """One text's ids and what was seen on the way.
+
+    Attributes:
+        ids: [tokens] u32.
+        fingerprint: XXH3-64 of the text's UTF-8.
+        lost_bytes: bytes that the vocabulary cannot express.
+        specials: special tokens in the text that were encoded as plain text.
+    """
 
     ids: NDArray[np.uint32]
-    position: float
+    fingerprint: int
     lost_bytes: int
+    specials: int
+
+    @property
+    def position(self) -> float:
+        """The fingerprint as a number in [0, 1): which split the document falls to."""
+        return self.fingerprint / 2**64
 
 
 class EncodingPool:
@@ -84,7 +97,8 @@ class EncodingPool:
         for text, ids in zip(texts, self._ids(texts), strict=True):
             raw = text.encode()
             lost = len(raw) - len(raw.translate(None, unencodable)) if unencodable else 0
-            encoded.append(EncodedText(ids, xxhash.xxh3_64_intdigest(raw) / 2**64, lost))
+            specials = self._tokenizer.count_specials(text)
+            encoded.append(EncodedText(ids, xxhash.xxh3_64_intdigest(raw), lost, specials))
         return encoded
 
     def _ids(self, texts: Sequence[str]) -> Iterator[NDArray[np.uint32]]:

@@ -10,19 +10,26 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from apr_dist.data.corpus import BadRecord, CorpusReader, Document, Problem, Record, Source
-from apr_dist.data.encode_facts import EncodeProgress, EncodeSettings, EosPolicy
-from apr_dist.data.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingPool
-from apr_dist.data.journal import Journal, Progress, SplitProgress
-from apr_dist.data.split_writer import SplitWriter
+from apr_dist.corpus.encode_facts import EncodeProgress, EncodeSettings, EosPolicy
+from apr_dist.corpus.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingPool
+from apr_dist.corpus.formats import TEXT_KEYS
+from apr_dist.corpus.journal import Journal, Progress, SplitProgress
+from apr_dist.corpus.sources import BadRecord, CorpusReader, Document, Problem, Record, Source
+from apr_dist.corpus.split_writer import SplitWriter
 from apr_dist.errors import CorpusError
+from apr_dist.parsing import printable
 
 LOSSY_DOCUMENTS = "lossy documents"
 LOST_BYTES = "lost bytes"
+SPECIAL_TEXTS = "special tokens as plain text"
+UNDER_KEY = "text under "
+# Records without a single document among them: the key or the corpus is another than was meant.
+_HOPELESS_RECORDS = 10_000
 _BATCH_RECORDS = 512
 _CHARACTERS_IN_FLIGHT = 16 * 2**20
 _PROGRESS_EVERY_S = 0.5
@@ -31,11 +38,10 @@ _EXAMPLES = 5
 
 @dataclass(frozen=True)
 class _Batch:
-    """Consecutive records and the position behind them."""
+    """Consecutive records, and behind each the position: its source, and how many of that are done."""
 
     records: list[Record]
-    source: int
-    record: int
+    places: list[tuple[int, int]]
 
     @property
     def texts(self) -> list[str]:
@@ -53,6 +59,7 @@ class EncodingRun:
         writers: by split.
         counts: problems and losses so far, by name.
         examples: the first problems met, as text.
+        least_position: the smallest place of a document in the split, as far as this process has seen.
         resumed_tokens: tokens that were there already.
     """
 
@@ -70,8 +77,15 @@ class EncodingRun:
         self._end = np.array([] if settings.eos_policy is EosPolicy.NONE else [eos_id], dtype=np.uint32)
         self.counts: Counter[str] = Counter(state.counts)
         self.examples: list[str] = []
+        self.least_position = 1.0
+        self._taking: int | None = None
         self.writers = {name: self._writer(name, state) for name in settings.splits}
         self.resumed_tokens = self.tokens
+
+    @property
+    def source(self) -> int:
+        """Number of the source that is being read."""
+        return self._reader.source
 
     @property
     def tokens(self) -> int:
@@ -92,7 +106,8 @@ class EncodingRun:
         """Encode everything from the position on; afterwards all shards are closed and committed.
 
         Raises:
-            CorpusError: a source cannot be read, or (strict) a record is bad.
+            CorpusError: a source cannot be read, or (strict) a record is bad. What was done before that
+                source stays done.
             OutputError: a shard cannot be written.
         """
         flying: deque[tuple[_Batch, Future[list[EncodedText]]]] = deque()
@@ -112,6 +127,9 @@ class EncodingRun:
             for writer in self.writers.values():
                 writer.close_shard()
             self._commit()
+        except CorpusError:
+            self._keep_before(self._reader.source if self._taking is None else self._taking, flying)
+            raise
         finally:
             for writer in self.writers.values():
                 writer.abandon()
@@ -122,35 +140,65 @@ class EncodingRun:
         """Consecutive records in batches that one call of the tokenizer is worth."""
         found: list[Record] = []
         characters = 0
+        places: list[tuple[int, int]] = []
         source, record = self._position
         for number, one in self._reader:
             record = record + 1 if number == source else 1
             source = number
             found.append(one)
+            places.append((source, record))
             characters += len(one.text) if isinstance(one, Document) else 0
             if characters >= CALL_CHARACTERS or len(found) >= _BATCH_RECORDS:
-                yield _Batch(found, source, record)
-                found, characters = [], 0
+                yield _Batch(found, places)
+                found, places, characters = [], [], 0
         if found:
-            yield _Batch(found, source, record)
+            yield _Batch(found, places)
 
-    def _take(self, batch: _Batch, encoding: Future[list[EncodedText]]) -> None:
-        """Write one batch's documents and remember the position behind it."""
+    def _take(self, batch: _Batch, encoding: Future[list[EncodedText]], *, before: int | None = None) -> None:
+        """Write one batch's documents, or those of the sources ``before`` one, and remember the position."""
         closed = self._closed_shards()
         encoded = iter(encoding.result())
-        for record in batch.records:
-            if self._is_full():
+        for record, place in zip(batch.records, batch.places, strict=True):
+            if self._is_full() or (before is not None and place[0] >= before):
                 return
+            self._taking = place[0]
             if isinstance(record, BadRecord):
                 self._count_problem(record)
             else:
                 self._write(record, next(encoded))
-        self._position = (batch.source, batch.record)
+            self._position, self._taking = place, None
+        self._refuse_hopeless()
         if (
             self._closed_shards() > closed
             or time.monotonic() - self._committed >= self._settings.commit_every_s
         ):
             self._commit()
+
+    def _keep_before(self, source: int, flying: deque[tuple[_Batch, Future[list[EncodedText]]]]) -> None:
+        """Commit what is done of the sources before one that cannot be read, and nothing of that one."""
+        if self._position[0] < source:
+            with suppress(CorpusError):  # a second bad record: the first is reported
+                while flying:
+                    self._take(*flying.popleft(), before=source)
+                self._commit()
+        self._journal.rewind_before(source)
+
+    def _refuse_hopeless(self) -> None:
+        """Stop early where no record of many is a document."""
+        met = sum(self.counts[problem.value] for problem in Problem)
+        if not self.documents and met >= _HOPELESS_RECORDS:
+            raise self.without_documents()
+
+    def without_documents(self) -> CorpusError:
+        """The refusal of a corpus in which nothing is a document: what its records hold instead."""
+        problems = [f"{self.counts[one.value]:,} x {one.value}" for one in Problem if self.counts[one.value]]
+        met = f"; met {', '.join(problems)}" if problems else ""
+        example = f"; such as {self.examples[0]}" if self.examples else ""
+        return CorpusError(
+            f"the corpus holds no document{met}{example}",
+            expected="records with text",
+            remedy="name the key that holds the text with --text-key (A.B for B inside A)",
+        )
 
     def _write(self, document: Document, encoded: EncodedText) -> None:
         if encoded.lost_bytes:
@@ -158,6 +206,10 @@ class EncodingRun:
         if not encoded.ids.size:
             self._count_problem(BadRecord(Problem.EMPTY, "no tokens", document.source, document.line))
             return
+        self.counts.update({SPECIAL_TEXTS: encoded.specials} if encoded.specials else {})
+        if self._settings.text_key is None and document.key not in ("", TEXT_KEYS[0]):
+            self.counts[UNDER_KEY + document.key] += 1
+        self.least_position = min(self.least_position, encoded.position)
         if not self._settings.val_fraction:
             writer = self.writers["all"]
         else:
@@ -165,13 +217,13 @@ class EncodingRun:
             writer = self.writers["validation" if is_validation else "train"]
         if self._settings.eos_policy is EosPolicy.BETWEEN and writer.documents:
             writer.append_end(self._end)
-        writer.append(encoded.ids)
+        writer.append(encoded.ids, encoded.fingerprint)
         if self._settings.eos_policy is EosPolicy.AFTER:
             writer.append_end(self._end)
 
     def _count_loss(self, document: Document, lost_bytes: int) -> None:
         what = f"{lost_bytes} bytes that the vocabulary has no token for"
-        where = f"{document.source}:{document.line}"
+        where = f"{printable(document.source)}:{document.line}"
         if self._settings.strict:
             raise CorpusError(
                 f"the document holds {what}", where=where, remedy="mend it, or leave out --strict"
@@ -186,9 +238,7 @@ class EncodingRun:
             raise problem.as_error()
         self.counts[problem.problem.value] += 1
         if len(self.examples) < _EXAMPLES:
-            self.examples.append(
-                f"{problem.source}:{problem.line}: {problem.problem.value}: {problem.detail}"
-            )
+            self.examples.append(str(problem))
 
     def _closed_shards(self) -> int:
         return sum(len(writer.shards) for writer in self.writers.values())

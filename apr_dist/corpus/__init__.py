@@ -1,0 +1,1 @@
+"""From text to shards: corpus readers, tokenizers, the encoder, its journal, and repair of a manifest."""
