@@ -33,7 +33,6 @@ def refusal(capfd: pytest.CaptureFixture[str]) -> str:
     return said[said.index("error:") :]
 
 
-@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-012")
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_every_command_refuses_what_training_refuses_in_its_words(
     defect: str, inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
