@@ -106,7 +106,7 @@ def _read(call: ast.Call, known: Mapping[str, str]) -> Iterator[tuple[str, Refus
 def judged(repository: Path) -> Mapping[str, list[tuple[str, str]]]:
     """Falsifier id to the gates of a verdict that carry it: what each is called, and what it requires."""
     found: dict[str, list[tuple[str, str]]] = {}
-    path = repository / "apr_dist" / "training" / "verdict.py"
+    path = repository / "apr_dist" / "gates" / "losses.py"
     tree = ast.parse(path.read_text())
     known = dict(_constants(tree))
     for call in ast.walk(tree):
