@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from apr_dist.model.kernels import KernelChoice
 from apr_dist.parallel.strategy import Offload
 
 
@@ -319,6 +320,10 @@ class ParallelSection(Section):
 class ComputeSection(Section):
     """How the network is computed; none of it changes what is trained but z_loss."""
 
+    kernels: KernelChoice = Field(
+        KernelChoice.AUTO,
+        description="implementation of the network: auto (by device), plain (PyTorch's own), cpu, cuda",
+    )
     compile: Compile = Field(
         Compile.OFF, description="block: every block by PyTorch's compiler; off: as it is"
     )

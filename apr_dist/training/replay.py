@@ -21,7 +21,7 @@ from apr_dist.config_sections import Documents, StrategyChoice
 from apr_dist.data.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.preflight import run_preflight
-from apr_dist.model.chunked_loss import IGNORE_INDEX
+from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.sharding import build_decoder

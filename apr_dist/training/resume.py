@@ -35,6 +35,7 @@ _FREE = {
         "loader.prefetch_batches",
         "loader.pin_memory",
         "compute.activation_checkpointing",
+        "compute.kernels",
     ),
     *("early_stop.patience", "early_stop.min_epochs", "evaluation.micro_batch_size", "log_every"),
     *("checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.background"),
