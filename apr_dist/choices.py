@@ -130,6 +130,15 @@ class Compile(StrEnum):
     BLOCK = "block"
 
 
+class KernelChoice(StrEnum):
+    """Which set of kernels computes the decoder; ``auto`` is the one made for the device."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class ActivationCheckpointing(StrEnum):
     """What a block computes again in its backward pass instead of keeping it."""
 

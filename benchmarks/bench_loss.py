@@ -16,24 +16,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch.profiler import ProfilerActivity, profile
 
+from apr_dist.choices import KernelChoice
 from apr_dist.model.host_memory import keep_freed_memory
-from apr_dist.model.loss import LossBackend, cross_entropy_sum, plain_cross_entropy_sum
+from apr_dist.model.kernels.choice import SETS
+from apr_dist.model.kernels.loss import cross_entropy_of
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def chunked(inputs: Inputs) -> torch.Tensor:
-    return cross_entropy_sum(*inputs, backend=LossBackend.CHUNKED)[0]
+    return SETS[KernelChoice.CPU].cross_entropy(*inputs).total
 
 
 def pytorch(inputs: Inputs) -> torch.Tensor:
-    return cross_entropy_sum(*inputs, backend=LossBackend.TORCH)[0]
+    hidden, head, targets = inputs
+    return F.linear_cross_entropy(hidden, head, targets, reduction="sum")
 
 
 def plain(inputs: Inputs) -> torch.Tensor:
-    return plain_cross_entropy_sum(*inputs)[0]
+    hidden, head, targets = inputs
+    return cross_entropy_of(F.linear(hidden, head), targets).total
 
 
 def run(compute: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> tuple[float, float]:

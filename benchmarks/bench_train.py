@@ -33,7 +33,7 @@ from train_turns import Absent, Channel, Seat, Step
 from apr_dist.model.config import preset
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
 from apr_dist.model.host_memory import keep_freed_memory
-from apr_dist.model.matmul import cpu_matmul_backend
+from apr_dist.model.kernels.products import cpu_matmul_backend
 
 OURS, PLAIN, KEPT, TRAINER, LITGPT = "apr-dist", "transformers", "memory kept", "Trainer", "litgpt"
 CONTENDERS = (OURS, PLAIN, KEPT, TRAINER, LITGPT)

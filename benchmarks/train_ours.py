@@ -16,7 +16,7 @@ from train_turns import Step
 from apr_dist.config.sections import GuardsSection
 from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress
-from apr_dist.model.matmul import mm
+from apr_dist.model.kernels.products import mm
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.engine import prepare

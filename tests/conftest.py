@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from builders.kernels import KernelCase
     from builders.runs import Inputs
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -42,6 +44,23 @@ def strategies(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path
     from builders.several import make_runs  # noqa: PLC0415  (imports PyTorch; most tests do not need it)
 
     return make_runs(inputs, shared_folder(tmp_path_factory) / "strategies")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for ``kernels`` runs on every set of kernels that this machine has."""
+    if "kernels" in metafunc.fixturenames:
+        from builders.kernels import CASES  # noqa: PLC0415  (imports PyTorch; most tests do not need it)
+
+        metafunc.parametrize("kernels", CASES, indirect=True)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[KernelCase]:
+    """A set of kernels, and where it computes."""
+    from builders.kernels import kernel_case  # noqa: PLC0415  (imports PyTorch; most tests do not need it)
+
+    with kernel_case(request.param) as case:
+        yield case
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:

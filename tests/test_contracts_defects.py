@@ -23,7 +23,7 @@ from apr_dist.data.loader import EvaluationLoader, TokenLoader
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode, ModelFileError
 from apr_dist.gates.architecture import HeadFacts, check_dimensions, check_family
-from apr_dist.model.config import Family
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import init_weights
 from apr_dist.runs.checkpoint import checkpoint_metadata
 from apr_dist.training.optimizer import apply_lr, build_optimizer

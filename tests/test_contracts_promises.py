@@ -24,7 +24,8 @@ from apr_dist.errors import ExitCode, UsageError, WeightsRefused
 from apr_dist.gates.losses import final_gates
 from apr_dist.gates.preflight import run_preflight
 from apr_dist.gates.weights import check_values
-from apr_dist.model.config import Family, preset
+from apr_dist.model.config import preset
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder, init_weights
 from apr_dist.parallel import gather
 from apr_dist.parallel import runtime as processes

@@ -13,7 +13,8 @@ from apr_dist.contracts.repository import read_contracts
 from apr_dist.errors import AprDistError
 from apr_dist.gates.architecture import HeadFacts, check_dimensions, check_family
 from apr_dist.gates.vocabulary import check_tokenizer
-from apr_dist.model.config import Family, parameter_shapes, preset
+from apr_dist.model.config import parameter_shapes, preset
+from apr_dist.model.families import Family
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = {table.id: table for contract in read_contracts(ROOT)[0] for table in contract.body.decision_tables}

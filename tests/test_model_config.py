@@ -10,7 +10,8 @@ import pytest
 from builders.models import tiny_config
 
 from apr_dist.errors import ArchitectureRefused, UsageError
-from apr_dist.model.config import PRESETS, Family, TransformerConfig, parameter_shapes, preset
+from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
+from apr_dist.model.families import Family
 from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
 
 FIELDS = (

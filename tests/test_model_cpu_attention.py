@@ -11,16 +11,17 @@ import torch.nn.functional as F  # noqa: N812
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch.profiler import ProfilerActivity, profile
 
-from apr_dist.model import attention, cpu_attention, matmul
 from apr_dist.model.checkpointing import Checkpointing
-from apr_dist.model.matmul import MatmulBackend, cpu_matmul_backend
+from apr_dist.model.kernels import cpu_attention, products
+from apr_dist.model.kernels.cpu import CpuKernels
+from apr_dist.model.kernels.products import MatmulBackend, cpu_matmul_backend
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture
 def _onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(matmul.BACKEND_VARIABLE, MatmulBackend.ONEDNN)
+    monkeypatch.setenv(products.BACKEND_VARIABLE, MatmulBackend.ONEDNN)
     cpu_matmul_backend.cache_clear()
     if cpu_matmul_backend() is not MatmulBackend.ONEDNN:
         pytest.skip("this PyTorch has no oneDNN")
@@ -97,13 +98,13 @@ def test_blocks_change_nothing_but_rounding(blocks: dict[str, Any], monkeypatch:
 @pytest.mark.usefixtures("_onednn")
 def test_it_is_chosen_where_sequences_are_long_and_only_for_whole_sequences() -> None:
     long, short = heads(1024), heads(100)
-    assert cpu_attention.has_causal_attention(*long[:2])
-    assert cpu_attention.has_causal_attention(*(tensor.bfloat16() for tensor in long[:2]))
-    assert not cpu_attention.has_causal_attention(*short[:2])
-    assert not cpu_attention.has_causal_attention(*(tensor.bfloat16() for tensor in short[:2]))
-    assert not cpu_attention.has_causal_attention(long[0][:, -200:], long[1])
-    assert not cpu_attention.has_causal_attention(*(tensor.half() for tensor in long[:2]))
-    own = attention.causal_attention(*long)
+    assert cpu_attention.is_faster(*long[:2])
+    assert cpu_attention.is_faster(*(tensor.bfloat16() for tensor in long[:2]))
+    assert not cpu_attention.is_faster(*short[:2])
+    assert not cpu_attention.is_faster(*(tensor.bfloat16() for tensor in short[:2]))
+    assert not cpu_attention.is_faster(long[0][:, -200:], long[1])
+    assert not cpu_attention.is_faster(*(tensor.half() for tensor in long[:2]))
+    own = CpuKernels().causal()(*long)
     assert torch.equal(own, cpu_attention.causal_attention(*long))
     theirs = F.scaled_dot_product_attention(
         *(tensor.transpose(1, 2) for tensor in long), is_causal=True, enable_gqa=True
@@ -114,9 +115,8 @@ def test_it_is_chosen_where_sequences_are_long_and_only_for_whole_sequences() ->
 @pytest.mark.usefixtures("_onednn")
 def test_a_window_goes_to_the_kernel_that_has_one() -> None:
     tensors = heads(1024)
-    assert not torch.equal(
-        attention.causal_attention(*tensors, window=10), attention.causal_attention(*tensors)
-    )
+    kernels = CpuKernels()
+    assert not torch.equal(kernels.causal(10)(*tensors), kernels.causal()(*tensors))
 
 
 @pytest.mark.usefixtures("_onednn")

@@ -9,10 +9,11 @@ from builders.models import tiny_config
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from apr_dist.model import packing
 from apr_dist.model.checkpointing import Checkpointing
-from apr_dist.model.config import Family
-from apr_dist.model.packing import Boundaries, PackedKernel, find_documents
+from apr_dist.model.families import Family
+from apr_dist.model.kernels import KernelChoice, cuda
+from apr_dist.model.kernels.choice import SETS
+from apr_dist.model.packing import Boundaries
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import engine
 from apr_dist.parallel.runtime import start
@@ -22,7 +23,7 @@ VARLEN = "torch_attn::_varlen_attn"
 
 @pytest.fixture(autouse=True)
 def _new_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "packed_kernel", lambda *_: PackedKernel.VARLEN)
+    monkeypatch.setattr(cuda, "has_varlen", lambda *_: True)
 
 
 @pytest.mark.parametrize("family", list(Family))
@@ -47,20 +48,26 @@ def test_a_sliding_window_is_the_kernels_and_no_mask() -> None:
     assert all(made[-2:] != (50, 50) for call in operators.calls for made in call.made)
 
 
-@pytest.mark.parametrize("kernel", [PackedKernel.VARLEN, PackedKernel.FLEX])
-def test_documents_known_beforehand_are_prepared_without_a_wait(kernel: PackedKernel) -> None:
+@pytest.mark.parametrize("varlen", [True, False], ids=["varlen", "flex"])
+def test_documents_known_beforehand_are_prepared_without_a_wait(
+    varlen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "has_varlen", lambda *_: varlen)
     # A tensor that is only imagined has no value to wait for: asking for one is an error.
     with imagined_cuda():
         documents = Boundaries(torch.zeros(9, dtype=torch.int32), (2, 300))
-        find_documents(documents, dtype=torch.bfloat16, kernel=kernel)
+        SETS[KernelChoice.CUDA].attention(
+            (2, 300), documents.edges.device, dtype=torch.bfloat16, documents=documents
+        )
         with pytest.raises(DynamicOutputShapeException):
-            find_documents(torch.zeros(2, 300, dtype=torch.int32), dtype=torch.bfloat16, kernel=kernel)
+            Boundaries.from_ids(torch.zeros(2, 300, dtype=torch.int32))
 
 
 def test_a_compiled_block_takes_any_number_of_documents() -> None:
     torch.compiler.reset()
     with torch.device("meta"):
         model = Decoder(tiny_config())
+        model.use_kernels(SETS[KernelChoice.CUDA])
         model.compile_blocks(backend="aot_eager")
         tokens = torch.zeros(2, 19, dtype=torch.int32)
         graphs = []
@@ -77,6 +84,7 @@ def test_selective_checkpointing_keeps_the_attention_of_packed_documents() -> No
     documents = Boundaries(torch.zeros(4, dtype=torch.int32, device="meta"), (2, 19))
     with torch.device("meta"):
         model = Decoder(tiny_config())
+    model.use_kernels(SETS[KernelChoice.CUDA])
     found = {}
     for mode in (Checkpointing.FULL, Checkpointing.SELECTIVE):
         model.set_checkpointing(mode)
@@ -106,7 +114,7 @@ def test_under_autocast_a_norm_is_cast_once_for_all_maps_that_read_it() -> None:
         block = Decoder(tiny_config()).model.layers[0]
         x = torch.zeros(2, 19, 32)
         with Operators() as operators:
-            block.mlp(x, block.post_attention_layernorm)
+            block.mlp(block.post_attention_layernorm(x))
     # The norm's output, and the three weights, which autocast keeps for the next use.
     casts = [call for call in operators.named("aten::_to_copy") if call.made != [torch.Size([32])]]
     assert [tuple(call.made[0]) for call in casts].count((2, 19, 32)) == 1

@@ -10,10 +10,11 @@ from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from apr_dist.model import matmul
-from apr_dist.model.config import Family, preset
+from apr_dist.model.config import preset
+from apr_dist.model.families import Family
 from apr_dist.model.flops import LOGITS_CHUNK_BYTES, flops_per_token, logits_chunk, peak_flops
-from apr_dist.model.matmul import cpu_matmul_backend
+from apr_dist.model.kernels import products as matmul
+from apr_dist.model.kernels.products import cpu_matmul_backend
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from builders.models import tiny_config, tiny_decoder
 from builders.reference import reference_model
 
 from apr_dist.errors import UsageError
-from apr_dist.model.config import Family
+from apr_dist.model.families import Family
 from apr_dist.model.generation import Sampling, choose, generate, stream
 
 PROMPT = [5, 17, 3, 88, 41]

@@ -1,27 +1,34 @@
-"""The chunked loss is the plain loss, value and gradients, without the logits."""
+"""The chunked loss is the loss of the textbook, value and gradients, without the logits."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from builders.kernels import KernelCase
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apr_dist.errors import UsageError
-from apr_dist.model import chunked_loss
-from apr_dist.model.loss import (
-    LossBackend,
-    choose_loss_backend,
-    cross_entropy_parts,
-    cross_entropy_sum,
-    plain_cross_entropy_sum,
-)
+from apr_dist.model.kernels import KernelChoice, cuda
+from apr_dist.model.kernels import loss as chunked_loss
+from apr_dist.model.kernels.choice import SETS
+from apr_dist.model.kernels.loss import Loss, cross_entropy_of
 
 VOCAB, HIDDEN = 301, 24
+
+CrossEntropy = Callable[..., Loss]
+
+
+@pytest.fixture
+def cross_entropy(kernels: KernelCase) -> CrossEntropy:
+    """The chunked loss of each set of kernels."""
+    if not kernels.kernels.has_own_loss(z_loss=0.0):
+        pytest.skip("this set takes Liger's loss")
+    return kernels.kernels.cross_entropy
 
 
 def problem(*, tokens: int = 37, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -33,6 +40,10 @@ def problem(*, tokens: int = 37, dtype: torch.dtype = torch.float32) -> tuple[to
     return hidden, head, targets
 
 
+def textbook(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *, z_loss: float = 0.0) -> Loss:
+    return cross_entropy_of(F.linear(hidden, head), targets, z_loss=z_loss)
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).abs().max() / expected.abs().max())
@@ -40,11 +51,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("chunk", [1, 7, 37, 100])
-def test_value_and_gradients_equal_the_plain_loss(chunk: int, z_loss: float) -> None:
+def test_value_and_gradients_equal_the_plain_loss(
+    chunk: int, z_loss: float, cross_entropy: CrossEntropy
+) -> None:
     hidden, head, targets = problem()
-    exact, exact_count = plain_cross_entropy_sum(hidden.double(), head.double(), targets, z_loss=z_loss)
+    exact, _, exact_count = textbook(hidden.double(), head.double(), targets, z_loss=z_loss)
     expected = torch.autograd.grad(exact / 3, (hidden, head))
-    total, count = cross_entropy_sum(hidden, head, targets, z_loss=z_loss, chunk_tokens=chunk)
+    total, _, count = cross_entropy(hidden, head, targets, z_loss=z_loss, chunk_tokens=chunk)
     found = torch.autograd.grad(total / 3, (hidden, head))
     assert relative(total, exact) < 1e-6
     assert count == exact_count == 29
@@ -55,28 +68,32 @@ def test_value_and_gradients_equal_the_plain_loss(chunk: int, z_loss: float) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_without_gradients_the_value_has_the_same_bits(dtype: torch.dtype, z_loss: float) -> None:
+def test_without_gradients_the_value_has_the_same_bits(
+    dtype: torch.dtype, z_loss: float, cross_entropy: CrossEntropy
+) -> None:
     hidden, head, targets = problem(dtype=dtype)
-    trained = cross_entropy_parts(hidden, head, targets, z_loss=z_loss, chunk_tokens=7)
+    trained = cross_entropy(hidden, head, targets, z_loss=z_loss, chunk_tokens=7)
     with torch.no_grad():
-        evaluated = cross_entropy_parts(hidden, head, targets, z_loss=z_loss, chunk_tokens=7)
+        evaluated = cross_entropy(hidden, head, targets, z_loss=z_loss, chunk_tokens=7)
     for one, other in zip(trained, evaluated, strict=True):
         assert torch.equal(one, other)
 
 
-def test_many_blocks_of_the_vocabulary_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_blocks_of_the_vocabulary_add_up(
+    monkeypatch: pytest.MonkeyPatch, cross_entropy: CrossEntropy
+) -> None:
     monkeypatch.setattr(chunked_loss, "HEAD_GRADIENT_ROWS", 100)
     hidden, head, targets = problem()
-    expected = torch.autograd.grad(plain_cross_entropy_sum(hidden, head, targets)[0], head)[0]
-    found = torch.autograd.grad(cross_entropy_sum(hidden, head, targets, chunk_tokens=10)[0], head)[0]
+    expected = torch.autograd.grad(textbook(hidden, head, targets)[0], head)[0]
+    found = torch.autograd.grad(cross_entropy(hidden, head, targets, chunk_tokens=10)[0], head)[0]
     assert relative(found, expected) < 1e-6
 
 
-def test_bf16_accumulates_in_f32_and_stays_near_the_f32_loss() -> None:
+def test_bf16_accumulates_in_f32_and_stays_near_the_f32_loss(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem(dtype=torch.bfloat16)
-    exact, _ = plain_cross_entropy_sum(hidden.double(), head.double(), targets)
+    exact, *_ = textbook(hidden.double(), head.double(), targets)
     expected = torch.autograd.grad(exact, (hidden, head))
-    total, _ = cross_entropy_sum(hidden, head, targets, chunk_tokens=4)
+    total, *_ = cross_entropy(hidden, head, targets, chunk_tokens=4)
     found = torch.autograd.grad(total, (hidden, head))
     assert total.dtype is torch.float32
     assert relative(total, exact) < 2e-3
@@ -85,40 +102,42 @@ def test_bf16_accumulates_in_f32_and_stays_near_the_f32_loss() -> None:
         assert relative(one, other) < 2e-2
 
 
-def test_a_f32_head_gets_the_sum_of_its_chunks_unrounded() -> None:
+def test_a_f32_head_gets_the_sum_of_its_chunks_unrounded(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, _ = cross_entropy_sum(hidden, head, targets, chunk_tokens=4)
+        total, *_ = cross_entropy(hidden, head, targets, chunk_tokens=4)
     (gradient,) = torch.autograd.grad(total, head)
     assert gradient.dtype is torch.float32
     assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
-def test_no_tokens_have_no_loss_and_no_gradient() -> None:
+def test_no_tokens_have_no_loss_and_no_gradient(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem(tokens=0)
-    total, count = cross_entropy_sum(hidden, head, targets)
+    total, _, count = cross_entropy(hidden, head, targets)
     d_hidden, d_head = torch.autograd.grad(total, (hidden, head))
     assert (total.item(), count.item(), d_hidden.numel()) == (0.0, 0, 0)
     assert not d_head.any()
 
 
-def test_autocast_computes_in_its_type_and_returns_gradients_in_the_parameters() -> None:
+def test_autocast_computes_in_its_type_and_returns_gradients_in_the_parameters(
+    cross_entropy: CrossEntropy,
+) -> None:
     hidden, head, targets = problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, _ = cross_entropy_sum(hidden, head, targets)
+        total, *_ = cross_entropy(hidden, head, targets)
     total.backward()
-    exact, _ = cross_entropy_sum(hidden.bfloat16(), head.bfloat16(), targets)
+    exact, *_ = cross_entropy(hidden.bfloat16(), head.bfloat16(), targets)
     assert torch.equal(total, exact)
     assert head.grad is not None
     assert head.grad.dtype is torch.float32
 
 
-def test_without_gradients_the_value_is_the_same_to_the_last_digits() -> None:
+def test_without_gradients_the_value_is_the_same_to_the_last_digits(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem()
-    total, _ = cross_entropy_sum(hidden, head, targets)
+    total, *_ = cross_entropy(hidden, head, targets)
     with torch.no_grad():
-        evaluated, _ = cross_entropy_sum(hidden, head, targets)
-    detached, _ = cross_entropy_sum(hidden.detach(), head.detach(), targets)
+        evaluated, *_ = cross_entropy(hidden, head, targets)
+    detached, *_ = cross_entropy(hidden.detach(), head.detach(), targets)
     assert not evaluated.requires_grad
     assert not detached.requires_grad
     assert relative(evaluated, total) < 1e-6
@@ -126,49 +145,51 @@ def test_without_gradients_the_value_is_the_same_to_the_last_digits() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
-def test_a_frozen_input_gets_no_gradient_and_the_other_one_the_same(frozen: str) -> None:
+def test_a_frozen_input_gets_no_gradient_and_the_other_one_the_same(
+    frozen: str, cross_entropy: CrossEntropy
+) -> None:
     hidden, head, targets = problem()
-    whole = torch.autograd.grad(cross_entropy_sum(hidden, head, targets)[0], (hidden, head))
+    whole = torch.autograd.grad(cross_entropy(hidden, head, targets)[0], (hidden, head))
     if frozen == "hidden":
-        found = torch.autograd.grad(cross_entropy_sum(hidden.detach(), head, targets)[0], head)[0]
+        found = torch.autograd.grad(cross_entropy(hidden.detach(), head, targets)[0], head)[0]
         assert torch.equal(found, whole[1])
     else:
-        found = torch.autograd.grad(cross_entropy_sum(hidden, head.detach(), targets)[0], hidden)[0]
+        found = torch.autograd.grad(cross_entropy(hidden, head.detach(), targets)[0], hidden)[0]
         assert torch.equal(found, whole[0])
 
 
-def test_int32_targets_and_a_batch_dimension_are_taken_as_they_come() -> None:
+def test_int32_targets_and_a_batch_dimension_are_taken_as_they_come(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem(tokens=36)
-    flat = cross_entropy_sum(hidden, head, targets)
-    batched = cross_entropy_sum(hidden.view(4, 9, -1), head, targets.view(4, 9).int())
+    flat = cross_entropy(hidden, head, targets)
+    batched = cross_entropy(hidden.view(4, 9, -1), head, targets.view(4, 9).int())
     assert torch.equal(flat[0], batched[0])
-    assert batched[1].dtype is torch.int64
+    assert batched[2].dtype is torch.int64
 
 
-def test_no_target_at_all_is_a_zero_with_zero_gradients() -> None:
+def test_no_target_at_all_is_a_zero_with_zero_gradients(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem()
-    total, count = cross_entropy_sum(hidden, head, torch.full_like(targets, -100))
+    total, _, count = cross_entropy(hidden, head, torch.full_like(targets, -100))
     gradients = torch.autograd.grad(total, (hidden, head))
     assert (total.item(), count.item()) == (0.0, 0)
     assert all(gradient.abs().max() == 0 for gradient in gradients)
 
 
-def test_huge_logits_neither_overflow_nor_lose_the_loss() -> None:
+def test_huge_logits_neither_overflow_nor_lose_the_loss(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem()
-    total, _ = cross_entropy_sum(hidden * 1e4, head, targets)
-    exact, _ = plain_cross_entropy_sum(hidden.double() * 1e4, head.double(), targets)
+    total, *_ = cross_entropy(hidden * 1e4, head, targets)
+    exact, *_ = textbook(hidden.double() * 1e4, head.double(), targets)
     assert relative(total, exact) < 1e-6
 
 
-def test_a_second_backward_is_refused_rather_than_silent() -> None:
+def test_a_second_backward_is_refused_rather_than_silent(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem()
-    total, _ = cross_entropy_sum(hidden, head, targets)
+    total, *_ = cross_entropy(hidden, head, targets)
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already handed on"):
         total.backward()
 
 
-def test_the_largest_temporary_is_one_chunk_of_logits() -> None:
+def test_the_largest_temporary_is_one_chunk_of_logits(cross_entropy: CrossEntropy) -> None:
     hidden, head, targets = problem(tokens=64)
     largest = 0
 
@@ -181,43 +202,37 @@ def test_the_largest_temporary_is_one_chunk_of_logits() -> None:
             return out
 
     with Sizes():
-        cross_entropy_sum(hidden, head, targets, chunk_tokens=4)[0].backward()
+        cross_entropy(hidden, head, targets, chunk_tokens=4)[0].backward()
     assert largest == VOCAB * HIDDEN
 
 
-def test_pytorchs_own_loss_is_the_same_where_it_is_asked_for() -> None:
+def test_pytorchs_own_loss_is_the_same(cross_entropy: CrossEntropy) -> None:
     if not hasattr(F, "linear_cross_entropy"):
         pytest.skip("this PyTorch has no linear_cross_entropy")
     hidden, head, targets = problem()
-    exact, _ = plain_cross_entropy_sum(hidden, head, targets)
-    total, count = cross_entropy_sum(hidden, head, targets, backend=LossBackend.TORCH)
-    assert relative(total, exact) < 1e-6
-    assert count == 29
-    expected = torch.autograd.grad(exact, (hidden, head))
+    theirs = F.linear_cross_entropy(hidden, head, targets, reduction="sum", ignore_index=-100)
+    total, *_ = cross_entropy(hidden, head, targets)
+    assert relative(total, theirs) < 1e-6
+    expected = torch.autograd.grad(theirs, (hidden, head))
     for one, other in zip(torch.autograd.grad(total, (hidden, head)), expected, strict=True):
         assert relative(one, other) < 1e-5
 
 
-def test_z_loss_is_refused_where_it_would_be_dropped() -> None:
-    with pytest.raises(UsageError, match=r"z_loss is 0\.1 with the loss backend torch"):
-        cross_entropy_sum(*problem(), z_loss=0.1, backend=LossBackend.TORCH)
-
-
 LIGER = """
 import torch
-from apr_dist.model.loss import LossBackend, cross_entropy_sum
+from apr_dist.model.kernels.cuda import liger_cross_entropy
+from apr_dist.model.kernels.plain import Kernels
 generator = torch.Generator().manual_seed(0)
 hidden = torch.randn(37, 24, generator=generator).requires_grad_()
 head = torch.randn(301, 24, generator=generator).requires_grad_()
 targets = torch.randint(301, (37,), generator=generator)
 targets[::5] = -100
-for z_loss in (0.0, 1e-2):
-    results = []
-    for backend in (LossBackend.CHUNKED, LossBackend.LIGER):
-        total, _ = cross_entropy_sum(hidden, head, targets, z_loss=z_loss, backend=backend)
-        results.append([total.detach(), *torch.autograd.grad(total, (hidden, head))])
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5), (one, other)
+results = []
+chunked = Kernels().cross_entropy(hidden, head, targets).total
+for total in (chunked, liger_cross_entropy(hidden, head, targets)):
+    results.append([total.detach(), *torch.autograd.grad(total, (hidden, head))])
+for one, other in zip(*results, strict=True):
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-5), (one, other)
 """
 
 
@@ -230,5 +245,12 @@ def test_ligers_loss_is_the_same_under_its_interpreter() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_the_cpu_uses_the_projects_own_loss() -> None:
-    assert choose_loss_backend(torch.device("cpu")) is LossBackend.CHUNKED
+def test_liger_is_cudas_loss_except_with_z_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = SETS[KernelChoice.CUDA]
+    monkeypatch.setattr(cuda, "find_spec", lambda _: object())
+    assert not kernels.has_own_loss(z_loss=0.0)
+    assert kernels.describe(z_loss=0.0) == "cuda kernels, loss liger"
+    assert kernels.has_own_loss(z_loss=0.1)
+    assert kernels.describe(z_loss=0.1) == "cuda kernels, loss chunked"
+    monkeypatch.setattr(cuda, "find_spec", lambda _: None)
+    assert kernels.has_own_loss(z_loss=0.0)

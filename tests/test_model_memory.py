@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
+from builders.kernels import KernelCase
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
+from apr_dist.choices import KernelChoice
 from apr_dist.model.checkpointing import Checkpointing
-from apr_dist.model.config import Family
-from apr_dist.model.loss import LossBackend, cross_entropy_sum, plain_cross_entropy_sum
+from apr_dist.model.families import Family
+from apr_dist.model.kernels.choice import SETS
+from apr_dist.model.kernels.loss import cross_entropy_of
 from apr_dist.model.transformer import Decoder
 
 KEEPING_LESS = [Checkpointing.FULL, Checkpointing.SELECTIVE]
@@ -42,9 +46,9 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], *, with
 
 @pytest.mark.parametrize("mode", KEEPING_LESS)
 @pytest.mark.parametrize("family", Family)
-def test_checkpointing_changes_no_digit(family: Family, mode: Checkpointing) -> None:
-    model = tiny_decoder(tiny_config(family))
-    tokens = random_tokens(model.config, (2, 17))
+def test_checkpointing_changes_no_digit(family: Family, mode: Checkpointing, kernels: KernelCase) -> None:
+    model = kernels.put(tiny_decoder(tiny_config(family)))
+    tokens = random_tokens(model.config, (2, 17)).to(kernels.device)
     expected = loss_and_gradients(model, tokens)
     model.set_checkpointing(mode)
     assert_same(loss_and_gradients(model, tokens), expected, within=0.0)
@@ -59,8 +63,10 @@ def kept_bytes(model: Decoder, tokens: torch.Tensor) -> int:
     return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-def test_each_mode_keeps_less_than_the_one_before() -> None:
+@pytest.mark.parametrize("choice", [KernelChoice.PLAIN, KernelChoice.CPU])
+def test_each_mode_keeps_less_than_the_one_before(choice: KernelChoice) -> None:
     model = tiny_decoder(tiny_config(num_layers=4, hidden_size=64, head_dim=16, intermediate_size=192))
+    model.use_kernels(SETS[choice])
     tokens = random_tokens(model.config, (2, 64))
     kept = {}
     for mode in (Checkpointing.OFF, Checkpointing.SELECTIVE, Checkpointing.FULL):
@@ -84,7 +90,7 @@ def peak_bytes(compute: Callable[[], torch.Tensor]) -> int:
     return peak
 
 
-def test_the_loss_of_qwens_vocabulary_takes_a_tenth_of_the_plain_ones_memory() -> None:
+def test_the_loss_of_qwens_vocabulary_takes_a_tenth_of_the_plain_ones_memory(kernels: KernelCase) -> None:
     vocab, hidden_size, tokens = 151_936, 16, 1536
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, generator=generator).requires_grad_()
@@ -92,8 +98,8 @@ def test_the_loss_of_qwens_vocabulary_takes_a_tenth_of_the_plain_ones_memory() -
     targets = torch.randint(vocab, (tokens,), generator=generator)
     peaks = []
     for compute in (
-        lambda: cross_entropy_sum(hidden, head, targets, backend=LossBackend.CHUNKED)[0],
-        lambda: plain_cross_entropy_sum(hidden, head, targets)[0],
+        lambda: kernels.kernels.cross_entropy(hidden, head, targets).total,
+        lambda: cross_entropy_of(F.linear(hidden, head), targets).total,
     ):
         hidden.grad = head.grad = None
         peaks.append(peak_bytes(compute) - 4 * (tokens + vocab) * hidden_size)  # the gradients stay

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from builders.cuda import Operators
+from builders.kernels import KernelCase
 from builders.models import random_tokens, tiny_config, tiny_decoder
+from builders.reference import reference_model
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention import varlen
 
-from apr_dist.model import packing, transformer
-from apr_dist.model.attention import causal_attention
-from apr_dist.model.config import Family
-from apr_dist.model.packing import Boundaries, PackedKernel, attend_documents, find_documents, packed_kernel
+from apr_dist.model.families import Family
+from apr_dist.model.kernels import cuda
+from apr_dist.model.kernels.cuda import Flex, Varlen, block_mask
+from apr_dist.model.kernels.plain import Attend, Kernels
+from apr_dist.model.packing import Boundaries
 
 IDS = torch.tensor([[0] * 7 + [1] * 1 + [2] * 11, [4] * 3 + [5] * 9 + [3] * 7])
 WINDOWS = pytest.mark.parametrize("window", [None, 4])
@@ -43,19 +46,10 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: i
     return torch.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
-def attend(kernel: PackedKernel, window: int | None, *tensors: torch.Tensor) -> torch.Tensor:
-    documents = find_documents(IDS, dtype=torch.float32, window=window, kernel=kernel)
-
-    def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return causal_attention(query, key, value, window=window)
-
-    return attend_documents(*tensors, documents=documents, causal=causal, window=window)
-
-
-@WINDOWS
-def test_spans_equal_the_dense_mask_value_and_gradients(window: int | None) -> None:
+def assert_dense(attend: Attend, window: int | None) -> None:
+    """Values and gradients are those of the dense mask."""
     tensors = inputs()
-    found, expected = attend(PackedKernel.SPANS, window, *tensors), dense(*tensors, window)
+    found, expected = attend(*tensors), dense(*tensors, window)
     assert torch.allclose(found, expected, atol=1e-6)
     upstream = normal(*expected.shape, seed=3)
     for one, other in zip(
@@ -67,10 +61,19 @@ def test_spans_equal_the_dense_mask_value_and_gradients(window: int | None) -> N
 
 
 @WINDOWS
+def test_packed_documents_equal_the_dense_mask(window: int | None, kernels: KernelCase) -> None:
+    there = Boundaries.from_ids(IDS.to(kernels.device))
+    attend = kernels.kernels.attention(
+        (2, 19), kernels.device, dtype=torch.float32, window=window, documents=there
+    )
+    assert_dense(lambda *tensors: attend(*(one.to(kernels.device) for one in tensors)).cpu(), window)
+
+
+@WINDOWS
 def test_the_flex_mask_equals_the_dense_mask(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_compiled_flex", lambda: flex.flex_attention)
+    monkeypatch.setattr(cuda, "compiled_flex", lambda: flex.flex_attention)
     tensors = [tensor.detach() for tensor in inputs()]
-    found = attend(PackedKernel.FLEX, window, *tensors)
+    found = Flex(block_mask(Boundaries.from_ids(IDS), window))(*tensors)
     assert torch.allclose(found, dense(*tensors, window), atol=1e-5)
 
 
@@ -85,8 +88,7 @@ def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(length: int, w
         return (ids[row, query] == ids[row, key]) & near
 
     expected = flex.create_block_mask(visible, 3, None, length, length, device="cpu")
-    found = find_documents(ids, dtype=torch.float32, window=window, kernel=PackedKernel.FLEX).block_mask
-    assert found is not None
+    found = block_mask(Boundaries.from_ids(ids), window)
     assert found.shape == expected.shape
     for name in ("kv", "full_kv", "q", "full_q"):
         counts = getattr(found, f"{name}_num_blocks")
@@ -99,24 +101,18 @@ def test_the_blocks_of_flex_attention_are_those_of_the_dense_mask(length: int, w
 def test_documents_for_flex_attention_are_found_without_a_mask() -> None:
     ids = torch.arange(4096).expand(2, -1) // 700
     with Operators() as operators:
-        find_documents(ids, dtype=torch.float32, kernel=PackedKernel.FLEX)
+        block_mask(Boundaries.from_ids(ids), None)
     assert max(made.numel() for call in operators.calls for made in call.made) <= 2 * 4096
 
 
 def test_boundaries_may_be_known_beforehand() -> None:
     boundaries = Boundaries.from_ids(IDS)
-    assert find_documents(boundaries, dtype=torch.float32) == find_documents(IDS, dtype=torch.float32)
+    assert boundaries.edges.tolist() == [0, 7, 8, 19, 22, 31, 38]
+    assert boundaries.edges.dtype is torch.int32
+    assert boundaries.spans() == ((0, 0, 7), (0, 7, 8), (0, 8, 19), (1, 0, 3), (1, 3, 12), (1, 12, 19))
     assert boundaries.row(1).edges.tolist() == [0, 3, 12, 19]
     assert boundaries.row(0).shape == (1, 19)
     assert Boundaries.of_rows(2, 19, IDS.device).edges.tolist() == [0, 19, 38]
-
-
-def test_boundaries_of_the_variable_length_kernel_are_the_documents() -> None:
-    documents = find_documents(IDS, dtype=torch.bfloat16, kernel=PackedKernel.VARLEN)
-    assert documents.boundaries is not None
-    assert documents.boundaries.tolist() == [0, 7, 8, 19, 22, 31, 38]
-    assert documents.boundaries.dtype is torch.int32
-    assert documents.longest == 19
 
 
 def dense_varlen(
@@ -139,7 +135,8 @@ def dense_varlen(
     window = None if window_size[0] < 0 else window_size[0] + 1
     edges = zip(cu_seq_q.tolist(), cu_seq_k.tolist()[1:], strict=False)
     parts = ([tensor[None, a:b] for tensor in (query, key, value)] for a, b in edges)
-    return torch.cat([causal_attention(*part, window=window)[0] for part in parts])
+    causal = Kernels().causal(window)
+    return torch.cat([causal(*part)[0] for part in parts])
 
 
 def dense_varlen_of_groups(*args: Any, enable_gqa: bool = False, **options: Any) -> torch.Tensor:
@@ -157,35 +154,45 @@ def test_the_variable_length_kernel_is_called_as_its_signature_has_it(
     window: int | None, kernel: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    tensors = inputs()
-    found, expected = attend(PackedKernel.VARLEN, window, *tensors), dense(*tensors, window)
-    assert torch.allclose(found, expected, atol=1e-6)
-    for one, other in zip(
-        torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
-    ):
-        assert torch.allclose(one, other, atol=1e-5)
+    assert_dense(Varlen.of(Boundaries.from_ids(IDS), window), window)
 
 
 def test_rows_never_join_even_with_equal_ids() -> None:
-    documents = find_documents(torch.zeros(2, 5, dtype=torch.int64), dtype=torch.float32)
-    assert documents.spans == ((0, 0, 5), (1, 0, 5))
+    assert Boundaries.from_ids(torch.zeros(2, 5, dtype=torch.int64)).spans() == ((0, 0, 5), (1, 0, 5))
 
 
-def test_the_cpu_attends_document_by_document() -> None:
-    assert packed_kernel(torch.device("cpu"), torch.bfloat16) is PackedKernel.SPANS
-
-
-@pytest.mark.parametrize("family", [Family.QWEN3, Family.MISTRAL])
-def test_a_packed_row_gives_each_document_the_logits_it_has_alone(family: Family) -> None:
+@pytest.mark.parametrize("family", Family)
+def test_a_packed_row_is_to_each_document_what_the_reference_computes_of_it_alone(
+    family: Family, kernels: KernelCase
+) -> None:
+    """Logits, loss and gradients."""
     config = tiny_config(family, sliding_window=4 if family is Family.MISTRAL else None)
-    model, tokens = tiny_decoder(config), random_tokens(config, (2, 19))
-    packed = model(tokens, document_ids=IDS)
-    for row, start, stop in find_documents(IDS, dtype=torch.float32).spans:
-        alone = model(tokens[row : row + 1, start:stop])
-        assert torch.allclose(packed[row, start:stop], alone[0], atol=1e-4)
+    ours, tokens = tiny_decoder(config), random_tokens(config, (2, 19))
+    theirs = reference_model(ours)
+    kernels.put(ours)
+    there, ids = tokens.to(kernels.device), IDS.to(kernels.device)
+    packed = ours(there, document_ids=ids)
+    targets = torch.full_like(tokens, -100)
+    expected = torch.zeros(())
+    for row, start, stop in Boundaries.from_ids(IDS).spans():
+        alone = theirs(tokens[row : row + 1, start:stop]).logits[0]
+        assert (packed[row, start:stop].cpu() - alone).abs().max() < 1e-5
+        targets[row, start : stop - 1] = tokens[row, start + 1 : stop]
+        expected = expected + torch.nn.functional.cross_entropy(
+            alone[:-1], tokens[row, start + 1 : stop], reduction="sum"
+        )
+    expected.backward()
+    total, count = ours(there, targets.to(kernels.device), document_ids=ids)
+    total.backward()
+    assert count == 2 * 19 - 6
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    wanted = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        other = wanted[name]
+        assert (parameter.grad.cpu() - other).abs().max() < 1e-5 * other.abs().max() + 1e-6, name
 
 
-def test_a_sliding_window_is_one_mask_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sliding_window_is_one_mask_for_all_blocks() -> None:
     model = tiny_decoder(tiny_config(Family.MISTRAL, sliding_window=4))
     tokens = random_tokens(model.config, (2, 19))
     with Operators() as operators:
@@ -194,25 +201,24 @@ def test_a_sliding_window_is_one_mask_for_all_blocks(monkeypatch: pytest.MonkeyP
     compiled = tiny_decoder(model.config)
     compiled.compile_blocks(backend="eager")
     assert torch.allclose(compiled(tokens), found, atol=1e-5)
-    monkeypatch.setattr(transformer, "find_windows", lambda *_, **__: None)
-    assert torch.equal(model(tokens), found)
 
 
-def test_one_document_is_plain_causal_attention() -> None:
-    model = tiny_decoder()
-    tokens = random_tokens(model.config, (2, 19))
+def test_one_document_is_plain_causal_attention(kernels: KernelCase) -> None:
+    model = kernels.put(tiny_decoder())
+    tokens = random_tokens(model.config, (2, 19)).to(kernels.device)
     assert torch.allclose(model(tokens, document_ids=torch.zeros_like(tokens)), model(tokens), atol=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @WINDOWS
-@pytest.mark.parametrize("kernel", [PackedKernel.VARLEN, PackedKernel.FLEX])
-def test_cuda_kernels_equal_the_dense_mask(kernel: PackedKernel, window: int | None) -> None:
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+def test_cuda_kernels_equal_the_dense_mask(kernel: str, window: int | None) -> None:
     exact = dense(*inputs(), window)
     tensors = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in inputs()]
-    documents = find_documents(IDS.cuda(), dtype=torch.bfloat16, window=window, kernel=kernel)
-    found = attend_documents(*tensors, documents=documents, causal=causal_attention, window=window)
+    documents = Boundaries.from_ids(IDS.cuda())
+    attend = Varlen.of(documents, window) if kernel == "varlen" else Flex(block_mask(documents, window))
+    found = attend(*tensors)
     assert torch.allclose(found.float().cpu(), exact, atol=3e-2)
     found.float().sum().backward()
     assert all(torch.isfinite(tensor.grad).all() for tensor in tensors)  # type: ignore[arg-type]

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from builders.kernels import KernelCase
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch.autograd.graph import Node
 
+from apr_dist.choices import KernelChoice
 from apr_dist.model.checkpointing import Checkpointing
-from apr_dist.model.loss import LossBackend, cross_entropy_sum
+from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.transformer import Decoder
 
 Loss = Callable[[Decoder, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,7 +26,7 @@ def one_gradient(model: Decoder, inputs: torch.Tensor, targets: torch.Tensor) ->
 def added_by_autograd(model: Decoder, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The same loss from parts that know nothing of each other."""
     hidden = model.model(inputs)
-    return cross_entropy_sum(hidden, model.head_weight, targets, backend=LossBackend.CHUNKED)[0]
+    return model.kernels_for(hidden).cross_entropy(hidden, model.head_weight, targets).total
 
 
 def gradients(model: Decoder, loss: Loss, *, seeds: int = 1, ignore: bool = False) -> list[torch.Tensor]:
@@ -120,7 +122,6 @@ def test_without_gradients_or_with_a_frozen_embedding_the_loss_is_the_same() -> 
 
 def test_a_gradient_that_nobody_came_for_is_not_added_to_the_next() -> None:
     model = tiny_decoder()
-    model.loss_backend = LossBackend.CHUNKED
     tokens = random_tokens(model.config, (2, 9))
     total, _ = model(tokens[:, :-1], tokens[:, 1:])
     torch.autograd.grad(total, model.model.norm.weight)
@@ -138,15 +139,24 @@ def test_a_second_backward_is_still_refused() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("backend", [LossBackend.CHUNKED, LossBackend.TORCH])
-def test_every_backend_gives_the_gradient_of_the_textbook(backend: LossBackend, tied: bool) -> None:
-    if backend is LossBackend.TORCH and not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("this PyTorch has no linear_cross_entropy")
-    model = tiny_decoder(tiny_config(tie_word_embeddings=tied))
-    model.loss_backend = backend
+def test_every_set_of_kernels_gives_the_gradient_of_the_textbook(tied: bool, kernels: KernelCase) -> None:
+    model = kernels.put(tiny_decoder(tiny_config(tie_word_embeddings=tied)))
+
+    def here(model: Decoder, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return one_gradient(model, inputs.to(kernels.device), targets.to(kernels.device))
 
     def textbook(model: Decoder, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+        logits = model(inputs.to(kernels.device)).flatten(0, 1)
+        return F.cross_entropy(logits, targets.to(kernels.device).flatten(), reduction="sum")
 
-    for one, other in zip(gradients(model, one_gradient), gradients(model, textbook), strict=True):
+    for one, other in zip(gradients(model, here), gradients(model, textbook), strict=True):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_a_device_that_is_not_waited_for_adds_the_same_rows() -> None:
+    """As ``plain`` does it, of which CUDA's is one; in other order than autograd."""
+    model = tiny_decoder()
+    model.use_kernels(SETS[KernelChoice.PLAIN])
+    found, expected = gradients(model, one_gradient), gradients(model, added_by_autograd)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-6 * other.abs().max()

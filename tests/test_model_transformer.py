@@ -6,7 +6,8 @@ import pytest
 import torch
 from builders.models import random_tokens, tiny_config, tiny_decoder
 
-from apr_dist.model.config import Family, parameter_shapes
+from apr_dist.model.config import parameter_shapes
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder, init_weights
 
 TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -17,7 +17,8 @@ from builders.ranks import CASES, drawn, take_steps
 from builders.runs import REPOSITORY, metrics, run_script, verdict
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.runtime import Runtime, reset_state
 

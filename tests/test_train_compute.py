@@ -25,7 +25,8 @@ from apr_dist.config import TrainConfig
 from apr_dist.data.loader import TokenLoader
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import ReplicaEngine
 from apr_dist.runs.metrics import MetricsFile, StepMetrics

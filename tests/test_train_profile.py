@@ -14,7 +14,7 @@ import pytest
 
 from apr_dist.cli import main
 from apr_dist.errors import ExitCode
-from apr_dist.model.chunked_loss import IGNORE_INDEX
+from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.parallel.engine import ReplicaEngine
 from apr_dist.parallel.runtime import reset_state
 from apr_dist.training.profiling import PHASES, TRACED_STEPS

@@ -13,6 +13,7 @@ from apr_dist.choices import (
     Compile,
     Documents,
     FinalCheckpoint,
+    KernelChoice,
     Mode,
     Offload,
     OnNonFinite,
@@ -220,6 +221,10 @@ class ParallelSection(Section):
 class ComputeSection(Section):
     """How the network is computed; none of it changes what is trained but z_loss."""
 
+    kernels: KernelChoice = Field(
+        KernelChoice.AUTO,
+        description="implementation of the network: auto (by device), plain (PyTorch's own), cpu, cuda",
+    )
     compile: Compile = Field(
         Compile.OFF, description="block: every block by PyTorch's compiler; off: as it is"
     )

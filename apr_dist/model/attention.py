@@ -1,23 +1,19 @@
 """Causal self-attention with grouped queries, one module for every family.
 
-Keys and values are never repeated in memory: the kernel reads each KV head for its whole group of
-query heads. Which kernel runs is decided by ``torch``'s scaled dot-product attention, except where
-``cpu_attention`` is faster; packed documents are in ``packing``.
+Projections and rotation are here. What mixes the positions, with its window and packed documents, is given: a
+set of kernels makes it once per batch for all blocks (`Kernels.attention`).
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
-from apr_dist.model import cpu_attention
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.layers import Linear, RMSNorm, project_normed
-from apr_dist.model.packing import Documents, attend_documents, band
-from apr_dist.model.rotary import Rotation, rotate
+from apr_dist.model.kernels.plain import Attend
+from apr_dist.model.layers import Computed, Linear, RMSNorm
+from apr_dist.model.rotary import Rotation
 
 
 @dataclass
@@ -44,13 +40,12 @@ class LayerCache:
         return self._keys[:, :end], self._values[:, :end]
 
 
-class Attention(nn.Module):
+class Attention(Computed):
     """q, k, v, o projections around causal attention; biases and q/k norms as the family has them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.sliding_window = config.sliding_window
         hidden = config.hidden_size
         self.q_proj = Linear(hidden, config.query_size, bias=config.qkv_bias)
         self.k_proj = Linear(hidden, config.kv_size, bias=config.qkv_bias)
@@ -60,71 +55,21 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation,
-        documents: Documents | None = None,
-        cache: LayerCache | None = None,
-        *,
-        norm: RMSNorm,
+        self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None
     ) -> Tensor:
         """``[batch, seq, hidden]`` to the same shape; position ``i`` sees positions up to ``i``.
 
         Args:
-            x: hidden states, before their norm.
+            x: hidden states.
             rotation: of the positions of ``x``.
-            documents: keep positions within their document or window.
+            attend: mixes the values of the positions that each one sees.
             cache: positions before those of ``x``, which are appended to it.
-            norm: what the projections read ``x`` through.
         """
-        heads = (*x.shape[:-1], -1, self.head_dim)
-        projections = project_normed(x, norm, (self.q_proj, self.k_proj, self.v_proj))
-        query, key, value = (projection.view(heads) for projection in projections)
+        heads, kernels = (*x.shape[:-1], -1, self.head_dim), self.kernels_for(x)
+        query, key, value = (project(x).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, rotation), rotate(key, rotation)
+        query, key = kernels.rotate(query, *rotation), kernels.rotate(key, *rotation)
         if cache is not None:
             key, value = cache.extend(key, value)
-        window = self.sliding_window
-        if documents is None:
-            mixed = causal_attention(query, key, value, window=window)
-        else:
-            causal = functools.partial(causal_attention, window=window, mask=documents.band)
-            mixed = attend_documents(query, key, value, documents=documents, causal=causal, window=window)
-        return self.o_proj(mixed.flatten(2))  # type: ignore[no-any-return]
-
-
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """Causal attention of ``[batch, new, heads, head_dim]`` over keys and values with fewer heads.
-
-    Args:
-        query: ``[batch, new, heads, head_dim]``, the last positions of the sequence.
-        key: ``[batch, seq, kv_heads, head_dim]``; head ``h`` of the query reads KV head
-            ``h // (heads / kv_heads)``.
-        value: like ``key``.
-        window: a position sees only the last ``window`` positions up to its own.
-        mask: that window as ``[new, seq]``, where it was made before.
-
-    Returns:
-        ``[batch, new, heads, head_dim]``.
-    """
-    new, length = query.shape[1], key.shape[1]
-    if new == 1 and window is not None:
-        key, value = key[:, -window:], value[:, -window:]
-    windowed = new > 1 and window is not None and window < length
-    masked = windowed or 1 < new < length
-    if not masked and cpu_attention.has_causal_attention(query, key):
-        return cpu_attention.causal_attention(query, key, value)
-    if masked and mask is None:
-        mask = band(new, length, window or length, query.device)
-    mixed = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask if masked else None,
-        is_causal=not masked and new > 1,
-        enable_gqa=key.shape[2] != query.shape[2],
-    )
-    return mixed.transpose(1, 2)
+        return self.o_proj(attend(query, key, value).flatten(2))  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import apr_dist.model.cpu_attention  # noqa: F401  (defines its operator)
+import apr_dist.model.kernels.cpu_attention  # noqa: F401  (defines its operator)
 
 
 class Checkpointing(StrEnum):

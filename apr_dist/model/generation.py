@@ -63,7 +63,7 @@ def stream(model: Decoder, prompt_ids: Sequence[int], sampling: Sampling | None 
     """
     sampling = sampling or Sampling()
     _check(model, prompt_ids, sampling)
-    device = model.head_weight.device
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(sampling.seed)
     caches = model.empty_caches(len(prompt_ids) + sampling.max_new_tokens)
     tokens = torch.tensor([list(prompt_ids)], device=device)

@@ -1,17 +1,16 @@
-"""Rotary position embedding in split halves: frequencies, tables, rotation (arXiv:2104.09864).
+"""Rotary position embedding in split halves: frequencies and tables (arXiv:2104.09864).
 
 Frequencies are stretched as the configuration's ``rope_scaling`` says, by the formulas of its
-sources. Angles, cosines and the rotation itself are f32 whatever the type of the model.
+sources. Angles, cosines and the rotation itself, which is a kernel, are f32 whatever the type of the model.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
@@ -73,40 +72,6 @@ def attention_factor(scaling: RopeScaling | None) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     return 0.1 * math.log(scaling.factor) + 1.0
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair ``(i, i + head_dim / 2)`` of ``[batch, seq, heads, head_dim]`` by its angle."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _Rotate.apply(x, *rotation)  # type: ignore[no-any-return,no-untyped-call]
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = rotation
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-class _Rotate(torch.autograd.Function):
-    """The rotation, whose gradient is the rotation back; keeps no activation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, direction=1.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(gradient, cos, sin, direction=-1.0), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, direction: float) -> Tensor:
-    wide = x.float()
-    half = x.shape[-1] // 2
-    first, second = wide[..., :half], wide[..., half:]
-    turned = torch.empty(x.shape, dtype=torch.float32)
-    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin, value=direction)
-    return turned.to(x.dtype)
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

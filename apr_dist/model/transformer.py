@@ -12,17 +12,17 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import Checkpointing, run_checkpointed
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.layers import Embedding, GatedMLP, Linear, RMSNorm, compute_dtype
-from apr_dist.model.loss import LossBackend, choose_loss_backend, cross_entropy_parts
-from apr_dist.model.packing import Boundaries, Documents, find_documents, find_windows
+from apr_dist.model.kernels.loss import cross_entropy_of
+from apr_dist.model.kernels.plain import Attend, Kernels, compute_dtype
+from apr_dist.model.kernels.tied_gradient import TiedGradient
+from apr_dist.model.layers import Computed, Embedding, GatedMLP, Head, RMSNorm
+from apr_dist.model.packing import Boundaries
 from apr_dist.model.rotary import RotaryEmbedding, Rotation
-from apr_dist.model.tied_gradient import TiedGradient
 
 INITIAL_STD = 0.02
 """Standard deviation of embeddings and projections at the start (``initializer_range`` of all families)."""
@@ -40,14 +40,10 @@ class DecoderBlock(nn.Module):
         self.checkpointing = Checkpointing.OFF
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation,
-        documents: Documents | None = None,
-        cache: LayerCache | None = None,
+        self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None
     ) -> Tensor:
         """``[batch, seq, hidden]`` to the same shape; arguments as `Attention.forward`."""
-        return self._run(x, rotation, documents, cache)
+        return self._run(x, rotation, attend, cache)
 
     def compile_compute(self, **options: Any) -> None:
         """Compile what this block computes, checkpointing included; hooks on the module stay outside.
@@ -56,24 +52,21 @@ class DecoderBlock(nn.Module):
         """
         self._run = torch.compile(self._run, **options)  # type: ignore[method-assign]
 
-    def _run(
-        self, x: Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
-    ) -> Tensor:
-        return run_checkpointed(self.checkpointing, self._compute, x, rotation, documents, cache)
+    def _run(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
+        return run_checkpointed(self.checkpointing, self._compute, x, rotation, attend, cache)
 
-    def _compute(
-        self, x: Tensor, rotation: Rotation, documents: Documents | None, cache: LayerCache | None
-    ) -> Tensor:
-        x = x + self.self_attn(x, rotation, documents, cache, norm=self.input_layernorm)
-        return x + self.mlp(x, self.post_attention_layernorm)  # type: ignore[no-any-return]
+    def _compute(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, attend, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
-class Backbone(nn.Module):
+class Backbone(Computed):
     """Everything before the head; ``model.`` in the parameter names."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.sliding_window = config.sliding_window
+        self.compiled = False
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -101,19 +94,24 @@ class Backbone(nn.Module):
         if position_ids is None:
             first = caches[0].length if caches else 0
             position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
+        if isinstance(document_ids, Tensor):
+            document_ids = Boundaries.from_ids(document_ids)
+        x = self.embed_tokens(input_ids, tied=tied) if tied else self.embed_tokens(input_ids)
         rotation = self.rotary(position_ids)
-        x = self.embed_tokens(input_ids, tied=tied)
-        documents, window, dtype = None, self.sliding_window, compute_dtype(x)
-        if document_ids is not None:
-            documents = find_documents(document_ids, dtype=dtype, window=window)
-        elif window is not None and caches is None:
-            documents = find_windows(input_ids, window, dtype=dtype)
+        attend = self.kernels_for(x, compiled=self.compiled).attention(
+            (input_ids.shape[0], input_ids.shape[1]),
+            x.device,
+            dtype=compute_dtype(x),
+            window=self.sliding_window,
+            documents=document_ids,
+            whole=caches is None,
+        )
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, documents, caches[index] if caches else None)
+            x = layer(x, rotation, attend, caches[index] if caches else None)
         return self.norm(x)  # type: ignore[no-any-return]
 
 
-class Decoder(nn.Module):
+class Decoder(Computed):
     """A causal language model: Llama, Qwen2, Qwen3 or Mistral as its configuration says."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -121,9 +119,8 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.loss_backend: LossBackend | None = None
         self.z_loss = 0.0
 
     @property
@@ -154,36 +151,47 @@ class Decoder(nn.Module):
             number of targets, int64)``. With ``z_loss`` set the sum is still the cross-entropy alone, and
             its gradient that of cross-entropy and z-loss together.
         """
-        backend = self.loss_backend or choose_loss_backend(input_ids.device, z_loss=self.z_loss)
-        tied = TiedGradient() if targets is not None and self._gives_one_gradient(backend) else None
+        tied = TiedGradient() if targets is not None and self._gives_one_gradient(input_ids) else None
         hidden = self.model(input_ids, position_ids, document_ids, caches, tied=tied)
         if targets is None:
             return self.logits(hidden)
-        weight = self.head_weight
-        if tied is not None:
-            hidden, weight = tied.catch(hidden, weight)
-        total, penalty, count = cross_entropy_parts(
-            hidden, weight, targets, z_loss=self.z_loss, backend=backend
-        )
-        return total - penalty, count
+        if isinstance(self.lm_head, Head):
+            loss = self.lm_head(hidden, targets, z_loss=self.z_loss)
+        elif self.lm_head is not None:  # what wraps the head knows no targets
+            loss = cross_entropy_of(self.lm_head(hidden), targets, z_loss=self.z_loss)
+        else:
+            weight = self.head_weight
+            if tied is not None:
+                hidden, weight = tied.catch(hidden, weight)
+            loss = self.kernels_for(hidden).cross_entropy(hidden, weight, targets, z_loss=self.z_loss)
+        return loss.total - loss.penalty, loss.targets
 
-    def _gives_one_gradient(self, backend: LossBackend) -> bool:
+    def _gives_one_gradient(self, x: Tensor) -> bool:
         """Whether head and embedding share a gradient, which only our own loss lets go of."""
+        embedding = self.model.embed_tokens
         return (
             self.lm_head is None
-            and backend is LossBackend.CHUNKED
+            and isinstance(embedding, Embedding)
+            and embedding.weight.requires_grad
             and torch.is_grad_enabled()
-            and self.model.embed_tokens.weight.requires_grad
-            and not torch.compiler.is_compiling()
+            and self.kernels_for(x).has_own_loss(z_loss=self.z_loss)
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` to logits ``[..., vocab]``."""
-        return F.linear(hidden, self.head_weight)
+        if self.lm_head is not None:
+            return self.lm_head(hidden)  # type: ignore[no-any-return]
+        return self.kernels_for(hidden).linear(hidden, self.head_weight, None)
 
     def empty_caches(self, capacity: int) -> list[LayerCache]:
         """One empty cache per block, for up to ``capacity`` positions."""
         return [LayerCache(capacity) for _ in self.model.layers]
+
+    def use_kernels(self, kernels: Kernels | None) -> None:
+        """Compute with one set on every device; None: with that of the device."""
+        for module in self.modules():
+            if isinstance(module, Computed):
+                module.kernels = kernels
 
     def set_checkpointing(self, mode: Checkpointing) -> None:
         """Choose what every block keeps for its backward pass."""
@@ -195,6 +203,7 @@ class Decoder(nn.Module):
 
         All blocks share their code, so it is compiled once per shape, in training and in evaluation.
         """
+        self.model.compiled = True
         for layer in self.model.layers:
             layer.compile_compute(fullgraph=True, dynamic=False, **options)  # type: ignore[operator]
 

@@ -27,7 +27,7 @@ from apr_dist.parallel.sharded import as_fsdp, held_here
 from apr_dist.parallel.sharding import assert_spread
 from apr_dist.parallel.step_clock import StepClock, StepPart
 from apr_dist.parallel.strategy import NOT_AS_ASKED
-from apr_dist.parallel.zero import vector_elements, zero_config
+from apr_dist.parallel.zero import ask_for_input_gradients, vector_elements, zero_config
 from apr_dist.parallel.zero_veto import Veto
 
 if TYPE_CHECKING:
@@ -254,6 +254,8 @@ class ZeroEngine(Engine):
             model=decoder, optimizer=optimizer, config=settings
         )
         self._assert_active(stage, grad_clip)
+        if runtime.strategy is Strategy.ZERO3:
+            ask_for_input_gradients(decoder)
         self._veto = Veto(self.optimizer)
         # Under ZeRO-3 only the engine's forward knows that a head may be the embedding's weight.
         self.evaluated = self._engine if runtime.strategy is Strategy.ZERO3 else decoder

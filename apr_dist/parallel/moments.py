@@ -37,6 +37,16 @@ class Stored(Protocol):
         """The same into blocks of codes."""
 
 
+def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that have moments, by name: those that are not frozen."""
+    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+def moment_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every moment of a model by name, with the shape of the whole tensor."""
+    return {f"{name}.{key}": whole_shape(weight) for name, weight in trained(model) for key in MOMENTS}
+
+
 def updates_done(optimizer: torch.optim.Optimizer) -> int:
     """How many updates the optimizer's state has seen; 0 where there is none yet."""
     return next((int(state[STEP]) for state in optimizer.state.values() if STEP in state), 0)
@@ -55,7 +65,7 @@ def moment_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: R
 
 def _torch_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime) -> Iterator[Piece]:
     copy, copies = runtime.rank // runtime.shard_size, runtime.world_size // runtime.shard_size
-    for name, weight in model.named_parameters():
+    for name, weight in trained(model):
         shape = whole_shape(weight)
         start, _ = span(shape, runtime, runtime.rank)
         for key in MOMENTS:
@@ -73,7 +83,7 @@ def _zero_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, runtime: Ru
 
     if runtime.strategy is not Strategy.ZERO3:
         _link(optimizer)
-    for name, weight in model.named_parameters():
+    for name, weight in trained(model):
         shape = whole_shape(weight)
         for key in MOMENTS:
             if runtime.strategy is Strategy.ZERO3:
@@ -105,7 +115,7 @@ def fill_moments(
     if runtime.strategy.zero_stage:
         _fill_zero(model, optimizer, updates, stored, runtime)
         return
-    for name, weight in model.named_parameters():
+    for name, weight in trained(model):
         start, _ = span(whole_shape(weight), runtime, runtime.rank)
         state = _blank(optimizer, weight, updates)
         for key in MOMENTS:
@@ -149,7 +159,7 @@ def _fill_zero(
         optimizer.state[part] = state
     if runtime.strategy is not Strategy.ZERO3:
         _link(optimizer)
-    for name, weight in model.named_parameters():
+    for name, weight in trained(model):
         for key in MOMENTS:
             HERE.moved()
             if runtime.strategy is Strategy.ZERO3:

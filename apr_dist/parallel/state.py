@@ -26,8 +26,8 @@ from apr_dist.atomic_files import AtomicFile
 from apr_dist.errors import AprDistError, OutputError
 from apr_dist.parallel.eight_bit import Quantized, code_values
 from apr_dist.parallel.exchange import Exchange
-from apr_dist.parallel.moments import MOMENTS, SCALES, fill_moments
-from apr_dist.parallel.pieces import Piece, whole_shape
+from apr_dist.parallel.moments import MOMENTS, SCALES, fill_moments, moment_shapes
+from apr_dist.parallel.pieces import Piece
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state_bits import BLOCK
 from apr_dist.parallel.state_index import FORMAT, STATE_DAMAGED, damaged_state, file_digest, read_index
@@ -140,12 +140,7 @@ def _load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, runt
     files = sorted(index["files"], key=lambda name: (name != mine, name))  # its own first, often enough
     parts = _Parts([folder / name for name in files])
     if index["updates"]:
-        shapes = {
-            f"{name}.{key}": whole_shape(weight)
-            for name, weight in model.named_parameters()
-            for key in MOMENTS
-        }
-        parts.refuse_others(shapes)
+        parts.refuse_others(moment_shapes(model))
         fill_moments(model, optimizer, updates=int(index["updates"]), stored=parts, runtime=runtime)
     if mine in files:
         _restore_random(folder / mine, runtime.device)

@@ -10,8 +10,12 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
+from torch import nn
+
 from apr_dist.choices import Offload
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
 
 BUCKET_ELEMENTS = 100_000_000
@@ -72,6 +76,22 @@ def zero_init(config: TransformerConfig, runtime: Runtime) -> contextlib.Abstrac
     # The type comes from the configuration: an explicit dtype is overruled on devices without f16.
     context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=settings)
     return context
+
+
+def ask_for_input_gradients(decoder: Decoder) -> None:
+    """Let the gradient of each trained block's input be computed, even where nothing before it is trained.
+
+    DeepSpeed reduces a block's gradients together when that of its input is there; where none would be, it
+    takes them before they are computed.
+    """
+
+    def require(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        trained = any(weight.requires_grad for weight in block.parameters())
+        if trained and torch.is_grad_enabled() and not inputs[0].requires_grad:
+            inputs[0].requires_grad_()
+
+    for block in decoder.model.layers:
+        block.register_forward_pre_hook(require, prepend=True)
 
 
 def vector_elements(config: TransformerConfig) -> int:

@@ -43,6 +43,7 @@ _FREE = {
         "loader.any_split",
         "evaluation.max_shared",
         "compute.activation_checkpointing",
+        "compute.kernels",
     ),
     *("early_stop.patience", "early_stop.min_evaluations", "evaluation.micro_batch_size", "log_every"),
 }

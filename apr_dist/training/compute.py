@@ -1,4 +1,4 @@
-"""How the network of a run is computed: checkpointing, compiled blocks and z-loss, as the keys say."""
+"""How the network of a run is computed: kernels, checkpointing, compiled blocks and z-loss."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from apr_dist.config import TrainConfig
 from apr_dist.errors import UsageError
 from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.host_memory import keep_freed_memory
-from apr_dist.model.loss import choose_loss_backend
-from apr_dist.model.matmul import cpu_matmul_backend
-from apr_dist.model.packing import packed_kernel
+from apr_dist.model.kernels.choice import choose_kernels, kernels_on
+from apr_dist.model.kernels.plain import Kernels
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
 
@@ -26,22 +25,24 @@ def set_up_compute(model: Decoder, config: TrainConfig, device: torch.device) ->
     which FSDP2 and ZeRO-3 gather its weights: any of them goes with any other.
 
     Raises:
-        UsageError: compiling was asked for on a machine that cannot.
+        UsageError: kernels or compiling were asked for that cannot be had here.
     """
     options = config.compute
+    compiled = options.compile is Compile.BLOCK
+    model.use_kernels(choose_kernels(options.kernels, device, compiled=compiled))
     model.set_checkpointing(Checkpointing(options.activation_checkpointing.value))
     model.z_loss = options.z_loss
-    if options.compile is Compile.BLOCK:
+    if compiled:
         _assert_can_compile(device)
         model.compile_blocks()
 
 
 def set_up_machine(config: TrainConfig, runtime: Runtime) -> str:
     """Let a CPU process keep the memory it frees, and say in one line where and how the run computes."""
-    how = f"loss {choose_loss_backend(runtime.device, z_loss=config.compute.z_loss)}"
+    how = _kernels(config, runtime.device).describe(z_loss=config.compute.z_loss)
     if runtime.device.type == "cpu":
         kept = "kept" if keep_freed_memory() else "returned"
-        how += f", products {cpu_matmul_backend()}, freed memory {kept}, {runtime.cpu_threads} thread(s) each"
+        how += f", freed memory {kept}, {runtime.cpu_threads} thread(s) each"
     if config.optimizer.state_bits == 8:
         how += ", AdamW's state in 8 bits"
     if described := describe_compute(config, runtime.device):
@@ -64,8 +65,14 @@ def describe_compute(config: TrainConfig, device: torch.device) -> str:
     if options.z_loss:
         parts.append(f"z-loss {options.z_loss:g}")
     if config.loader.documents is Documents.ISOLATE:
-        parts.append(f"documents isolated by {packed_kernel(device, dtype)}")
+        parts.append(f"documents isolated by {_kernels(config, device).isolation(device, dtype)}")
     return ", ".join(parts)
+
+
+def _kernels(config: TrainConfig, device: torch.device) -> Kernels:
+    """The set that computes the run; what is compiled on the CPU is the plain one's."""
+    compiled = config.compute.compile is Compile.BLOCK
+    return choose_kernels(config.compute.kernels, device, compiled=compiled) or kernels_on(device)
 
 
 def _assert_can_compile(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from apr_dist.data.documents import Documents, loss_mask
 from apr_dist.errors import DataError
-from apr_dist.model.chunked_loss import IGNORE_INDEX
+from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.model.packing import Boundaries
 from apr_dist.model.sending import send
 from apr_dist.parallel.runtime import Runtime

@@ -33,14 +33,21 @@ def build_optimizer(
     that trains ``alone`` the same fused kernel without loading PyTorch's compiler, see ``adamw``.
 
     Raises:
-        WeightsRefused: a trainable parameter is in no group or in two.
+        WeightsRefused: a trainable parameter is in no group or in two, or there is none.
         DistributedError: DeepSpeed's optimizer cannot be compiled.
         UsageError: 8 bits, and no matrix is large enough.
     """
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    if not parameters:
+        raise WeightsRefused(
+            "every parameter of the model is frozen",
+            expected="at least one whose requires_grad is true",
+            remedy="set requires_grad of what is to be trained before the optimizer is built",
+        )
     matrices = [weight for weight in parameters if len(whole_shape(weight)) >= 2]
     vectors = [weight for weight in parameters if len(whole_shape(weight)) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     if state_bits == 8:
         optimizer: torch.optim.Optimizer = AdamW8bit(_by_bits(model, groups), lr=lr, betas=betas, eps=eps)
     elif offloaded:

@@ -22,7 +22,7 @@ from apr_dist.config.text import load_config
 from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
 from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.preflight import run_preflight
-from apr_dist.model.chunked_loss import IGNORE_INDEX
+from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.parsing import parse_json
 from apr_dist.runs.display import Display
 from apr_dist.runs.folder import RunFolder, StepFolder

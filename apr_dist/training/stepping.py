@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress as DataProgress
-from apr_dist.model.chunked_loss import IGNORE_INDEX
+from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.parallel.engine import Engine
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.step_clock import StepMarks, StepPart

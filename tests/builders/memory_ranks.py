@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import save_weights, weight_parts

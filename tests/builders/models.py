@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from apr_dist.model.config import Family, TransformerConfig, parameter_shapes
+from apr_dist.model.config import TransformerConfig, parameter_shapes
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 
 

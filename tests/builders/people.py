@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apr_dist.model.checkpointing import Checkpointing
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 from apr_dist.planning.memory import Load
 from apr_dist.training.optimizer import build_optimizer

@@ -23,7 +23,8 @@ from apr_dist.choices import Strategy
 from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import NumericalInstability, OutputError, WeightsRefused
 from apr_dist.model.checkpointing import Checkpointing
-from apr_dist.model.config import Family, TransformerConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.engine import Engine, prepare

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from apr_dist.model.config import Family
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 
 

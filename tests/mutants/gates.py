@@ -188,17 +188,21 @@ MUTANTS: tuple[Change, ...] = (
         ARCH + "CUDA-002",
         "the command line gives the shape, the file the weights",
         PREFLIGHT,
-        "        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)",
-        "        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)\n"
+        "        found = prove_model_file(path, stack, say, read_weights)"
+        " if path else _from_scratch(config.model)",
+        "        found = prove_model_file(path, stack, say, read_weights)"
+        " if path else _from_scratch(config.model)\n"
         "        found.model_config = model_from_name(config.model)",
     ),
     Change(
         ARCH + "CUDA-003",
         "the encoder is asked for on the CPU only",
         PREFLIGHT,
-        "        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)",
+        "        found = prove_model_file(path, stack, say, read_weights)"
+        " if path else _from_scratch(config.model)",
         '        there = path and config.device != "cuda"\n'
-        "        found = prove_model_file(path, stack, say, read_weights) if there else _from_scratch(config.model)",
+        "        found = prove_model_file(path, stack, say, read_weights)"
+        " if there else _from_scratch(config.model)",
         also=(ARCH + "CUDA-002",),
     ),
     Change(

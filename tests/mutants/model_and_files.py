@@ -10,6 +10,7 @@ from mutants.change import (
     FILES,
     INIT,
     MODEL_CONFIG,
+    PLAIN_KERNELS,
     READER,
     STRUCTURE,
     TRAINER,
@@ -58,7 +59,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         ARCH + "004",
         "grouped queries read the wrong KV head",
-        ATTENTION,
+        PLAIN_KERNELS,
         "        key.transpose(1, 2),",
         "        key.flip(2).transpose(1, 2),",
     ),
@@ -101,8 +102,9 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "033",
         "a bias is cut off from the loss",
         "apr_dist/model/layers.py",
-        "    biases = [linear_map.bias for linear_map in maps]",
-        "    biases = [None if each.bias is None else each.bias.detach() for each in maps]",
+        "        return self.kernels_for(x).linear(x, self.weight, self.bias)",
+        "        bias = None if self.bias is None else self.bias.detach()\n"
+        "        return self.kernels_for(x).linear(x, self.weight, bias)",
         also=(TRAINER + "034",),
     ),
     Change(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apr_dist.model.matmul import MatmulBackend, cpu_matmul_backend, mm
+from apr_dist.model.kernels.products import MatmulBackend, cpu_matmul_backend, mm
 
 BLOCK_ROWS: Final = 1024
 """Queries of one KV head worked on at once; with fewer, threads wait for each other."""
@@ -34,12 +34,10 @@ LEAST_LENGTH: Final = 128
 """Positions from which on this is faster than PyTorch's kernel, measured; at 64 both take as long in f32."""
 
 
-def has_causal_attention(query: Tensor, key: Tensor) -> bool:
+def is_faster(query: Tensor, key: Tensor) -> bool:
     """Whether `causal_attention` is the faster way; a function of processor, types and shapes alone."""
     return (
-        query.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and cpu_matmul_backend() is MatmulBackend.ONEDNN
+        cpu_matmul_backend() is MatmulBackend.ONEDNN
         and query.shape[1] == key.shape[1]
         and query.dtype in SPAN
         and query.shape[1] >= LEAST_LENGTH

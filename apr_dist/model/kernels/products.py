@@ -1,10 +1,10 @@
-"""Which matrix multiplication runs on the CPU in f32, decided in one place.
+"""Matrix products on the CPU, and which library computes those in f32, decided in one place.
 
 On x86 PyTorch hands f32 products to MKL, which uses its AVX2 kernels on processors that are not
 Intel's, even where AVX-512 is there: half the arithmetic the machine can do. oneDNN, which every
 PyTorch build for x86 carries, uses AVX-512 on any vendor. The choice is a function of the processor
 alone, never of a timing, so a run on the same machine always computes the same bits. Products in
-other types and on other devices go to ``torch`` as they are.
+other types go to ``torch`` as they are.
 """
 
 from __future__ import annotations
@@ -48,11 +48,7 @@ def cpu_matmul_backend() -> MatmulBackend:
 
 def uses_onednn(tensor: Tensor) -> bool:
     """Whether products of this tensor go through oneDNN directly."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype is torch.float32
-        and cpu_matmul_backend() is MatmulBackend.ONEDNN
-    )
+    return tensor.dtype is torch.float32 and cpu_matmul_backend() is MatmulBackend.ONEDNN
 
 
 def mm(left: Tensor, right: Tensor) -> Tensor:
@@ -63,6 +59,8 @@ def mm(left: Tensor, right: Tensor) -> Tensor:
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``rows @ weight.T + bias`` for ``[m, k]`` and ``[n, k]`` of any strides; not differentiable."""
     if uses_onednn(rows) and rows.shape[0] > 0:
+        if rows.stride(0) == 1 and rows.stride(1) > rows.shape[0]:
+            rows = rows.t().contiguous().t()  # columns far apart in memory are slow there
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
         return product
     return torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())

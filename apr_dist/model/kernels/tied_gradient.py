@@ -3,11 +3,12 @@
 The head's gradient ``[vocab, hidden]`` waits from the loss' backward to that of the lookup, which adds the
 rows of its ids to it and hands it on as the weight's only one: no second gradient of that size, nor a pass
 over both to add them. The order is not left to chance: the gradient of the hidden states, which the lookup's
-backward needs, goes the same way. Bit for bit the sum is autograd's on the CPU.
+backward needs, goes the same way. By `add_summed_rows` the sum is autograd's bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,15 +41,28 @@ class TiedGradient:
         return head
 
 
-def look_up(weight: Tensor, ids: Tensor, tied: TiedGradient | None) -> Tensor:
-    """Rows of ``weight`` ``[vocab, hidden]`` for integer ids; with ``tied`` their gradient joins the head's.
+AddRows = Callable[[Tensor, Tensor, Tensor], None]
+"""Adds rows ``[n, hidden]`` to those of a ``[vocab, hidden]`` tensor with integer ids ``[n]``, in place."""
+
+
+def look_up(weight: Tensor, ids: Tensor, tied: TiedGradient, add: AddRows) -> Tensor:
+    """Rows of ``weight`` ``[vocab, hidden]`` for integer ids, whose gradient joins the head's.
 
     Returns:
         ``[..., hidden]`` for ids ``[...]``.
     """
-    if tied is None:
-        return F.embedding(ids, weight)
-    return _LookUp.apply(weight, ids, tied)  # type: ignore[no-any-return,no-untyped-call]
+    return _LookUp.apply(weight, ids, tied, add)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def add_rows(head: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """In the order of the ids, so the same every time, and without waiting for a count."""
+    head.index_put_((ids.long(),), rows, accumulate=True)
+
+
+def add_summed_rows(head: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Rows of one id are summed before they join the head's, as autograd does."""
+    distinct, places = torch.unique(ids, return_inverse=True)
+    head.index_add_(0, distinct, _dense(rows, places, distinct.shape[0]))
 
 
 class _Catch(torch.autograd.Function):
@@ -73,26 +87,20 @@ class _LookUp(torch.autograd.Function):
     """The lookup whose gradient is the held one and its own rows."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, tied: TiedGradient) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, tied: TiedGradient, add: AddRows) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.vocab_size, ctx.tied = weight.shape[0], tied
+        ctx.vocab_size, ctx.tied, ctx.add = weight.shape[0], tied, add
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
         head = ctx.tied.take()
         if head is None:
-            return _dense(gradient, ids, ctx.vocab_size), None, None
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        if head.device.type == "cpu":
-            # Rows of one id are summed before they join the head's, as autograd did.
-            distinct, places = ids.reshape(-1).unique(return_inverse=True)
-            head.index_add_(0, distinct, _dense(rows, places, distinct.shape[0]))
-        else:  # sorts by id, so the order of additions is the same every time, and waits for no count
-            head.index_put_((ids.reshape(-1).long(),), rows, accumulate=True)
-        return head, None, None
+            return _dense(gradient, ids, ctx.vocab_size), None, None, None
+        ctx.add(head, ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
+        return head, None, None, None
 
 
 def _dense(gradient: Tensor, ids: Tensor, rows: int) -> Tensor:
