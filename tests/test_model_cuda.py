@@ -9,9 +9,10 @@ from builders.models import tiny_config
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
+from apr_dist.choices import KernelChoice
 from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.families import Family
-from apr_dist.model.kernels import KernelChoice, cuda
+from apr_dist.model.kernels import cuda
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.packing import Boundaries
 from apr_dist.model.transformer import Decoder

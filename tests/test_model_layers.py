@@ -10,8 +10,9 @@ import torch.nn.functional as F  # noqa: N812
 from builders.kernels import KernelCase
 from builders.models import tiny_config
 
+from apr_dist.choices import KernelChoice
 from apr_dist.errors import UsageError
-from apr_dist.model.kernels import KernelChoice, products
+from apr_dist.model.kernels import products
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.products import MatmulBackend, cpu_matmul_backend
 from apr_dist.model.layers import Computed, GatedMLP, Linear, RMSNorm

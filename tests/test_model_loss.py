@@ -13,7 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from builders.kernels import KernelCase
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apr_dist.model.kernels import KernelChoice, cuda
+from apr_dist.choices import KernelChoice
+from apr_dist.model.kernels import cuda
 from apr_dist.model.kernels import loss as chunked_loss
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.loss import Loss, cross_entropy_of
