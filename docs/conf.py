@@ -11,7 +11,10 @@ from apr_dist import __version__  # noqa: E402  (the checkout's own, found by th
 project = "apr-dist"
 author = "the apr-dist project"
 version = release = __version__
-extensions = ["myst_parser", "generated_pages"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated_pages"]
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+default_role = "code"
 exclude_patterns = ["_build", "_ext"]
 root_doc = "index"
 
