@@ -1,7 +1,7 @@
 """Where documents come from: files and folders into a fixed list of sources, sources into documents.
 
 Lives here: naming and ordering the sources, saying which files are left out, and walking the sources from any
-position. How a format's bytes become records lives in ``formats``; turning text into ids lives in ``encode``.
+position. How bytes become records lives in ``recognition`` and ``formats``, turning text into ids in ``encode``.
 """
 
 from __future__ import annotations
@@ -13,20 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from apr_dist.corpus.formats import (
-    STDIN,
-    TEXT_KEYS,
-    BadRecord,
-    Document,
-    Kind,
-    Packing,
-    Problem,
-    Record,
-    is_corpus_name,
-    read_file,
-    recognise,
-)
+from apr_dist.corpus.formats import TEXT_KEYS, BadRecord, Document, Problem, Record, read_file
 from apr_dist.corpus.publish import SOURCES_NAME, WORK_FOLDER
+from apr_dist.corpus.recognition import STDIN, Kind, Packing, is_corpus_name, recognise
 from apr_dist.data.manifest import MANIFEST_NAME
 from apr_dist.errors import CorpusError
 from apr_dist.parsing import printable
