@@ -132,7 +132,7 @@ LONG = "n" * 300
         f"export x.apr --to gguf -o {LONG}.gguf",
         f"stamp x.apr --license MIT -o {LONG}.apr",
         f"tokenize verify {LONG}",
-        f"tokenize encode-corpus --corpus hf/config.json --tokenizer tokenizer --output {LONG}",
+        f"tokenize encode-corpus --corpus tokenizer/merges.txt --tokenizer tokenizer --output {LONG}",
         f"import {LONG} -o y.apr",
         f"report hf --output {LONG}.html",
         f"plan --init x.apr --synthetic --run-dir {LONG}",

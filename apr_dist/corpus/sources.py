@@ -1,7 +1,7 @@
 """Where documents come from: files and folders into a fixed list of sources, sources into documents.
 
 Lives here: naming and ordering the sources, saying which files are left out, and walking the sources from any
-position. How bytes become records lives in ``recognition`` and ``formats``, turning text into ids in ``encode``.
+position. How bytes become records lives in ``recognition`` and ``formats``; text becomes ids in ``encode``.
 """
 
 from __future__ import annotations
