@@ -7,6 +7,7 @@ position. How bytes become records lives in ``recognition`` and ``formats``; tex
 from __future__ import annotations
 
 import os
+import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -112,7 +113,9 @@ def list_sources(
                     source.read()
                 files.append(source)
             except CorpusError as error:
-                if skip_unreadable or (inside and globs is None and not _is_damaged(error)):
+                if (skip_unreadable and one.exists()) or (
+                    inside and globs is None and not _is_damaged(error)
+                ):
                     left_out[one] = error.what
                 else:
                     refused.append(error)
@@ -312,6 +315,14 @@ def _source(path: Path) -> Source:
     try:
         facts = path.stat()
     except OSError as error:
-        raise CorpusError(f"it cannot be read ({error.strerror})", where=path) from error
+        raise CorpusError(
+            f"it cannot be read ({error.strerror})", where=path, remedy="check the path and its permissions"
+        ) from error
+    if not stat.S_ISREG(
+        facts.st_mode
+    ):  # a pipe can be read only once, and this look would take its beginning
+        raise CorpusError(
+            "it is no regular file", where=path, remedy="give JSON lines on standard input with --corpus -"
+        )
     kind, packing = recognise(path)
     return Source(path=path, kind=kind, packing=packing, bytes=facts.st_size, modified_ns=facts.st_mtime_ns)
