@@ -30,7 +30,7 @@ from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import ReplicaEngine
 from apr_dist.runs.metrics import MetricsFile, StepMetrics
-from apr_dist.training import efficiency, session
+from apr_dist.training import efficiency, opening
 from apr_dist.training.efficiency import process_age_s
 from apr_dist.training.session import Session
 from apr_dist.training.stepping import BatchFeed, Stepper
@@ -356,7 +356,7 @@ def test_bf16_without_bf16_arithmetic_is_warned_of(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "has_bf16_arithmetic", lambda: has)
+    monkeypatch.setattr(opening, "has_bf16_arithmetic", lambda: has)
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "run")]
     assert run_here(*given, "--num-steps", "1", "--target-val-loss", "9", "--parallel.precision", "bf16") == 0
     said = capsys.readouterr()
