@@ -1,7 +1,8 @@
 """A session: everything a run trains with, opened in one order and closed together.
 
-Nobody else puts a model, data, an optimizer and an engine together; the order is in ``opening``. The loop of a
-run is in ``trainer``; what is proven before a session opens, in ``proving``; what a program calls, in ``library``.
+Nobody else puts a model, data, an optimizer and an engine together; the order is in ``opening``. The loop of
+a run is in ``trainer``; what is proven before a session opens is in ``proving``; what programs call is in
+``library``.
 """
 
 from __future__ import annotations
