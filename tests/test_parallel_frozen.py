@@ -102,7 +102,7 @@ def test_a_state_of_fewer_trained_parameters_is_not_resumed(
     flags += [
         "--num-steps",
         str(STEPS),
-        "--steps-per-epoch",
+        "--eval-every",
         str(HALF),
         "--lr",
         "1e-3",

@@ -130,9 +130,9 @@ def test_kernels_that_cannot_run_here_are_refused(
 
 
 def test_a_run_resumes_on_another_set_of_kernels(inputs: Inputs, tmp_path: Path) -> None:
-    assert train(inputs, tmp_path / "run", "--steps-per-epoch", "2", "--checkpoint.keep-last", "9") == 0
+    assert train(inputs, tmp_path / "run", "--eval-every", "2", "--checkpoint.keep-last", "9") == 0
     whole = losses(tmp_path / "run")
-    resume = ("--resume", str(tmp_path / "run" / "steps" / "000002"), "--steps-per-epoch", "2")
+    resume = ("--resume", str(tmp_path / "run" / "steps" / "000002"), "--eval-every", "2")
     assert train(inputs, tmp_path / "again", *resume, "--compute.kernels", "plain") == 0
     found = [line["train_loss"] for line in metrics(tmp_path / "again")]
     assert found == pytest.approx(whole[2:4], rel=1e-5)

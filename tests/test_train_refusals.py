@@ -330,7 +330,7 @@ def test_an_unknown_flag_and_an_unknown_key(
     path = tmp_path / "run.yaml"
     path.write_text("num_stepz: 3\n")
     error = refused(inputs, tmp_path / "run", capfd, "--config", str(path), code=ExitCode.USAGE)
-    assert "did you mean num_steps" in error
+    assert "use num_steps" in error
 
 
 def test_a_run_folder_that_cannot_be_written(inputs: Inputs, capfd: pytest.CaptureFixture[str]) -> None:

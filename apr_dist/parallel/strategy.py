@@ -86,9 +86,9 @@ def check_strategy(
         DistributedError: the launcher asks for another one, or it is not for so many processes.
     """
     strategy = choose(asked, world)
-    refuse_world(strategy, world)
     refuse_offload(strategy, offload)
     refuse_state_bits(strategy, offload, state_bits)
+    refuse_world(strategy, world)
     group_size(strategy, world, shard_size, per_machine)
     return strategy
 

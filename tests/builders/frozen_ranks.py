@@ -63,7 +63,7 @@ def make_runs(inputs: Inputs, root: Path) -> Path:
 def _flags(inputs: Inputs, folder: Path, name: str, strategy: str, *, resumed: bool) -> list[str]:
     run_dir = folder / (f"{name}-resumed" if resumed else name)
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--batch-size", "4", "--num-steps", str(STEPS), "--steps-per-epoch", str(HALF)]
+    given += ["--batch-size", "4", "--num-steps", str(STEPS), "--eval-every", str(HALF)]
     given += ["--lr", "1e-3", "--warmup-steps", "1", "--checkpoint.keep-last", "9"]
     given += ["--parallel.strategy", strategy, "--micro-batch-size", "2"]
     return [*given, "--resume", str(folder / name / "steps" / f"{HALF:06d}")] if resumed else given
