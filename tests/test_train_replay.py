@@ -15,6 +15,7 @@ from builders.runs import REPOSITORY, metrics, verdict, whole_folders
 from builders.warm_ranks import WarmRanks, open_ranks
 
 from apr_dist.cli import main
+from apr_dist.errors import ExitCode
 from apr_dist.parallel.runtime import reset_state
 
 if TYPE_CHECKING:
@@ -83,15 +84,12 @@ def test_replay_finds_the_loss_and_norm_that_a_sharded_run_recorded(
     reset_state()
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_profile_of_two_ranks_names_the_strategy_that_ran(
-    name: str, inputs: Inputs, tmp_path: Path
-) -> None:
+def profile(inputs: Inputs, name: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The verb under torchrun, with two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "apr_dist", "profile"]
-    folder = tmp_path / "profile"
-    done = subprocess.run(
-        [*command, *flags(inputs, name, folder), "--steps", "2"],
+    return subprocess.run(
+        [*command, *flags(inputs, name, folder), "--steps", "2", *more],
         cwd=REPOSITORY,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -99,9 +97,25 @@ def test_a_profile_of_two_ranks_names_the_strategy_that_ran(
         timeout=300,
         check=False,
     )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_profile_of_two_ranks_names_the_strategy_that_ran(
+    name: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "profile"
+    done = profile(inputs, name, folder)
     assert done.returncode == 0, done.stderr
     page = (folder / "summary.md").read_text()
     assert done.stdout.count(page) == 1, "told once"
     assert f"as {name.partition('-')[0]} over 2 process(es), f32" in page
     assert ("documents isolated" in page) == (name == "fsdp2")
     assert sorted(path.name for path in folder.iterdir()) == ["summary.md", "trace.json"]
+
+
+def test_a_profile_that_is_refused_ends_both_ranks_and_says_so_once(inputs: Inputs, tmp_path: Path) -> None:
+    done = profile(inputs, "fsdp2", tmp_path / "profile", "--seq-length", "257")
+    assert done.returncode != 0
+    assert done.stderr.count("seq_length 257 is more than the model's 256 positions") == 1
+    assert done.stderr.count(f"exitcode  : {int(ExitCode.USAGE)} ") == 2
+    assert not (tmp_path / "profile").exists()
