@@ -15,6 +15,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "gener
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 default_role = "code"
+# An error's name in a docstring stands alone; its page is the table of exit codes.
+nitpick_ignore_regex = [("py:exc", r"\w+"), ("py:class", r"collections\.abc\..*")]
 exclude_patterns = ["_build", "_ext"]
 root_doc = "index"
 

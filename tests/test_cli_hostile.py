@@ -45,6 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     _, second, *_ = sorted((tmp_path / "cut").glob("*.safetensors"))
     second.write_bytes(second.read_bytes()[:-100])
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "words.txt").write_text("some words")
     return tmp_path
 
 
@@ -132,7 +133,7 @@ LONG = "n" * 300
         f"export x.apr --to gguf -o {LONG}.gguf",
         f"stamp x.apr --license MIT -o {LONG}.apr",
         f"tokenize verify {LONG}",
-        f"tokenize encode-corpus --corpus hf/config.json --tokenizer tokenizer --output {LONG}",
+        f"tokenize encode-corpus --corpus words.txt --tokenizer tokenizer --output {LONG}",
         f"import {LONG} -o y.apr",
         f"report hf --output {LONG}.html",
         f"plan --init x.apr --synthetic --run-dir {LONG}",

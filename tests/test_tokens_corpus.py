@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from builders.tokens import build_tiny_tokenizer, write_jsonl
 
-from apr_dist.corpus import formats
+from apr_dist.corpus import formats, recognition
 from apr_dist.corpus.encode import encode_corpus
 from apr_dist.corpus.sources import (
     STDIN,
@@ -36,7 +36,7 @@ def read_all(*paths: Path, text_key: str | None = None) -> list[str | tuple[Prob
 
 
 def zstd_compress(content: bytes) -> bytes:
-    return formats._zstd().compress(content)  # type: ignore[no-any-return]
+    return recognition._zstd().compress(content)  # type: ignore[no-any-return]
 
 
 def test_a_folder_is_read_in_path_order_at_any_depth(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,17 @@ def test_what_is_no_corpus_is_refused(tmp_path: Path, name: str, content: bytes,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=why):
         read_all(tmp_path / name)
+
+
+def test_a_pipe_is_refused_before_its_beginning_is_lost(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(CorpusError, match=r"no regular file.*--corpus -"):
+        list_sources([tmp_path / "pipe.jsonl"])
+
+
+def test_a_path_that_is_missing_is_refused_also_where_files_may_be_left_out(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"absent\.jsonl: it cannot be read.*check the path"):
+        list_sources([tmp_path / "absent.jsonl"], skip_unreadable=True)
 
 
 @needs_pyarrow

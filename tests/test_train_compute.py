@@ -30,7 +30,7 @@ from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.engine import ReplicaEngine
 from apr_dist.runs.metrics import MetricsFile, StepMetrics
-from apr_dist.training import efficiency, session
+from apr_dist.training import efficiency, opening
 from apr_dist.training.efficiency import process_age_s
 from apr_dist.training.session import Session
 from apr_dist.training.stepping import BatchFeed, Stepper
@@ -99,6 +99,43 @@ def test_compiled_blocks_give_the_same_losses_without_a_break_or_a_late_compilat
     assert graphs[1] > 0
     assert graphs[1:] == [graphs[1]] * 3
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["plain", "cpu"])
+def test_a_set_of_kernels_may_be_forced_and_is_named(
+    name: str, plain: list[float], inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(inputs, tmp_path / "run", "--compute.kernels", name) == 0
+    assert f"; {name} kernels, loss chunked" in capfd.readouterr().out
+    assert losses(tmp_path / "run") == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("cuda",), "compute.kernels is cuda, which does not run on cpu. Expected auto or plain or cpu"),
+        (
+            ("cpu", "--compute.compile", "block"),
+            "compute.kernels is cpu, which does not run on cpu in compiled blocks. Expected auto or plain.",
+        ),
+    ],
+)
+def test_kernels_that_cannot_run_here_are_refused(
+    flags: tuple[str, ...], said: str, inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(inputs, tmp_path / "run", "--compute.kernels", *flags) == ExitCode.USAGE
+    found = capfd.readouterr().err
+    assert said in found
+    assert "use --compute.kernels auto, which takes the fastest set that runs here" in found
+
+
+def test_a_run_resumes_on_another_set_of_kernels(inputs: Inputs, tmp_path: Path) -> None:
+    assert train(inputs, tmp_path / "run", "--steps-per-epoch", "2", "--checkpoint.keep-last", "9") == 0
+    whole = losses(tmp_path / "run")
+    resume = ("--resume", str(tmp_path / "run" / "steps" / "000002"), "--steps-per-epoch", "2")
+    assert train(inputs, tmp_path / "again", *resume, "--compute.kernels", "plain") == 0
+    found = [line["train_loss"] for line in metrics(tmp_path / "again")]
+    assert found == pytest.approx(whole[2:4], rel=1e-5)
 
 
 def test_z_loss_moves_the_weights_and_no_reported_loss(
@@ -319,13 +356,14 @@ def test_bf16_without_bf16_arithmetic_is_warned_of(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "has_bf16_arithmetic", lambda: has)
+    monkeypatch.setattr(opening, "has_bf16_arithmetic", lambda: has)
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "run")]
     assert run_here(*given, "--num-steps", "1", "--target-val-loss", "9", "--parallel.precision", "bf16") == 0
     said = capsys.readouterr()
     assert ("no bf16 arithmetic" in said.out + said.err) is not has
     assert re.search(
-        r"running on cpu as single over 1 process\(es\), bf16; loss chunked, .*1 thread\(s\)", said.out
+        r"running on cpu as single over 1 process\(es\), bf16; cpu kernels, loss chunked, .*1 thread\(s\)",
+        said.out,
     )
 
 

@@ -1,32 +1,22 @@
 """Where documents come from: files and folders into a fixed list of sources, sources into documents.
 
 Lives here: naming and ordering the sources, saying which files are left out, and walking the sources from any
-position. How a format's bytes become records lives in ``formats``; turning text into ids lives in ``encode``.
+position. How bytes become records lives in ``recognition`` and ``formats``; text becomes ids in ``encode``.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from apr_dist.corpus.formats import (
-    STDIN,
-    TEXT_KEYS,
-    BadRecord,
-    Document,
-    Kind,
-    Packing,
-    Problem,
-    Record,
-    is_corpus_name,
-    read_file,
-    recognise,
-)
+from apr_dist.corpus.formats import TEXT_KEYS, BadRecord, Document, Problem, Record, read_file
 from apr_dist.corpus.publish import SOURCES_NAME, WORK_FOLDER
+from apr_dist.corpus.recognition import STDIN, Kind, Packing, is_corpus_name, recognise
 from apr_dist.data.manifest import MANIFEST_NAME
 from apr_dist.errors import CorpusError
 from apr_dist.parsing import printable
@@ -123,7 +113,9 @@ def list_sources(
                     source.read()
                 files.append(source)
             except CorpusError as error:
-                if skip_unreadable or (inside and globs is None and not _is_damaged(error)):
+                if (skip_unreadable and one.exists()) or (
+                    inside and globs is None and not _is_damaged(error)
+                ):
                     left_out[one] = error.what
                 else:
                     refused.append(error)
@@ -323,6 +315,14 @@ def _source(path: Path) -> Source:
     try:
         facts = path.stat()
     except OSError as error:
-        raise CorpusError(f"it cannot be read ({error.strerror})", where=path) from error
+        raise CorpusError(
+            f"it cannot be read ({error.strerror})", where=path, remedy="check the path and its permissions"
+        ) from error
+    if not stat.S_ISREG(
+        facts.st_mode
+    ):  # a pipe can be read only once, and this look would take its beginning
+        raise CorpusError(
+            "it is no regular file", where=path, remedy="give JSON lines on standard input with --corpus -"
+        )
     kind, packing = recognise(path)
     return Source(path=path, kind=kind, packing=packing, bytes=facts.st_size, modified_ns=facts.st_mtime_ns)

@@ -117,7 +117,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         CHECKPOINT + "008",
         "a resume forgets the moments",
-        "apr_dist/training/session.py",
+        "apr_dist/training/opening.py",
         "        restore(self.model, self.engine.optimizer, folder, self.runtime, self._exchange)",
         "        del folder",
     ),

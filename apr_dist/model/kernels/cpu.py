@@ -21,7 +21,7 @@ from apr_dist.model.kernels import cpu_attention
 from apr_dist.model.kernels.loss import LossStyle
 from apr_dist.model.kernels.plain import Attend, Causal, Kernels, compute_dtype
 from apr_dist.model.kernels.products import cpu_matmul_backend, linear, mm
-from apr_dist.model.kernels.tied_gradient import TiedGradient, add_summed_rows, look_up
+from apr_dist.model.kernels.tied_gradient import add_summed_rows
 
 CACHE_BYTES: Final = 4 << 20
 """Logits in f32 that a processor's cache holds while several passes go over them."""
@@ -32,6 +32,7 @@ class CpuKernels(Kernels):
 
     name: ClassVar = KernelChoice.CPU
     _loss_style: ClassVar = LossStyle(mm=mm, pass_bytes=CACHE_BYTES, may_wait=True)
+    _add_rows = staticmethod(add_summed_rows)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Kernels.linear`."""
@@ -53,10 +54,6 @@ class CpuKernels(Kernels):
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See `Kernels.rotate`."""
         return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
-
-    def look_up(self, weight: Tensor, ids: Tensor, tied: TiedGradient | None) -> Tensor:
-        """See `Kernels.look_up`."""
-        return F.embedding(ids, weight) if tied is None else look_up(weight, ids, tied, add_summed_rows)
 
     def causal(self, window: int | None = None, mask: Tensor | None = None) -> Attend:
         """See `Kernels.causal`."""

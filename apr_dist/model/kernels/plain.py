@@ -34,6 +34,7 @@ class Kernels:
 
     name: ClassVar = KernelChoice.PLAIN
     _loss_style: ClassVar = LossStyle()
+    _add_rows = staticmethod(add_rows)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b``: ``[..., in]`` and ``[out, in]`` to ``[..., out]``, in `compute_dtype`."""
@@ -55,7 +56,7 @@ class Kernels:
 
     def look_up(self, weight: Tensor, ids: Tensor, tied: TiedGradient | None) -> Tensor:
         """Rows of ``weight`` for integers ``[...]``; with ``tied`` their gradient joins the head's."""
-        return F.embedding(ids, weight) if tied is None else look_up(weight, ids, tied, add_rows)
+        return F.embedding(ids, weight) if tied is None else look_up(weight, ids, tied, self._add_rows)
 
     def attention(
         self,
