@@ -1,12 +1,13 @@
 """Start-up by phase, memory while loading and saving, and the stall of a save, with real processes here.
 
-A model file is written once; each strategy then starts its processes, loads the file, proves the
-weights, prepares the optimizer, takes steps and saves a step folder twice: waiting for the write, and in
-the background while steps go on. Memory is the largest resident set beyond what stood before the part that
-is measured: before the network is built, for loading; before the save that waits, for saving. While loading
-a rank may need its share, and rank 0 two, the others one of the largest tensors besides; while saving two
-of them. Times are of the slowest rank. With ``--overhead`` our steps alternate with those of a hand-written
-loop of the same strategy (``strategy_overhead``), and nothing else is measured.
+A model file is written once; each strategy then starts its processes and opens a session on the file, which
+builds the network, loads and proves the weights and prepares the optimizer, takes steps and saves a step
+folder twice: waiting for the write, and in the background while steps go on. Memory is the largest resident
+set beyond what stood before the part that is measured: before the network is built, for loading; before the
+save that waits, for saving. While loading a rank may need its share, and rank 0 two, the others one of the
+largest tensors besides; while saving two of them. Times are of the slowest rank. With ``--overhead`` our
+steps alternate with those of a hand-written loop of the same strategy (``strategy_overhead``), and nothing
+else is measured.
 
     python benchmarks/bench_distributed.py
     python benchmarks/bench_distributed.py --shape qwen2.5-0.5b --strategies fsdp2 zero3 --processes 4
@@ -34,22 +35,20 @@ import torch
 
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
-from apr_dist.config import TrainConfig
-from apr_dist.model.config import preset
-from apr_dist.model.transformer import Decoder, init_weights
+from apr_dist.config.sections import CheckpointSection
+from apr_dist.model.config import TransformerConfig, preset
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.engine import Engine, prepare
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import save_weights, weight_parts
-from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import build_decoder
-from apr_dist.parallel.weights import draw_weights, load_weights
-from apr_dist.runs.progress import Evaluation, Progress, Start
+from apr_dist.parallel.weights import draw_weights
+from apr_dist.runs.progress import Evaluation, Progress
 from apr_dist.runs.saving import Saver
 from apr_dist.training.efficiency import process_age_s
-from apr_dist.training.optimizer import build_optimizer
+from apr_dist.training.library import without_gates
+from apr_dist.training.session import Session
 
-PHASES = ("launch", "import", "join", "build", "load", "prepare", "first step")
+PHASES = ("launch", "import", "join", "load", "prepare", "first step")
 STRATEGIES = ["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 MB = 1e6
 
@@ -62,83 +61,97 @@ def resident(key: str) -> int:
     raise LookupError(key)
 
 
+class Measured(Session):
+    """A session that notes when its parts are there, and the memory that its weights needed on their way."""
+
+    def __init__(self, marks: list[float], config: TransformerConfig, **settings: Any) -> None:
+        self.marks, self._shape, self.load_peak = marks, config, 0
+        super().__init__(*without_gates(config, **settings))
+
+    def _open_weights(self, *given: Any, **named: Any) -> None:
+        self.marks.append(time.time())
+        if self.runtime.strategy.zero_stage:
+            import deepspeed  # noqa: PLC0415  (only ZeRO needs it)
+
+            deepspeed.init_distributed(dist_backend="gloo")  # its import and module are not the model's
+        small = replace(self._shape, num_layers=1, vocab_size=512)
+        draw_weights(build_decoder(small, self.runtime), small, self.runtime, seed=0)  # imports of first use
+        before = count_from_here(self)
+        super()._open_weights(*given, **named)
+        self.marks.append(time.time())
+        self.load_peak = resident("VmHWM") - before
+
+    def _open_engine(self) -> None:
+        super()._open_engine()
+        self.marks.append(time.time())
+
+
+def count_from_here(session: Session) -> int:
+    """Let the largest resident set be counted anew; returns what is resident now."""
+    gc.collect()
+    session.runtime.barrier()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def worker(options: argparse.Namespace) -> None:
     marks = [options.launched, time.time() - process_age_s(), time.time()]
-    runtime = processes.start(
-        device="cpu", strategy=options.worker, precision="f32", cpu_threads=1, timeout_s=600
+    config, world_size = preset(options.shape), int(os.environ.get("WORLD_SIZE", "1"))
+    first = os.environ.get("RANK", "0") == "0"
+    rows = torch.randint(config.vocab_size, (world_size, 65), generator=torch.Generator().manual_seed(0))
+    session = Measured(
+        marks,
+        config,
+        reader=AprReader(options.model, verify="structure") if first else None,
+        batches=itertools.repeat(rows),
+        init=str(options.model),
+        run_dir=str(options.output / "run"),
+        batch_size=world_size,
+        seq_length=64,
+        device="cpu",
+        parallel={"strategy": options.worker, "cpu_threads": 1, "timeout_s": 600},
     )
-    if runtime.strategy.zero_stage:
-        import deepspeed  # noqa: PLC0415  (only ZeRO needs it)
-
-        deepspeed.init_distributed(dist_backend="gloo")  # its import and module are not the model's memory
+    one_step(session)
     marks.append(time.time())
-    config = preset(options.shape)
-    small = replace(config, num_layers=1, vocab_size=512)
-    draw_weights(build_decoder(small, runtime), small, runtime, seed=0)  # what is imported on first use
-    gc.collect()
-    reader = AprReader(options.model, verify="structure") if runtime.is_main else None
-    runtime.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is counted from here
-    before = resident("VmRSS")
-    decoder = build_decoder(config, runtime)
-    marks.append(time.time())
-    load_weights(decoder, reader, runtime)
-    marks.append(time.time())
-    peak = resident("VmHWM") - before
-    optimizer = build_optimizer(decoder, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8)
-    engine = prepare(decoder, optimizer, runtime, micro_batch=1, grad_clip=1.0)
-    marks.append(time.time())
-    tokens = torch.randint(config.vocab_size, (1, 65), generator=torch.Generator().manual_seed(runtime.rank))
-    one_step(engine, tokens)
-    marks.append(time.time())
-    start = Start(
-        model_config=config,
-        from_init=True,
-        metadata=reader.metadata if reader else None,
-        provenance={},
-    )
-    saves = measure_saves(decoder, engine, tokens, runtime, start, options.output)
     facts = {
-        **saves,
+        **measure_saves(session),
         "phases": dict(zip(PHASES, (b - a for a, b in itertools.pairwise(marks)), strict=True)),
-        "load_peak_bytes": peak,
-        "shard_bytes": 4 * engine.evidence["shard_elements"][runtime.rank],
+        "load_peak_bytes": session.load_peak,
+        "shard_bytes": 4 * session.engine.evidence["shard_elements"][session.runtime.rank],
         "whole_run_peak_bytes": resident("VmHWM"),
     }
-    (options.output / f"{runtime.rank}.json").write_text(json.dumps(facts))
-    del engine, optimizer, decoder
-    runtime.barrier()
+    (options.output / f"{session.runtime.rank}.json").write_text(json.dumps(facts))
+    session.close()
+    session.runtime.barrier()
     processes.shut_down(0)
 
 
-def one_step(engine: Engine, tokens: torch.Tensor) -> float:
+def one_step(session: Session) -> float:
     """One step of one micro-batch; seconds."""
-    began = time.perf_counter()
-    engine.accumulate(tokens[:, :-1], tokens[:, 1:], scale=1 / 64, last=True)
-    engine.step(torch.zeros((), dtype=torch.bool, device=tokens.device))
+    began, step = time.perf_counter(), session.progress.step
+    session.stepper.take(step, compare=False, more=True)
+    session.stepper.read()
+    session.progress.step += 1
     return time.perf_counter() - began
 
 
-def measure_saves(
-    decoder: Decoder, engine: Engine, tokens: torch.Tensor, runtime: Runtime, start: Start, folder: Path
-) -> dict[str, Any]:
+def measure_saves(session: Session) -> dict[str, Any]:
     """Seconds of a save that waits, of one that does not, and of steps with and without it beside them."""
-    found: dict[str, Any] = {"steps_alone_s": [one_step(engine, tokens) for _ in range(4)][1:]}
+    found: dict[str, Any] = {"steps_alone_s": [one_step(session) for _ in range(4)][1:]}
+    runtime, start, run = session.runtime, session.start, session.run
     for step, background in ((1, False), (2, True)):
-        config = TrainConfig.model_validate({"checkpoint": {"background": background}})
-        saver = Saver(config, runtime, start, folder / "run", Exchange(runtime), lambda _: None)
-        gc.collect()
-        runtime.barrier()
-        Path("/proc/self/clear_refs").write_text("5")
-        before, began = resident("VmRSS"), time.perf_counter()
+        checkpoint = CheckpointSection(background=background)
+        config = session.config.model_copy(update={"checkpoint": checkpoint})
+        saver = Saver(config, runtime, start, run, Exchange(runtime), lambda _: None)
+        before, began = count_from_here(session), time.perf_counter()
         evaluated = [
             Evaluation(loss=1.0, tokens=1, wall_s=0.0)
         ]  # a save names one; its value is of no matter
-        saver.save(decoder, engine.optimizer, Progress(step=step, evaluations=evaluated))
+        saver.save(session.model, session.engine.optimizer, Progress(step=step, evaluations=evaluated))
         name = "background" if background else "waiting"
         found[f"{name}_stall_s"] = time.perf_counter() - began
         if background:
-            found["steps_beside_s"] = [one_step(engine, tokens) for _ in range(3)]
+            found["steps_beside_s"] = [one_step(session) for _ in range(3)]
         saver.finish()
         found[f"{name}_write_s"] = time.perf_counter() - began
         found[f"{name}_peak_bytes"] = resident("VmHWM") - before
@@ -148,15 +161,12 @@ def measure_saves(
 def write_model(path: Path, shape: str) -> tuple[int, int]:
     """Write a model from scratch; returns bytes of all tensors and of the largest."""
     config = preset(shape)
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder.to_empty(device="cpu")
-    decoder.reset_buffers()
-    init_weights(decoder, seed=0)
-    alone = processes.start(device="cpu", strategy="single", precision="f32", cpu_threads=1, timeout_s=60)
-    metadata = AprMetadata.from_mapping(config.to_metadata())
-    save_weights(weight_parts(decoder, alone), path, metadata, overwrite=True, exchange=Exchange(alone))
-    sizes = [4 * weight.numel() for weight in decoder.parameters()]
+    with Session(*without_gates(config, device="cpu", parallel={"cpu_threads": 1})) as session:
+        metadata, exchange = AprMetadata.from_mapping(config.to_metadata()), Exchange(session.runtime)
+        save_weights(
+            weight_parts(session.model, session.runtime), path, metadata, overwrite=True, exchange=exchange
+        )
+        sizes = [4 * weight.numel() for weight in session.model.parameters()]
     return sum(sizes), max(sizes)
 
 

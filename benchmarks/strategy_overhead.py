@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,20 +22,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from apr_dist.config.sections import GuardsSection
-from apr_dist.data.documents import Documents
-from apr_dist.data.mixture import Progress
 from apr_dist.model.config import TransformerConfig, preset
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights
-from apr_dist.runs.progress import GuardState
-from apr_dist.training.optimizer import build_optimizer
-from apr_dist.training.step_guard import StepGuard
-from apr_dist.training.stepping import BatchFeed, Stepper
+from apr_dist.training.library import without_gates
+from apr_dist.training.session import Session
 
 LAYERS, VOCABULARY = 8, 8192
 """Of the shape that is measured: enough of it for a step of a second."""
@@ -47,46 +42,44 @@ Step = Callable[[int], float]
 """Takes step ``k`` and returns a loss: of the global batch for ours, of this rank for the other."""
 
 
-class Drawn:
-    """Global batches of random tokens by number, this rank's part; the same for both."""
-
-    def __init__(self, config: TransformerConfig, runtime: Runtime) -> None:
-        self._config, self._rank = config, runtime.rank
-
-    def batch(self, k: int) -> list[torch.Tensor]:
-        """One micro-batch, int32 ``[BATCH, SEQ + 1]``."""
-        generator = torch.Generator().manual_seed(1000 * k + self._rank)
-        shape = (BATCH, SEQ + 1)
-        return [torch.randint(self._config.vocab_size, shape, generator=generator, dtype=torch.int32)]
-
-    def progress(self, batches: int) -> dict[str, Progress]:  # noqa: ARG002
-        """No source is counted."""
-        return {}
-
-    def documents(self, k: int) -> list[Documents]:  # noqa: ARG002
-        """None: tokens are not packed."""
-        return []
+def global_batches(config: TransformerConfig, world_size: int) -> Iterator[torch.Tensor]:
+    """Random tokens, int32 ``[BATCH * world_size, SEQ + 1]``, without an end; the same for each caller."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        shape = (BATCH * world_size, SEQ + 1)
+        yield torch.randint(config.vocab_size, shape, generator=generator, dtype=torch.int32)
 
 
-def our_step(config: TransformerConfig, runtime: Runtime) -> Step:
-    decoder = build_decoder(config, runtime)
-    draw_weights(decoder, config, runtime, seed=0)
-    optimizer = build_optimizer(decoder, lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS, eps=EPS)
-    stepper = Stepper(
-        engine=prepare(decoder, optimizer, runtime, micro_batch=BATCH, grad_clip=CLIP),
-        runtime=runtime,
-        feed=BatchFeed(Drawn(config, runtime), runtime.device),
-        lr_at=lambda _: LR,
-        global_tokens=BATCH * SEQ * runtime.world_size,
-        notes=lambda: torch.zeros(3, dtype=torch.float64),
+def open_ours(config: TransformerConfig, strategy: str) -> Session:
+    world_size = int(os.environ["WORLD_SIZE"])
+    opened = without_gates(
+        config,
+        batches=global_batches(config, world_size),
+        batch_size=BATCH * world_size,
+        seq_length=SEQ,
+        num_steps=sys.maxsize,
+        lr=LR,
+        warmup_steps=0,
+        seed=0,
+        device="cpu",
+        optimizer={
+            "weight_decay": WEIGHT_DECAY,
+            "beta1": BETAS[0],
+            "beta2": BETAS[1],
+            "eps": EPS,
+            "grad_clip": CLIP,
+            "schedule": "constant",
+        },
+        parallel={"strategy": strategy, "cpu_threads": 1, "timeout_s": 600},
     )
+    return Session(*opened)
 
-    guard = StepGuard(GuardsSection(), batch_size=BATCH * runtime.world_size, state=GuardState())
 
+def our_step(session: Session) -> Step:
     def step(k: int) -> float:
-        stepper.take(k, compare=False, more=True)
-        (taken,) = stepper.read()
-        guard.check(batch=k, train_loss=taken.train_loss, grad_norm=taken.grad_norm)
+        session.stepper.take(k, compare=False, more=True)
+        (taken,) = session.stepper.read()
+        session.recorder.judge(taken, 0.0)
         return taken.train_loss
 
     return step
@@ -107,12 +100,11 @@ def plain_step(config: TransformerConfig, runtime: Runtime) -> Step:
     vectors = [weight for weight in decoder.parameters() if weight.dim() < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
-    data = Drawn(config, runtime)
+    batches = global_batches(config, runtime.world_size)
     network.train()
 
-    def step(k: int) -> float:
-        (rows,) = data.batch(k)
-        tokens = rows.long()
+    def step(_: int) -> float:
+        tokens = torch.chunk(next(batches), runtime.world_size)[runtime.rank].long()
         loss_sum, _ = network(tokens[:, :-1], tokens[:, 1:])
         loss = loss_sum / (BATCH * SEQ)
         loss.backward()
@@ -126,11 +118,10 @@ def plain_step(config: TransformerConfig, runtime: Runtime) -> Step:
 
 def worker(options: argparse.Namespace) -> None:
     """Alternate both in this rank, and write the seconds of each step."""
-    runtime = processes.start(
-        device="cpu", strategy=options.worker, precision="f32", cpu_threads=1, timeout_s=600
-    )
     config = replace(preset(options.shape), num_layers=LAYERS, vocab_size=VOCABULARY)
-    steps = {"ours": our_step(config, runtime), "plain": plain_step(config, runtime)}
+    session = open_ours(config, options.worker)
+    runtime = session.runtime
+    steps = {"ours": our_step(session), "plain": plain_step(config, runtime)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
     for k in range(options.steps + 2):

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -276,7 +277,7 @@ def hugging_face_model(config: TransformerConfig, state: dict[str, torch.Tensor]
     """
     tied = config.tie_word_embeddings
     metadata = AprMetadata.from_mapping(config.to_metadata())
-    values = config_from_metadata(metadata, tied=tied, dtype=DType.F32, token_ids={})
+    values = config_from_metadata(metadata, config, dtype=DType.F32, token_ids={}, where=Path("memory"))
     settings = transformers.AutoConfig.for_model(**values)
     settings.use_cache = False  # or every layer would copy its keys and values, for nothing
     model = transformers.AutoModelForCausalLM.from_config(settings)

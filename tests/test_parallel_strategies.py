@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from builders.ranks import CASES, drawn, take_steps
 from builders.runs import REPOSITORY, metrics, run_script, verdict
+from builders.sessions import architecture_of
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.model.config import TransformerConfig
-from apr_dist.model.families import Family
-from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.runtime import Runtime, reset_state
+from apr_dist.choices import Strategy
+from apr_dist.parallel.runtime import reset_state
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -106,7 +105,8 @@ def test_zero2_goes_on_from_what_fsdp2_saved(
     assert facts["shard_elements"] == [ELEMENTS, ELEMENTS]
     assert facts["optimizer_elements"] == HALVES
     steps = {line["step"]: line for line in metrics(run_dir)}
-    assert sorted(steps) == [3, 4]
+    assert sorted(steps) == [1, 2, 3, 4]
+    assert [steps[1], steps[2]] == metrics(fsdp2)[:2], "those of the run it goes on from"
     for line in metrics(alone)[2:]:
         assert steps[line["step"]]["train_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
         assert steps[line["step"]]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-5)
@@ -131,11 +131,10 @@ def ranks(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[dict
     return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.fixture
-def single() -> Iterator[Runtime]:
-    """This process alone."""
-    reset_state()
-    yield processes.start(device="cpu", strategy="single", precision="f32", cpu_threads=1, timeout_s=60)
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """What a session in this process leaves of its processes' state."""
+    yield
     reset_state()
 
 
@@ -145,12 +144,13 @@ def cases_of(report: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
 
 
 def test_every_strategy_holds_its_share_and_takes_the_same_steps(
-    ranks: list[dict[str, Any]], inputs: Inputs, single: Runtime, tmp_path: Path
+    ranks: list[dict[str, Any]], inputs: Inputs, tmp_path: Path
 ) -> None:
-    wanted = take_steps(inputs.pretrained, single, tmp_path)
+    wanted = take_steps(inputs.pretrained, Strategy.SINGLE, 1, tmp_path)
     for report in ranks:
         assert len(cases_of(report)) >= 4
         for name, size, found in cases_of(report):
+            assert found["strategy"] == name.rpartition("-")[0]
             assert found["loaded"] == wanted["loaded"], name
             assert found["shard_elements"] == [ELEMENTS // size] * 2, name
             assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-6), name
@@ -190,9 +190,9 @@ def test_a_gradient_that_is_not_finite_touches_no_weight_under_any_strategy(
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-020")
 def test_a_skipped_step_leaves_weights_and_gradients_as_if_it_had_not_been(
-    ranks: list[dict[str, Any]], inputs: Inputs, single: Runtime, tmp_path: Path
+    ranks: list[dict[str, Any]], inputs: Inputs, tmp_path: Path
 ) -> None:
-    found = [take_steps(inputs.pretrained, single, tmp_path)["skipped"]]
+    found = [take_steps(inputs.pretrained, Strategy.SINGLE, 1, tmp_path)["skipped"]]
     found += [case["skipped"] for report in ranks for _, _, case in cases_of(report) if "skipped" in case]
     assert len(found) >= 3
     for one in found:
@@ -216,11 +216,7 @@ def test_one_altered_element_of_one_shard_is_named_on_every_rank(ranks: list[dic
 
 
 def test_weights_from_scratch_do_not_depend_on_the_sharding(
-    ranks: list[dict[str, Any]], inputs: Inputs, single: Runtime
+    ranks: list[dict[str, Any]], inputs: Inputs
 ) -> None:
-    with AprReader(inputs.pretrained) as reader:
-        keys = reader.metadata.to_mapping()
-    config = TransformerConfig.from_metadata(
-        keys, family=Family.QWEN2, where=inputs.pretrained, tie_word_embeddings=True
-    )
-    assert {report["drawn"] for report in ranks} == {drawn(single, config)}
+    alone = drawn(architecture_of(inputs.pretrained), Strategy.SINGLE, 1)
+    assert {report["drawn"] for report in ranks} == {alone}

@@ -72,9 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _conclude(error: AprDistError, *, debug: bool) -> ExitCode:
-    print(f"error: {error}", file=sys.stderr)
-    if error.page:
-        print(f"cause and cure: {error.page}", file=sys.stderr)
+    if not error.told_by_rank_0:
+        print(f"error: {error}", file=sys.stderr)
+        if error.page:
+            print(f"cause and cure: {error.page}", file=sys.stderr)
     if debug:
         traceback.print_exc()
     return error.exit_code

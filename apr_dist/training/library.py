@@ -10,19 +10,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import write_atomically
 from apr_dist.choices import ProgressStyle
 from apr_dist.config import TrainConfig
 from apr_dist.config.reading import read_yaml, validate
+from apr_dist.gates.preflight import Preflight
+from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.runtime import reset_state
 from apr_dist.parallel.watch import Watch
 from apr_dist.runs.checkpoint import json_bytes
+from apr_dist.runs.display import Display
 from apr_dist.runs.display_choice import open_display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock
 from apr_dist.runs.verdict import Status, Verdict
-from apr_dist.training.proving import Around, prove
+from apr_dist.training.proving import Around, Proven, prove
 from apr_dist.training.run_data import OwnData
 from apr_dist.training.session import Session
 from apr_dist.training.trainer import train
@@ -75,6 +79,26 @@ def open_session(
         stack.push(_leave_verdict(session))
         session.closes_with(stack.pop_all())
     return session
+
+
+def without_gates(
+    architecture: TransformerConfig,
+    *,
+    reader: AprReader | None = None,
+    batches: Iterable[Any] = (),
+    **overrides: Any,
+) -> tuple[TrainConfig, Proven, Around]:
+    """What a `Session` opens with when no gate is asked and nothing is written, as a measurement needs it.
+
+    Args:
+        architecture: of the decoder, which need not be a preset.
+        reader: the open file its weights come from, on rank 0; without one they are drawn.
+        batches: as for `open_session`.
+        overrides: as for `open_session`.
+    """
+    proven = Proven(preflight=Preflight(model_config=architecture, reader=reader))
+    around = Around(display=Display(), own=OwnData(train=batches))
+    return _settings(None, overrides).resolved(), proven, around
 
 
 def fit(session: Session) -> Verdict:

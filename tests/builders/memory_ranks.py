@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
@@ -22,6 +22,7 @@ from apr_dist.parallel.gather import save_weights, weight_parts
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import assert_spread, build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights
+from builders.sessions import architecture_of
 
 
 def resident(key: str) -> int:
@@ -42,9 +43,7 @@ def count_from_here(runtime: Runtime) -> int:
 def main() -> None:
     model, strategy, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     runtime = processes.start(device="cpu", strategy=strategy, precision="f32", cpu_threads=1, timeout_s=120)
-    with AprReader(model) as reader:
-        keys = reader.metadata.to_mapping()
-    config = TransformerConfig.from_metadata(keys, family=Family.LLAMA, where=model, tie_word_embeddings=True)
+    config = architecture_of(model, Family.LLAMA)
     small = replace(config, num_layers=1, vocab_size=512, intermediate_size=64)
     draw_weights(build_decoder(small, runtime), small, runtime, seed=0)  # what is imported on first use
     before = count_from_here(runtime)

@@ -18,14 +18,10 @@ from torch import Tensor, nn
 
 from apr_dist.choices import Offload, Strategy
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.engine import prepare
-from apr_dist.parallel.runtime import reset_state
-from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.strategy import possible_offloads
-from apr_dist.parallel.weights import draw_weights
 from apr_dist.parallel.zero import BUCKET_ELEMENTS
-from apr_dist.training.optimizer import build_optimizer
 from builders.models import tiny_config
+from builders.sessions import open_alone
 
 SHAPE = tiny_config(
     vocab_size=1024, hidden_size=256, num_layers=4, num_kv_heads=4, head_dim=64, intermediate_size=1024
@@ -54,34 +50,22 @@ def held() -> dict[int, int]:
 
 def state_bytes(strategy: Strategy, offload: Offload, state_bits: int = 32) -> int:
     """What one rank holds after a step, beside what was there before."""
-    reset_state()
-    runtime = processes.start(
-        device="cpu",
-        strategy=strategy.value,
-        precision="f32",
-        cpu_threads=1,
-        timeout_s=120,
-        offload=offload.value,
-    )
     before = sum(held().values())
-    decoder = build_decoder(SHAPE, runtime)
-    draw_weights(decoder, SHAPE, runtime, seed=0)
-    offloaded = strategy.zero_stage > 0 and offload is not Offload.NONE
-    optimizer = build_optimizer(
-        decoder,
+    rows = torch.randint(SHAPE.vocab_size, (2, 33))
+    with open_alone(
+        SHAPE,
+        strategy,
+        parallel={"offload": offload.value},
+        optimizer={"state_bits": state_bits, "weight_decay": 0.0},
+        batches=[rows] * 2,
+        batch_size=2,
+        seq_length=32,
         lr=1e-4,
-        weight_decay=0.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        offloaded=offloaded,
-        state_bits=state_bits,
-    )
-    engine = prepare(decoder, optimizer, runtime, micro_batch=1, grad_clip=1.0)
-    tokens = torch.randint(SHAPE.vocab_size, (1, 33))
-    for _ in range(2):
-        engine.accumulate(tokens[:, :-1], tokens[:, 1:], scale=1 / 64, last=True)
-        engine.step(torch.zeros((), dtype=torch.bool))
-    return sum(held().values()) - before
+    ) as session:
+        for step in range(2):
+            session.stepper.take(step, compare=False, more=False)
+        session.stepper.read()
+        return sum(held().values()) - before
 
 
 def main() -> None:
