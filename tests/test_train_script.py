@@ -75,6 +75,19 @@ def test_accelerate_launch_runs_the_same_script(single: Path, inputs: Inputs, tm
         assert all(ours.raw(name) == theirs.raw(name) for name in theirs.tensors)
 
 
+def test_the_only_process_of_torchrun_is_the_run_of_plain_python(
+    single: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    """What ``--nproc_per_node 1`` starts, and an elastic job of ``--nnodes 1:2`` shrinks to."""
+    run_dir = tmp_path / "run"
+    done = run_script(*flags(inputs, run_dir), launcher="torchrun --nproc_per_node 1")
+    assert done.returncode == 0, done.stderr
+    facts = verdict(run_dir)["facts"]
+    assert (facts["strategy"], facts["world_size"]) == ("single", 1)
+    losses = [[line["train_loss"] for line in metrics(folder)] for folder in (single, run_dir)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-003")
 def test_what_rank_0_refuses_every_rank_refuses_together(inputs: Inputs, tmp_path: Path) -> None:
     broken = tmp_path / "broken.apr"
