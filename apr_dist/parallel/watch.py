@@ -289,7 +289,8 @@ class Watch:
         if failure.hang:
             self._show_stack()
         elif witnessed or self._rank == 0:
-            _print(f"error of {where}: {failure.text}")
+            stopped = failure.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+            _print(f"error: {failure.text}" if stopped else f"error of {where}: {failure.text}")
         if self.on_failure is not None:
             self.on_failure(failure)
         self._deadline = self._deadline or (time.monotonic() + GRACE_S, failure.code)
