@@ -209,6 +209,8 @@ class Session:
         trackers = Trackers(
             config.trackers if main else (),
             run_dir=self.run.path,
+            run=self.start.run,
+            options=config.tracking,
             values=flat(config.model_dump(mode="json")),
             warn=self.display.warn,
             resumed_step=kept,
