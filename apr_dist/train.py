@@ -28,8 +28,15 @@ from apr_dist.runs.display_choice import open_display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock
 from apr_dist.runs.log import RunLog
-from apr_dist.training.proving import Around, prove
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error
+
+try:
+    from apr_dist.training.proving import Around, prove
+except AprDistError as error:  # the compiled loader is missing
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(int(error.exit_code))
 
 
 def run(invocation: Invocation, watch: Watch) -> ExitCode:
