@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -187,3 +188,17 @@ class SpikeOf(StrEnum):
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """What ``track`` may name: the trackers that Accelerate knows, by its own names."""
+
+TRACKER_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "wandb": {"name": "name", "entity": "entity", "group": "group", "tags": "tags", "id": "id"},
+    "swanlab": {
+        "name": "experiment_name",
+        "entity": "workspace",
+        "group": "group",
+        "tags": "tags",
+        "id": "id",
+    },
+    "trackio": {"name": "name", "group": "group"},
+}
+"""Arguments of a tracker's own ``init`` by what they mean; other trackers take a project alone. All of these
+resume: wandb and swanlab the run of an ``id``, trackio the run of a ``name``."""

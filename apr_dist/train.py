@@ -19,7 +19,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from apr_dist.config import TrainConfig
 from apr_dist.config.reading import Invocation, parse_command_line
-from apr_dist.errors import AprDistError, ExitCode, as_known
+from apr_dist.errors import AprDistError, ExitCode, Interrupted, Terminated, as_known
 from apr_dist.parallel.launch import Launch, read_launch
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
@@ -28,8 +28,15 @@ from apr_dist.runs.display_choice import open_display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock
 from apr_dist.runs.log import RunLog
-from apr_dist.training.proving import Around, prove
 from apr_dist.training.signals import SIGNALS, AtOnce, as_error
+
+try:
+    from apr_dist.training.proving import Around, prove
+except AprDistError as error:  # the compiled loader is missing
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(int(error.exit_code))
 
 
 def run(invocation: Invocation, watch: Watch) -> ExitCode:
@@ -110,12 +117,18 @@ def _conclude(error: BaseException, rank: int, watch: Watch) -> ExitCode:
         interrupted = isinstance(error, KeyboardInterrupt)
         error = as_error(signal.SIGINT, f"while {HERE.phase}") if interrupted else as_known(error)
     if not error.told_by_rank_0:
-        place = f" on rank {rank}, at step {HERE.step} while {HERE.phase}" if rank else ""
-        print(f"error{place}: {error}", file=sys.stderr, flush=True)
-        if error.page:
-            print(f"cause and cure: {error.page}", file=sys.stderr, flush=True)
+        # A launcher sends a signal to every rank; rank 0 prints it for all of them.
+        if not (rank and watch.connected and isinstance(error, Interrupted | Terminated)):
+            _print_error(error, rank)
         watch.fail(error.exit_code, str(error))
     return error.exit_code
+
+
+def _print_error(error: AprDistError, rank: int) -> None:
+    place = f" on rank {rank}, at step {HERE.step} while {HERE.phase}" if rank else ""
+    print(f"error{place}: {error}", file=sys.stderr, flush=True)
+    if error.page:
+        print(f"cause and cure: {error.page}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> None:

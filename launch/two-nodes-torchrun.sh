@@ -22,7 +22,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 exec torchrun \
-    --nnodes "$NODES" --nproc_per_node "$PROCESSES" --max_restarts "$RESTARTS" \
+    --nnodes "$NODES" --nproc_per_node "$PROCESSES" --max_restarts "$RESTARTS" --shutdown_timeout 570 \
     ${LOCAL_ADDRESS:+--local_addr "$LOCAL_ADDRESS"} \
     --rdzv_id apr-dist --rdzv_backend c10d --rdzv_endpoint "$MASTER:29400" \
     --rdzv_conf "is_host=$([ "$NODE" = 0 ] && echo 1 || echo 0),join_timeout=600" \

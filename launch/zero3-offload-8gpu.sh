@@ -10,7 +10,7 @@ RUN_DIR="${RUN_DIR:-runs/offload}"
 STRATEGY="${STRATEGY:-zero3}"
 PROCESSES="${PROCESSES:-8}"
 
-exec torchrun --standalone --nproc_per_node "$PROCESSES" --max_restarts 3 \
+exec torchrun --standalone --nproc_per_node "$PROCESSES" --max_restarts 3 --shutdown_timeout 570 \
     apr_dist/train.py \
     --init "$INIT" --dataset "$DATA/train" --val-dataset "$DATA/validation" \
     --run-dir "$RUN_DIR" --resume auto \

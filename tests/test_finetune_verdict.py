@@ -87,9 +87,23 @@ def test_a_good_run_passes_every_gate_and_its_verdict_is_signed(
     assert {"001", "003", "004", "005", "006", "007"} <= shown
 
 
+@pytest.mark.parametrize("init", [True, False])
+def test_without_steps_a_run_is_judged_by_its_own_gates(
+    init: bool, run_dir: Path, inputs: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged = run_dir if init else shutil.copytree(inputs.pretrained_run, run_dir / "scratch")
+    assert apr_dist(["verdict", str(judged)]) == 0
+    assert "judged by its own gates" in capsys.readouterr().out
+    kept = json.loads((judged / "finetune-verdict.json").read_text())
+    assert kept["rehearsal"] is True
+    assert apr_dist(["verdict", str(judged), "--steps", "500"]) == (
+        ExitCode.VERDICT if init else ExitCode.USAGE
+    )
+
+
 @pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-INIT-FINETUNE-005")
 def test_a_run_of_fewer_steps_than_the_contract_s_does_not_pass_it(run_dir: Path) -> None:
-    assert apr_dist(["verdict", str(run_dir)]) == ExitCode.VERDICT
+    assert apr_dist(["verdict", str(run_dir), "--steps", "500"]) == ExitCode.VERDICT
     assert not passed(run_dir, FINETUNE + "005", steps=500)
     assert judge(run_dir, steps=6).body["rehearsal"]
     assert not judge(run_dir).body["rehearsal"]

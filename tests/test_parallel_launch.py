@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
+import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from builders.runs import run_here
+from accelerate.utils.launch import _filter_args, prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from builders.faults import free_port
+from builders.runs import TRAIN, run_here
+from torch.distributed.run import config_from_args, get_args_parser
 
 from apr_dist.choices import Offload, Strategy, StrategyChoice
 from apr_dist.config import TrainConfig
@@ -40,7 +45,7 @@ def trainer_flags(text: str) -> list[str]:
     joined = re.sub(r"\\\n#?", " ", text)
     (line,) = [line for line in joined.splitlines() if "apr_dist/train.py" in line]
     words = shlex.split(line.split("apr_dist/train.py", 1)[1])
-    return [word for word in words if word not in {"$@", ""}]
+    return [word for word in words if word not in {"$@", "", "&"}]
 
 
 def flags_of(recipe: Path) -> list[str]:
@@ -172,6 +177,48 @@ def test_accelerate_hands_the_strategy_of_a_recipe_to_the_trainer(
     assert choose("auto", processes) is strategy
 
 
+def torchrun_options(recipe: Path) -> Namespace:
+    """What torchrun's own parser takes from a recipe."""
+    if recipe in KUBERNETES:
+        words = [str(word) for word in container(recipe)["command"]]
+    else:
+        joined = re.sub(r"\\\n", " ", recipe.read_text())
+        (line,) = [line for line in joined.splitlines() if "apr_dist/train.py" in line]
+        own = line[line.index("torchrun") :].split("--rdzv")[0].split("${LOCAL")[0]
+        words = [*shlex.split(re.sub(r'"\$\w+"', "1", own)), "apr_dist/train.py"]
+    return get_args_parser().parse_args(words[1:])
+
+
+TORCHRUN = [*[script for script in SCRIPTS if "torchrun" in script.read_text()], *KUBERNETES]
+
+
+@pytest.mark.parametrize("recipe", TORCHRUN, ids=lambda path: path.name)
+def test_torchrun_waits_for_a_step_as_long_as_whoever_stops_it(recipe: Path) -> None:
+    """Its default of 30 s would kill a step that the scheduler still allows."""
+    limit = torchrun_options(recipe).shutdown_timeout
+    allowed = 600
+    if recipe in KUBERNETES:
+        allowed = job_of(recipe)["template"]["spec"]["terminationGracePeriodSeconds"]
+    elif recipe.suffix == ".sbatch":
+        (seconds,) = re.findall(r"^#SBATCH --signal=B:TERM@(\d+)$", recipe.read_text(), re.MULTILINE)
+        allowed = int(seconds)
+    assert allowed - 60 <= limit <= allowed - 30
+
+
+def test_accelerate_hands_the_limit_of_the_environment_to_torchs_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (name, seconds) = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "570")
+    for recipe in ACCELERATE:
+        several = "num_processes: 1\n" not in recipe.read_text()
+        assert (f"export {name}={seconds}" in recipe.read_text()) is several, recipe
+    monkeypatch.setenv(name, seconds)
+    launched = launch_command_parser().parse_args(["--multi_gpu", "apr_dist/train.py"])
+    options = _filter_args(launched, get_args_parser(), ["--module", "x"])
+    config, _, _ = config_from_args(options)
+    assert config.shutdown_timeout == int(seconds)
+
+
 def test_an_offload_the_strategy_cannot_do_is_refused_with_what_it_can() -> None:
     for strategy, offload in (
         (Strategy.SINGLE, Offload.OPTIMIZER),
@@ -215,6 +262,8 @@ def test_a_launcher_and_a_configuration_that_disagree_are_refused(monkeypatch: p
             4,
             Strategy.SHARD_GRAD_OP,
         ),
+        ("auto", {"ACCELERATE_USE_FSDP": "true"}, 1, Strategy.SINGLE),
+        ("auto", {"ACCELERATE_USE_DEEPSPEED": "true"}, 1, Strategy.SINGLE),
         ("hsdp", {"ACCELERATE_USE_FSDP": "true"}, 4, Strategy.HSDP),
         ("zero1", {}, 4, Strategy.ZERO1),
     ],
@@ -276,3 +325,45 @@ def test_a_launch_that_makes_no_sense_is_refused_at_once(
     assert said.startswith("error: the launcher's environment: ")
     assert words in said
     assert not (tmp_path / "run").exists()
+
+
+def _alone(inputs: Inputs, run: Path, port: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One process of two, whose partner never starts."""
+    launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run)]
+    return subprocess.run(
+        [sys.executable, str(TRAIN), *given, "--num-steps", "1", "--parallel.timeout-s", "3"],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", **launched, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "0"}, "1 of 2 processes came to localhost:"),
+        ({"RANK": "0", "TORCHELASTIC_RESTART_COUNT": "1"}, "1 of 2 processes came to localhost:"),
+        ({"RANK": "1"}, "rank 1 of 2 did not reach the others at localhost:"),
+    ],
+    ids=["rank 0", "rank 0 after a restart", "rank 1"],
+)
+def test_a_process_whose_partner_does_not_come_says_how_many_came_and_what_to_check(
+    environment: dict[str, str], words: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    done = _alone(inputs, tmp_path / "run", free_port(), **environment)
+    assert done.returncode == ExitCode.DISTRIBUTED, done.stderr
+    assert words in done.stderr
+    assert "the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE" in done.stderr
+    assert "internal error" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_in_use_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = _alone(inputs, tmp_path / "run", port, RANK="0")
+    assert done.returncode == ExitCode.DISTRIBUTED, done.stderr
+    assert f"the port of localhost:{port} is in use" in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,9 @@ from builders.reference import reference_model
 from builders.runs import Inputs
 from builders.tokens import packaged
 
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.reader import AprReader
+from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.cli import main
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.interop.chat import chat_template, render_chat
@@ -102,11 +104,25 @@ def test_a_seed_makes_a_draw_repeatable(inputs: Inputs, capsys: pytest.CaptureFi
     assert draws[0]["finish"] in ("length", "end-token")
 
 
+def write_without_tokenizer(source: Path, target: Path) -> None:
+    """The same model as earlier versions saved it: no tokenizer inside."""
+    with AprReader(source) as reader:
+        kept = reader.metadata.to_mapping().items()
+        plain = {key: value for key, value in kept if not key.startswith(("tokenizer.", "apr_dist.files"))}
+        tensors = [TensorSpec(one.name, one.dtype, one.shape) for one in reader.tensors.values()]
+        metadata = AprMetadata.from_mapping(plain)
+        with AprWriter(
+            target, metadata=metadata, tensors=tensors, flags=reader.header.flags, verbatim=True
+        ) as out:
+            for name in reader.tensors:
+                out.write(name, reader.raw(name))
+
+
 def test_the_remedy_for_a_missing_tokenizer_puts_one_beside_the_file(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "m.apr"
-    shutil.copy(inputs.pretrained, model)
+    write_without_tokenizer(inputs.pretrained, model)
     code, error = refusal(str(model), "--prompt", "x", capsys=capsys)
     assert code == 5
     assert "there is no tokenizer inside the file or beside it" in error

@@ -11,7 +11,8 @@ from builders.runs import Inputs, metrics, run_here
 
 from apr_dist.choices import TRACKERS
 from apr_dist.config.reading import parse_command_line
-from apr_dist.errors import UsageError
+from apr_dist.config.sections import TrackingSection
+from apr_dist.errors import ExitCode, UsageError
 from apr_dist.gates.settings import check_trackers
 from apr_dist.runs.trackers import Trackers
 
@@ -102,12 +103,81 @@ def test_a_tracker_that_cannot_start_warns_and_the_others_go_on(tmp_path: Path) 
         patch.setitem(LOGGER_TYPE_TO_CLASS, "aim", Broken)
         patch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Good)
         with Trackers(
-            ("aim", "wandb"), run_dir=tmp_path, values={"lr": None}, warn=warned.append
+            ("aim", "wandb"),
+            run_dir=tmp_path,
+            run="a",
+            options=TrackingSection(),
+            values={"lr": None},
+            warn=warned.append,
         ) as trackers:
             trackers.measured({"kind": "step", "step": 7, "train_loss": 2.0, "passes": {"a": 1}, "val": None})
     assert len(warned) == 1
     assert "aim failed" in warned[0]
     assert seen == {"train_loss": 2.0, "passes/a": 1, "finished": 1.0}
+
+
+def started(patch: pytest.MonkeyPatch, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """The project and arguments of every ``init`` that Accelerate's own tracker calls from now on."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    kind = LOGGER_TYPE_TO_CLASS[name]
+
+    def start(tracker: Any) -> None:
+        calls.append((tracker.run_name, tracker.init_kwargs))  # what its ``start`` hands to ``init``
+        raise ConnectionError("nothing is sent from here")
+
+    patch.setattr(kind, "start", start)
+    patch.setattr("apr_dist.gates.settings.check_trackers", lambda _: None)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "team", "run_name"),
+    [("wandb", "entity", "name"), ("swanlab", "workspace", "experiment_name")],
+)
+def test_a_resumed_run_is_the_same_run_of_the_tracker(
+    name: str, team: str, run_name: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, run = started(monkeypatch, name), tmp_path / "run"
+    filed = ("--tracking.project", "p", "--tracking.entity", "e", "--tracking.group", "g")
+    given = flags(inputs, run, "--track", name, *filed, "--tracking.tags", "a, b", "--resume", "auto")
+    assert run_here(*given) == 0
+    assert run_here(*given) == 0
+    assert run_here(*flags(inputs, run, "--track", name, "--overwrite")) == 0
+    assert run_here(*flags(inputs, tmp_path / "other", "--track", name)) == 0
+    (project, first), (_, resumed), (_, again), (plain, other) = calls
+    assert (project, plain) == ("p", "apr-dist")
+    expected = {run_name: "run", team: "e", "group": "g", "tags": ["a", "b"], "resume": "allow"}
+    assert {key: value for key, value in first.items() if key != "id"} == expected
+    assert resumed == first
+    assert len({first["id"], again["id"], other["id"]}) == 3
+    assert set(other) == {run_name, "id", "resume"}
+
+
+def test_trackio_resumes_by_a_name_of_its_own(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = started(monkeypatch, "trackio")
+    for folder in ("a", "b"):
+        given = flags(inputs, tmp_path / folder / "run", "--track", "trackio", "--resume", "auto")
+        assert run_here(*given) == run_here(*given) == 0
+    names = [arguments["name"] for _, arguments in calls]
+    assert names[0] == names[1] != names[2] == names[3]
+    assert all(set(arguments) == {"name", "resume"} for _, arguments in calls)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--tracking.entity", "e"), "of the trackers (none) none has it"),
+        (("--track", "tensorboard", "--tracking.tags", "a"), "expected one of swanlab, wandb in --track"),
+        (("--tracking.team", "e"), "tracking.team"),
+    ],
+)
+def test_a_tracking_key_that_nothing_takes_is_refused(
+    given: tuple[str, ...], words: str, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(*flags(inputs, tmp_path / "run", *given)) == ExitCode.USAGE
+    assert words.lower() in capsys.readouterr().err.lower()
 
 
 def test_an_unknown_tracker_is_refused_with_the_nearest_name() -> None:

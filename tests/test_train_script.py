@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders.runs import TRAIN, metrics, run_script, verdict
+from gguf import GGUFReader
+from tokenizers import Tokenizer
 
 from apr_dist.apr.reader import AprReader
+from apr_dist.cli import main as apr_dist
+from apr_dist.corpus.tokenizer import load_tokenizer
 from apr_dist.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -73,6 +79,19 @@ def test_accelerate_launch_runs_the_same_script(single: Path, inputs: Inputs, tm
     assert losses[0] == losses[1]
     with AprReader(run_dir / "checkpoint.apr") as ours, AprReader(single / "checkpoint.apr") as theirs:
         assert all(ours.raw(name) == theirs.raw(name) for name in theirs.tensors)
+
+
+def test_the_only_process_of_torchrun_is_the_run_of_plain_python(
+    single: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    """What ``--nproc_per_node 1`` starts, and an elastic job of ``--nnodes 1:2`` shrinks to."""
+    run_dir = tmp_path / "run"
+    done = run_script(*flags(inputs, run_dir), launcher="torchrun --nproc_per_node 1")
+    assert done.returncode == 0, done.stderr
+    facts = verdict(run_dir)["facts"]
+    assert (facts["strategy"], facts["world_size"]) == ("single", 1)
+    losses = [[line["train_loss"] for line in metrics(folder)] for folder in (single, run_dir)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-003")
@@ -142,3 +161,40 @@ def test_one_process_loads_neither_a_compiler_nor_what_shards(inputs: Inputs, tm
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].split() == ["LOADED"]
+
+
+@pytest.mark.parametrize(
+    "start", [["apr_dist/train.py"], ["-m", "apr_dist.train"], ["-m", "apr_dist", "plan"]]
+)
+def test_a_checkout_without_the_compiled_loader_names_the_fix(start: list[str], tmp_path: Path) -> None:
+    """What ``pip install .`` leaves: the checkout, first on the path, hides the installed package."""
+    package = tmp_path / "apr_dist"
+    shutil.copytree(TRAIN.parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    clean = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *start], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ExitCode.USAGE, done.stderr
+    assert done.stderr.startswith(f"error: {package}: the compiled loader _rust_loader is missing")
+    assert "pip install -e ." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_from_scratch_leaves_a_checkpoint_with_its_tokenizer(inputs: Inputs, tmp_path: Path) -> None:
+    """The exports of the checkpoint have the vocabulary it was trained with."""
+    text = (inputs.tokenizer / "tokenizer.json").read_text()
+    with AprReader(inputs.pretrained) as reader:
+        assert reader.metadata.custom["tokenizer.json"] == text
+        assert (
+            reader.metadata.custom["tokenizer.eos_token_id"]
+            == load_tokenizer(inputs.tokenizer).identity.eos_id
+        )
+    assert (
+        apr_dist(["export", str(inputs.pretrained), "--to", "huggingface", "-o", str(tmp_path / "hf")]) == 0
+    )
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == text
+    assert apr_dist(["export", str(inputs.pretrained), "--to", "gguf", "-o", str(tmp_path / "m.gguf")]) == 0
+    tokens = GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"]
+    vocabulary = Tokenizer.from_file(str(inputs.tokenizer / "tokenizer.json")).get_vocab()
+    written = [bytes(tokens.parts[one]).decode() for one in tokens.data]
+    assert {token: written.index(token) for token in vocabulary} == vocabulary

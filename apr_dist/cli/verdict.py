@@ -1,4 +1,4 @@
-"""The verb that judges a finished run by the finetune contract."""
+"""The verb that judges a finished run by its own gates or the finetune contract."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tyro
 from apr_dist.atomic_files import write_atomically
 from apr_dist.contracts.evidence import sign
 from apr_dist.errors import ExitCode
-from apr_dist.report.finetune_verdict import CONTRACT_STEPS, judge, keep_evidence
+from apr_dist.report.finetune_verdict import judge, keep_evidence
 from apr_dist.report.verdict_table import verdict_lines
 from apr_dist.runs.checkpoint import json_bytes
 
@@ -22,18 +22,19 @@ def verdict(
     /,
     *,
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    steps: int = CONTRACT_STEPS,
+    steps: int | None = None,
     evidence: Path | None = None,
     force: bool = False,
 ) -> int:
-    """Judge a finished run by the finetune contract, from what it left, and sign the verdict.
+    """Judge a finished run by its own gates or the finetune contract, and sign the verdict.
 
-    Example: apr-dist verdict runs/first --evidence contracts/evidence/first
+    Example: apr-dist verdict runs/first --steps 500 --evidence contracts/evidence/first
 
     Args:
         run_dir: the run folder.
         output: signed verdict to write; by default finetune-verdict.json in the run folder.
-        steps: steps the run must have; fewer than 500 make it a rehearsal, which discharges nothing.
+        steps: judge by the finetune contract, which asks for 500; fewer make it a rehearsal, which discharges
+            nothing. By default a run is judged by its own gates, and the contract is not discharged.
         evidence: also keep metrics, configuration, pictures and verdict of a run that passed in this folder.
         force: replace earlier evidence in that folder.
     """

@@ -30,6 +30,7 @@ from apr_dist.config.sections import (
     OptimizerSection,
     ParallelSection,
     Section,
+    TrackingSection,
 )
 
 
@@ -77,6 +78,7 @@ class TrainConfig(Section):
     track: str = Field(
         "", description="trackers to tell, by commas: tensorboard, wandb, trackio or another of Accelerate's"
     )
+    tracking: TrackingSection = TrackingSection()
     optimizer: OptimizerSection = OptimizerSection()
     loader: LoaderSection = LoaderSection()
     log_every: int | None = Field(
@@ -166,7 +168,7 @@ RENAMED: Mapping[str, str] = {
 
 _NOT_THE_MATHEMATICS = (
     *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint", "save_every", "log_every"),
-    *("init", "dataset", "val_dataset", "tokenizer", "progress", "track"),
+    *("init", "dataset", "val_dataset", "tokenizer", "progress", "track", "tracking"),
 )
 """Where things are, what is shown and how long they are kept; files are identified by their own digests."""
 

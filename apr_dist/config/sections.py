@@ -218,6 +218,19 @@ class ParallelSection(Section):
     )
 
 
+class TrackingSection(Section):
+    """Where trackers file the run; each key is for the trackers that have such a thing."""
+
+    project: str = Field("apr-dist", min_length=1, description="project of the run, for every tracker")
+    entity: str | None = Field(
+        None, min_length=1, description="team or user that owns the project: wandb, swanlab"
+    )
+    group: str | None = Field(
+        None, min_length=1, description="group of runs within the project: wandb, swanlab, trackio"
+    )
+    tags: str = Field("", description="words to find the run by, by commas: wandb, swanlab")
+
+
 class ComputeSection(Section):
     """How the network is computed; none of it changes what is trained but z_loss."""
 

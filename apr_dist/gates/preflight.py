@@ -297,14 +297,14 @@ def _own_tokenizer(
     if named is None and reader is not None and isinstance(embedded, str):
         content = embedded.encode()
         return identify(parse_tokenizer_json(content, where=reader.path), content, {}), reader.path
-    folder = named or _beside(init)
+    folder = tokenizer_folder(named, init)
     return (load_tokenizer(folder).identity, folder) if folder else (None, None)
 
 
-def _beside(init: Path | None) -> Path | None:
-    """The tokenizer folder that an import writes beside ``model.apr``: ``model.tokenizer``."""
-    folder = init.with_suffix(".tokenizer") if init else None
-    return folder if folder and folder.is_dir() else None
+def tokenizer_folder(named: Path | None, init: Path | None) -> Path | None:
+    """The tokenizer folder that was named, else the one an import writes next to ``model.apr``."""
+    beside = init.with_suffix(".tokenizer") if init else None
+    return named or (beside if beside and beside.is_dir() else None)
 
 
 def _note(found: Preflight, say: Callable[[str], None], result: GateResult) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
-from apr_dist.choices import ScheduleKind
+from apr_dist.choices import TRACKER_OPTIONS, TRACKERS, ScheduleKind
 from apr_dist.config import TrainConfig
-from apr_dist.config.sections import OptimizerSection
+from apr_dist.config.sections import OptimizerSection, TrackingSection
 from apr_dist.errors import UsageError
 from apr_dist.gates.data import check_batch
 from apr_dist.parallel.launch import read_launch
@@ -31,6 +31,7 @@ def check_settings(config: TrainConfig, *, world_size: int) -> None:
         UsageError, DistributedError: the first rule that is broken.
     """
     check_trackers(config.trackers)
+    check_tracking(config.tracking, config.trackers)
     check_installed(config.optimizer.state_bits)
     check_decay(config.optimizer, num_steps=config.num_steps, warmup=config.warmup)
     options, launch = config.parallel, read_launch()
@@ -65,6 +66,23 @@ def check_trackers(names: Sequence[str]) -> None:
                 where="--track",
                 expected="its package in this environment",
                 remedy=f"pip install {_EXTRA.get(name, name)}",
+            )
+
+
+def check_tracking(options: TrackingSection, names: Sequence[str]) -> None:
+    """Every key of ``tracking`` that is set means something to a tracker of the run.
+
+    Raises:
+        UsageError: naming the trackers that have such a thing.
+    """
+    for key, default in TrackingSection().model_dump().items():
+        able = [name for name in TRACKERS if key == "project" or key in TRACKER_OPTIONS.get(name, {})]
+        if getattr(options, key) != default and not set(able) & set(names):
+            raise UsageError(
+                f"tracking.{key} is set, and of the trackers ({', '.join(names) or 'none'}) none has it",
+                where=f"--tracking.{key}",
+                expected=f"one of {', '.join(able)} in --track",
+                remedy=f"leave --tracking.{key} out, or add --track {able[-1]}",
             )
 
 

@@ -29,6 +29,7 @@ from apr_dist.choices import Offload, Strategy
 from apr_dist.cores import usable_cores
 from apr_dist.errors import AprDistError, DistributedError, UsageError
 from apr_dist.parallel.launch import read_launch
+from apr_dist.parallel.meeting import meeting
 from apr_dist.parallel.strategy import (
     NOT_AS_ASKED,
     check_strategy,
@@ -149,7 +150,8 @@ def start(
     Raises:
         UsageError: CUDA was asked for and there is none, the shard size does not fit, or the strategy
             cannot offload that or has no moments in 8 bits.
-        DistributedError: the world size or strategy that is active is not the wanted one.
+        DistributedError: not all processes came, or the world size or strategy that is active is not the
+            wanted one.
     """
     use_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if device == "cuda" and not torch.cuda.is_available():
@@ -168,21 +170,22 @@ def start(
         offload=Offload(offload),
         state_bits=state_bits,
     )
-    forget_launcher_s()
+    forget_launcher_s(launch.world_size)
     if wanted.zero_stage:
         prepare_for_deepspeed(use_cpu=use_cpu, offload=Offload(offload))
     backend = "gloo" if use_cpu else "cuda:nccl,cpu:gloo"
-    _join_after_restart(backend, timeout_s)
     limits = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_s))
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        # Gradients that are sent are views of what they are sent from: one copy of them less.
-        kwargs_handlers=[limits, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-        if launch.world_size > 1
-        else [],
-        step_scheduler_with_optimizer=False,
-    )
+    with meeting(launch, timeout_s):
+        _join_after_restart(backend, timeout_s)
+        accelerator = Accelerator(
+            cpu=use_cpu,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            # Gradients that are sent are views of what they are sent from: one copy of them less.
+            kwargs_handlers=[limits, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+            if launch.world_size > 1
+            else [],
+            step_scheduler_with_optimizer=False,
+        )
     threads = _set_threads(cpu_threads)
     _assert_as_asked(accelerator, wanted)
     return Runtime(

@@ -116,7 +116,7 @@ def choose(asked: str, world: int) -> Strategy:
         launched = Strategy(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}")
     wanted = named(asked, world)
     if asked == StrategyChoice.AUTO:
-        return launched or wanted
+        return (launched if world > 1 else None) or wanted  # one process has nothing to shard over
     if launched is not None and launched is not wanted and not (fsdp and wanted.is_fsdp):
         raise DistributedError(
             f"the launcher's configuration says {launched} and parallel.strategy says {wanted}",
@@ -149,12 +149,17 @@ def refuse_launched_precision(precision: str) -> None:
     )
 
 
-def forget_launcher_s() -> None:
-    """Take out of the environment the strategy that ``accelerate launch`` was configured with.
+def forget_launcher_s(world: int) -> None:
+    """Remove from the environment what would make Accelerate build something else than the strategy.
 
-    Accelerate would build its own FSDP or DeepSpeed plugin from it, and those are not used.
+    Accelerate would build its own FSDP or DeepSpeed plugin, which are not used. It would also join a
+    process group of one, and wrap the model in DDP, for the only process of a launcher.
+
+    Args:
+        world: processes in all.
     """
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+    names = ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"]
+    for name in [*names, "LOCAL_RANK"] if world == 1 else names:
         os.environ.pop(name, None)
 
 

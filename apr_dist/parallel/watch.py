@@ -157,6 +157,11 @@ class Watch:
         self._told.wait(GRACE_S)
         return failure
 
+    @property
+    def connected(self) -> bool:
+        """Whether another rank learns of a failure here."""
+        return bool(self._lines)
+
     def leave(self) -> None:
         """Say goodbye: from here on this rank's end is nobody's concern."""
         self._leaving = True
@@ -213,6 +218,8 @@ class Watch:
         now, first = time.monotonic(), self._signal_at
         self._signal_at = first or now
         if self._here.deferring and (first is None or now - first < SAME_REQUEST_S):
+            if first is None and self._rank == 0:
+                _print("stopping after this step, saving; again to stop at once")
             return
         self._deadline = self._deadline or (now + GRACE_S, 128 + number)
 
@@ -282,7 +289,8 @@ class Watch:
         if failure.hang:
             self._show_stack()
         elif witnessed or self._rank == 0:
-            _print(f"error of {where}: {failure.text}")
+            stopped = failure.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+            _print(f"error: {failure.text}" if stopped else f"error of {where}: {failure.text}")
         if self.on_failure is not None:
             self.on_failure(failure)
         self._deadline = self._deadline or (time.monotonic() + GRACE_S, failure.code)

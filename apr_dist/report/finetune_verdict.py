@@ -53,23 +53,24 @@ class Judged:
     body: Mapping[str, Any]
 
 
-def judge(folder: Path, *, steps: int = CONTRACT_STEPS) -> Judged:
-    """Evaluate every gate of the contract on the run in ``folder``.
+def judge(folder: Path, *, steps: int | None = CONTRACT_STEPS) -> Judged:
+    """Evaluate every gate of the contract, or of the run itself, on the run in ``folder``.
 
     Args:
         folder: a finished run's folder.
         steps: how many the run must have; fewer than the contract's make it a rehearsal, which
-            discharges nothing.
+            discharges nothing. None: the run's own gates, whatever its steps and start; a rehearsal too.
 
     Raises:
         UsageError: it is no finished run, or one that did not start from a file.
     """
     run = read_finished_run(folder)
-    if run.config.init is None:
+    if steps is not None and run.config.init is None:
         raise UsageError(
             "the run did not start from a file",
             where=folder,
             expected=f"a run with --init, of which {CONTRACT} speaks",
+            remedy="leave --steps out: the run is then judged by its own gates",
         )
     gates = (
         *_end_gates(run, steps),
@@ -78,10 +79,11 @@ def judge(folder: Path, *, steps: int = CONTRACT_STEPS) -> Judged:
         _log_gate(run),
         _agreement_gate(run),
     )
+    judge_of_it = "its own gates" if steps is None else CONTRACT
     aborted = run.verdict.get("status") == Status.ABORTED
     verdict = Verdict(
         status=Status.ABORTED if aborted else Status.COMPLETED,
-        detail=f"{run.facts.get('steps', 0)} steps judged by {CONTRACT}",
+        detail=f"{run.facts.get('steps', 0)} steps judged by {judge_of_it}",
         gates=gates,
         facts={key: run.facts.get(key) for key in _KEPT_FACTS},
         synthetic=run.config.synthetic,
@@ -89,7 +91,7 @@ def judge(folder: Path, *, steps: int = CONTRACT_STEPS) -> Judged:
     body = {
         **verdict.to_json(),
         "contract": CONTRACT,
-        "rehearsal": steps < CONTRACT_STEPS,
+        "rehearsal": steps is None or steps < CONTRACT_STEPS,
         "run_gates": _run_gates(run),
         "signed": _digests(run),
     }
@@ -122,18 +124,21 @@ def keep_evidence(judged: Judged, folder: Path, *, force: bool) -> list[Path]:
     return [*(folder / name for name in contents), verdict]
 
 
-def _end_gates(run: FinishedRun, steps: int) -> list[GateResult]:
+def _end_gates(run: FinishedRun, steps: int | None) -> list[GateResult]:
     done, wall = len(run.train_losses), float(run.facts.get("wall_seconds") or math.inf)
     tokens = run.config.batch_size * run.config.seq_length
     code = run.verdict.get("exit_code")
+    ended = GateResult(
+        id=_FINETUNE + "001",
+        gate="the run ended well",
+        measured=f"{run.verdict.get('status')}, exit code {code}, log {run.logged_exit_code}",
+        required="exit code 0 in verdict and log",
+        passed=code == 0 and run.logged_exit_code == 0 and run.verdict.get("status") != Status.ABORTED,
+    )
+    if steps is None:
+        return [ended]
     return [
-        GateResult(
-            id=_FINETUNE + "001",
-            gate="the run ended well",
-            measured=f"{run.verdict.get('status')}, exit code {code}, log {run.logged_exit_code}",
-            required="exit code 0 in verdict and log",
-            passed=code == 0 and run.logged_exit_code == 0 and run.verdict.get("status") != Status.ABORTED,
-        ),
+        ended,
         GateResult(
             id=_FINETUNE + "005",
             gate="steps of the run",
@@ -172,7 +177,9 @@ def _loss_gates(run: FinishedRun) -> list[GateResult]:
     if run.checkpoint is None:
         return []
     vocab_size = run.checkpoint.vocab_size
-    gates = [*expected_gates(run, vocab_size=vocab_size), *_random_gates(run, vocab_size)]
+    gates = [*expected_gates(run, vocab_size=vocab_size)]
+    if run.config.init is not None:
+        gates += _random_gates(run, vocab_size)
     if not run.agreements:
         gates.append(
             _missing("007", "evaluation agrees with training", "compared at the first and last step")

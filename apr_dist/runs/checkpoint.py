@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.metadata import AprMetadata
+from apr_dist.corpus.tokenizer import load_tokenizer
+from apr_dist.errors import AprDistError
+from apr_dist.interop.embedding import embed_tokenizer
 from apr_dist.model.config import TransformerConfig
 
 
@@ -57,6 +62,39 @@ def checkpoint_metadata(
     ours = {f"apr_dist.{key}": value for key, value in provenance.items() if value is not None}
     values = {**kept, **stamped, **ours, "model_type": kept.get("model_type") or config.family.value}
     return AprMetadata.from_mapping(values)
+
+
+def with_tokenizer(
+    source: AprMetadata | None, folder: Path | None, warn: Callable[[str], None]
+) -> AprMetadata | None:
+    """Metadata of the init file with the tokenizer that the run trains with, unless one is inside.
+
+    Args:
+        source: metadata of the init file; None from scratch.
+        folder: the tokenizer folder; None if no file of the tokenizer is known.
+        warn: is told why a tokenizer cannot be embedded; the run is not stopped.
+    """
+    if folder is None or (source is not None and TOKENIZER_TEXT in source.custom):
+        return source
+    metadata = source or AprMetadata.from_mapping({})
+    try:
+        if metadata.special_tokens is None and (special := _special_tokens(folder)):
+            metadata = metadata.replace(special_tokens=special)
+        metadata, notes = embed_tokenizer(metadata, folder)
+    except AprDistError as error:
+        warn(f"checkpoints of this run have no tokenizer inside: {error}")
+        return source
+    for note in notes:
+        warn(note)
+    return metadata
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """Texts of the special tokens by role, as the folder's identity names their ids."""
+    loaded = load_tokenizer(folder)
+    ids = {"bos_token": loaded.identity.bos_id, "eos_token": loaded.identity.eos_id}
+    found = {role: loaded.tokenizer.id_to_token(one) for role, one in ids.items() if one is not None}
+    return {role: text for role, text in found.items() if text}
 
 
 _DERIVED = {"tie_word_embeddings", "head_dim", "rope_type"}

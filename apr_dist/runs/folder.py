@@ -93,6 +93,11 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def trackers(self) -> Path:
+        """What tells this run from an equal one in a tracker."""
+        return self.path / "trackers.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that trains into this folder."""
         return self.path / "run.lock"
@@ -172,5 +177,6 @@ class RunFolder:
             for tree in (self.steps, self.set_aside):
                 if tree.exists():
                     shutil.rmtree(tree)
-            for file in (self.history, self.checkpoint, self.checkpoint_facts, self.verdict, self.metrics):
+            kept = (self.checkpoint, self.checkpoint_facts, self.verdict, self.metrics)
+            for file in (self.history, self.trackers, *kept):
                 file.unlink(missing_ok=True)

@@ -50,7 +50,7 @@ _FREE = {
 """Keys that change where and how often, not what is computed. Files are compared by content instead; a
 mixture's fingerprint contains its weights."""
 
-_FREE_SECTIONS = ("checkpoint.", "loader.mixture.")
+_FREE_SECTIONS = ("checkpoint.", "loader.mixture.", "tracking.")
 
 _ORDER = ("seed", "seq_length", "loader.shuffle", "loader.block_sequences")
 """Keys that change which sequence comes when."""

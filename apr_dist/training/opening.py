@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import Documents, Offload, Precision, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.contracts.evidence import package_digest
 from apr_dist.cores import has_bf16_arithmetic
 from apr_dist.errors import DistributedError
+from apr_dist.gates.preflight import tokenizer_folder
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
@@ -32,6 +34,7 @@ from apr_dist.parallel.state import restore
 from apr_dist.parallel.watch import Watch
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.aborts import AbortRecord
+from apr_dist.runs.checkpoint import with_tokenizer
 from apr_dist.runs.display import Display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock
@@ -171,12 +174,18 @@ class Opening:
         return Start(
             model_config=model_config,
             from_init=self.config.init is not None,
-            metadata=reader.metadata if reader else None,
+            metadata=self._metadata(reader),
             provenance={**facts["provenance"], **ours},
             recorded_val_loss=facts["recorded_val_loss"],
             random_start=self._random,
             run=identity,
         )
+
+    def _metadata(self, reader: AprReader | None) -> AprMetadata | None:
+        if not self.runtime.is_main:
+            return None
+        folder = tokenizer_folder(self.config.tokenizer, self.config.init)
+        return with_tokenizer(reader.metadata if reader else None, folder, self.display.warn)
 
     def _open_outputs(self, stack: contextlib.ExitStack, resumed: SavedState | None, *, writes: bool) -> None:
         config, main = self.config, writes and self.runtime.is_main
@@ -186,6 +195,8 @@ class Opening:
             run_dir=self.run.path,
             values=flat(config.model_dump(mode="json")),
             warn=self.display.warn,
+            run=self.start.run,
+            options=config.tracking,
             resumed_step=kept,
         )
         stack.enter_context(trackers)

@@ -108,7 +108,10 @@ def run_here(*flags: str) -> int:
 def run_script(
     *flags: str, world_size: int = 1, launcher: str = "torchrun", timeout_s: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Train as a user does: the script under Python, torchrun or accelerate launch."""
+    """Train as a user does: the script under Python, torchrun or accelerate launch.
+
+    ``torchrun`` starts one process with Python alone; ``torchrun --nproc_per_node 1`` does not.
+    """
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
@@ -116,7 +119,7 @@ def run_script(
     if launcher == "accelerate":
         command += ["-m", "accelerate.commands.launch"]
         environment.pop("ACCELERATE_USE_CPU")
-    elif launcher == "torchrun" and world_size > 1:
+    elif launcher != "torchrun" or world_size > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     return subprocess.run(
