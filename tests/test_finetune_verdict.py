@@ -264,7 +264,8 @@ def test_evidence_holds_what_may_be_kept_and_nothing_else(
         assert str(tmp_path).encode() not in content
         assert str(inputs.pretrained.parents[2]).encode() not in content
     assert evidence_problem(FINETUNE + "001", kept / "verdict.json") == "is of a rehearsal"
-    assert apr_dist(["verdict", str(run_dir), "--evidence", str(tmp_path / "none")]) == ExitCode.VERDICT
+    contract = ["verdict", str(run_dir), "--steps", "500", "--evidence", str(tmp_path / "none")]
+    assert apr_dist(contract) == ExitCode.VERDICT
     assert not (tmp_path / "none").exists(), "a run that failed is no evidence"
     with pytest.raises(OutputError, match="already holds files"):
         keep_evidence(judged, kept, force=False)

@@ -72,6 +72,8 @@ def test_a_rank_with_other_data_or_another_init_stops_all(
     ended = ranks.launch(given, world_size=2, own={1: swapped})
     assert ended.codes == (ExitCode.DISTRIBUTED,) * 2, ended.errors
     assert "training data is " in ended.errors[0]
+    assert not list((tmp_path / "run").iterdir())
+    (tmp_path / "run").rmdir()
     other = tmp_path / "other.apr"
     assert run_here(*flags(inputs, tmp_path / "trained", "--lr", "1e-2")) == 0
     shutil.copyfile(tmp_path / "trained" / "checkpoint.apr", other)

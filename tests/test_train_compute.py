@@ -135,7 +135,7 @@ def test_a_run_resumes_on_another_set_of_kernels(inputs: Inputs, tmp_path: Path)
     resume = ("--resume", str(tmp_path / "run" / "steps" / "000002"), "--eval-every", "2")
     assert train(inputs, tmp_path / "again", *resume, "--compute.kernels", "plain") == 0
     found = [line["train_loss"] for line in metrics(tmp_path / "again")]
-    assert found == pytest.approx(whole, rel=1e-5)
+    assert found == pytest.approx(whole[:4], rel=1e-5)
 
 
 def test_z_loss_moves_the_weights_and_no_reported_loss(

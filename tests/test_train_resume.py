@@ -295,7 +295,7 @@ def test_a_signal_saves_the_step_just_finished_and_the_run_goes_on_from_there(
     process.send_signal(number)
     _, error = process.communicate(timeout=120)
     assert process.returncode == (ExitCode.TERMINATED if number == signal.SIGTERM else ExitCode.INTERRUPTED)
-    assert error.startswith("error: ")
+    assert "\nerror: " in f"\n{error}"
     assert "Traceback" not in error
     saved = newest_whole(run_dir)
     assert saved is not None

@@ -122,11 +122,7 @@ def _continued(
     facts: tuple[object, ...],
 ) -> History:
     """Set aside what lies behind the step to resume, and say so."""
-    later = [one for one in run.step_folders() if one.step > step.step]
-    for one in later:
-        if not one.state.exists():  # never finished
-            one.remove()
-    abandoned = [one for one in later if one.path.exists()]
+    abandoned = [one for one in run.whole() if one.step > step.step]
     if not run.verdict.exists():
         display("the attempt before this one left no verdict: it was killed, or its host was lost")
     if abandoned:

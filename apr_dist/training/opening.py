@@ -99,6 +99,8 @@ class Opening:
         self.about = say_how(config, runtime, self.display)
         resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
         self.progress = Progress() if resumed is None else Progress.from_saved(resumed)
+        if around.lock is not None:
+            prove_shared(self.run.path, runtime)
         self.data = open_data(config, model_config, runtime, stack, self.display, self.progress, around.own)
         prove_same(self.data.facts(), runtime)
         step_folder = Path(facts["step_folder"]) if resumed else None
@@ -121,7 +123,6 @@ class Opening:
     ) -> str:
         if lock is None:
             return ""
-        prove_shared(self.run.path, self.runtime)
         identity: str = self.runtime.on_main(
             lambda: open_folder(
                 self.config,
