@@ -26,6 +26,7 @@ VERBS: Mapping[str, str] = {
     "validate": "files:validate",
     "stamp": "files:stamp",
     "diff": "files:diff",
+    "merge": "adapters:merge",
     "generate": "generate:generate",
     "plan": "plan:plan",
     "profile": "profile:profile",

@@ -69,7 +69,12 @@ def import_file(
     """
     with bytes_bar(f"importing {source.name}") as progress:
         summary, folder, tokenizer = import_with_tokenizer(
-            source, output, dtype=_dtype(dtype), tie=True if tie else None, overwrite=force, progress=progress
+            source,
+            output,
+            dtype=dtype_of(dtype),
+            tie=True if tie else None,
+            overwrite=force,
+            progress=progress,
         )
     head = "tied" if summary.tied else "own"
     print(
@@ -106,7 +111,7 @@ def export_file(
             summary = export_gguf(source, output, kind=kind, overwrite=force, progress=progress)
         else:
             write = export_huggingface if to is Format.HUGGINGFACE else export_safetensors
-            summary = write(source, output, dtype=_dtype(dtype), overwrite=force, progress=progress)
+            summary = write(source, output, dtype=dtype_of(dtype), overwrite=force, progress=progress)
     print(
         f"{output}: {summary.format}, {summary.tensor_count} tensors, {summary.size_bytes / 1e6:,.1f} MB in"
         f" {len(summary.files)} file(s)"
@@ -275,7 +280,12 @@ def diff(first: Source, second: Source, /) -> int:
     return 0 if found.equal else 1
 
 
-def _dtype(wanted: ElementType | None) -> DType | None:
+def dtype_of(wanted: ElementType | None) -> DType | None:
+    """The element type that a flag names.
+
+    Raises:
+        UsageError: one that no APR file and no folder holds.
+    """
     if wanted is ElementType.Q8_0:
         raise UsageError("q8_0 is written to gguf only", expected="f32, f16 or bf16")
     return DType[wanted.name] if wanted else None

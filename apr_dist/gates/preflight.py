@@ -7,6 +7,7 @@ other come before all of them; whether the run folder is free is asked after the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,12 +25,14 @@ from apr_dist.data.mixture import Mixture
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
+from apr_dist.gates.adapters import adapter_of, prove_adapter_file
 from apr_dist.gates.data import check_disjoint, check_shared_documents, check_splits, check_unread
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.model_file import prove_model
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
 from apr_dist.gates.warnings import DataFacts, warnings_of
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import PRESETS, TransformerConfig, preset
 from apr_dist.parsing import parse_json
 
@@ -47,6 +50,8 @@ class Preflight:
         data: what the shards hold; None for made-up tokens.
         recorded_val_loss: what the init file says this same evaluation gave when it was saved.
         given_init_digest: digest of ``--init`` when weights come from a checkpoint to resume instead.
+        adapter: what is trained in place of the weights; None: the weights.
+        adapter_reader: the open checkpoint of an adapter to resume. Closed by ``close``.
     """
 
     model_config: TransformerConfig
@@ -57,11 +62,21 @@ class Preflight:
     data: DataFacts | None = None
     recorded_val_loss: float | None = None
     given_init_digest: str | None = None
+    adapter: Adapter | None = None
+    adapter_reader: AprReader | None = None
+
+    @property
+    def trained_parameters(self) -> int:
+        """Elements that are trained: of the adapter, or of the model."""
+        if self.adapter is None:
+            return self.model_config.parameter_count()
+        return sum(math.prod(shape) for shape in self.adapter.shapes(self.model_config).values())
 
     def close(self) -> None:
-        """Unmap the init file."""
-        if self.reader is not None:
-            self.reader.close()
+        """Unmap the files."""
+        for reader in (self.reader, self.adapter_reader):
+            if reader is not None:
+                reader.close()
 
 
 def run_preflight(
@@ -89,9 +104,15 @@ def run_preflight(
     """
     check_settings(config, world_size=world_size)
     with ExitStack() as stack:
-        path = resume_from or config.init
+        adapted = config.adapter.is_on
+        path = config.init if adapted else resume_from or config.init
         found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)
-        if resume_from is not None:
+        found.adapter = adapter_of(config.adapter, found.model_config)
+        if resume_from is not None and found.adapter is not None:
+            found.given_init_digest = found.provenance.get("init_digest")
+            found.adapter_reader = stack.enter_context(AprReader(resume_from))
+            _note(found, say, prove_adapter_file(found.adapter_reader, found.adapter, found.model_config))
+        elif resume_from is not None:
             _identify_init(found, config.init)
         _note(found, say, _positions(found.model_config, config.seq_length))
         if config.synthetic:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apr_dist.apr.layout import Flag
@@ -25,6 +25,7 @@ def proven_writer(
     overwrite: bool = False,
     verbatim: bool = False,
     unstated: list[str] | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> AprWriter:
     """A writer whose file appears only if training would accept it.
 
@@ -40,6 +41,7 @@ def proven_writer(
         verbatim: as `AprWriter`.
         unstated: given, a source that leaves a dimension unstated is accepted, because its format has no
             other place for it, and a note that says how to state it is added here.
+        also: called with the finished file after the gates; what it raises discards the file.
 
     Raises:
         GateRefused: a gate of a model file says no.
@@ -66,6 +68,8 @@ def proven_writer(
                 prove_model(reader, where=source)
             else:
                 check_values(reader, list(reader.tensors), where=source)
+        if also is not None:
+            also(written)
 
     return AprWriter(
         target,

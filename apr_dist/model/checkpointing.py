@@ -26,14 +26,23 @@ class Checkpointing(StrEnum):
     SELECTIVE = "selective"
 
 
-def run_checkpointed(mode: Checkpointing, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-    """``compute(*args)``, keeping for the backward pass only what the mode keeps."""
+def run_checkpointed(
+    mode: Checkpointing, compute: Callable[..., Tensor], *args: Any, draws: bool = False
+) -> Tensor:
+    """``compute(*args)``, keeping for the backward pass only what the mode keeps.
+
+    Args:
+        mode: what to keep.
+        compute: what is computed, and perhaps again.
+        args: its arguments.
+        draws: whether it draws random numbers, which are then the same the second time.
+    """
     if mode is Checkpointing.OFF or not torch.is_grad_enabled():
         return compute(*args)
     options: dict[str, Any] = {}
     if mode is Checkpointing.SELECTIVE:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _every_second())
-    result: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **options)
+    result: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=draws, **options)
     return result
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apr_dist.model.adapter_layers import attach
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import Checkpointing, run_checkpointed
 from apr_dist.model.config import TransformerConfig
@@ -38,6 +40,7 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.checkpointing = Checkpointing.OFF
+        self.draws = False
 
     def forward(
         self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None
@@ -53,7 +56,8 @@ class DecoderBlock(nn.Module):
         self._run = torch.compile(self._run, **options)  # type: ignore[method-assign]
 
     def _run(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
-        return run_checkpointed(self.checkpointing, self._compute, x, rotation, attend, cache)
+        options = (x, rotation, attend, cache)
+        return run_checkpointed(self.checkpointing, self._compute, *options, draws=self.draws)
 
     def _compute(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, attend, cache)
@@ -122,6 +126,14 @@ class Decoder(Computed):
             None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size, bias=False)
         )
         self.z_loss = 0.0
+        self.adapter: Adapter | None = None
+
+    def attach(self, adapter: Adapter) -> None:
+        """Train an adapter in place of the weights; see `adapter_layers.attach`."""
+        attach(self, adapter)
+        self.adapter = adapter
+        for layer in self.model.layers:
+            layer.draws = adapter.dropout > 0  # type: ignore[assignment]
 
     @property
     def head_weight(self) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch import nn
 from apr_dist.apr.digests import values_digest, weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import WeightsRefused
+from apr_dist.model.adapter_layers import initial_value
+from apr_dist.model.adapters import canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.transformer import initial_weight
+from apr_dist.model.transformer import Decoder, initial_weight
 from apr_dist.parallel.pieces import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import reshard
@@ -44,11 +46,24 @@ Source = Callable[[str, tuple[int, ...]], torch.Tensor]
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every distinct parameter once, by its canonical (Hugging Face and APR) name."""
     reshard(model)
-    yield from model.named_parameters(remove_duplicate=True)
+    for name, parameter in model.named_parameters(remove_duplicate=True):
+        yield canonical(name), parameter
+
+
+def saved_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint holds, by name: those of an adapter where there is one, else all."""
+    weights = dict(named_weights(model))
+    return {name: weight for name, weight in weights.items() if is_adapter(name)} or weights
 
 
 def load_weights(
-    model: nn.Module, reader: AprReader | None, runtime: Runtime, progress: Progress | None = None
+    model: Decoder,
+    reader: AprReader | None,
+    runtime: Runtime,
+    progress: Progress | None = None,
+    *,
+    adapter: AprReader | None = None,
+    seed: int = 0,
 ) -> dict[str, str]:
     """Stream every tensor from rank 0's file into the parts of the model on every rank, and prove it.
 
@@ -57,29 +72,58 @@ def load_weights(
         reader: the open file on rank 0, None elsewhere.
         runtime: this rank's view of the run.
         progress: called on rank 0 after each tensor.
+        adapter: the open file of the model's adapter on rank 0; None: it begins anew.
+        seed: of an adapter that begins anew.
 
     Returns:
-        tensor name to digest of the f32 values that the file holds and the model now has.
+        tensor name to digest of the f32 values that the file holds. The model now has them, matrices kept
+        in bf16 the nearest to them.
 
     Raises:
         WeightsRefused: on all ranks, when any rank's tensor is not the file's.
     """
-    return _stream(model, _from_file(reader) if reader is not None else None, runtime, progress)
+    if reader is None:
+        return _stream(model, None, runtime, progress)
+    base = _from_file(reader)
+    beside = _from_file(adapter) if adapter is not None else _new_adapter(model, base, seed)
+    return _stream(
+        model, lambda name, shape: (beside if is_adapter(name) else base)(name, shape), runtime, progress
+    )
 
 
-def draw_weights(
-    model: nn.Module, config: TransformerConfig, runtime: Runtime, *, seed: int
-) -> dict[str, str]:
+def _new_adapter(model: Decoder, base: Source, seed: int) -> Source:
+    """Draws an adapter's values; those that depend on the base come from ``base``."""
+    shapes = model.config.parameter_shapes()
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        assert model.adapter is not None
+        return initial_value(
+            name, shape, model.adapter, seed=seed, base=lambda weight: base(weight, shapes[weight])
+        )
+
+    return read
+
+
+def draw_weights(model: Decoder, config: TransformerConfig, runtime: Runtime, *, seed: int) -> dict[str, str]:
     """Give every tensor its value from scratch (``model.transformer.initial_weight``), by the same way.
+
+    An adapter begins as it does beside a file's weights, so that it changes nothing.
 
     Returns:
         tensor name to digest, as `load_weights`.
     """
     if not runtime.is_main:
         return _stream(model, None, runtime, None)
-    shapes = {name: whole_shape(parameter) for name, parameter in named_weights(model)}
+    shapes = {
+        name: whole_shape(parameter) for name, parameter in named_weights(model) if not is_adapter(name)
+    }
+    beside = _new_adapter(
+        model, lambda name, shape: initial_weight(name, shape, config=config, seed=seed), seed
+    )
     with contextlib.closing(_drawn_ahead(shapes, config, seed)) as drawn:
-        return _stream(model, lambda *_: next(drawn), runtime, None)
+        return _stream(
+            model, lambda *asked: beside(*asked) if is_adapter(asked[0]) else next(drawn), runtime, None
+        )
 
 
 def _drawn_ahead(
@@ -106,18 +150,22 @@ def _stream(
     model: nn.Module, source: Source | None, runtime: Runtime, progress: Progress | None
 ) -> dict[str, str]:
     names = [name for name, _ in named_weights(model)]
+    given: dict[str, str] = {}
     expected: dict[str, str] = {}
     with torch.no_grad():
         for done, (name, parameter) in enumerate(named_weights(model), start=1):
             values = source(name, whole_shape(parameter)) if source is not None else None
             if values is not None:
-                expected[name] = _digest(values)
+                given[name] = expected[name] = _digest(values)
+                if parameter.dtype is not values.dtype:
+                    values = values.to(parameter.dtype)
+                    expected[name] = _digest(values)
             fill(parameter, values, runtime)
             del values
             if progress is not None and runtime.is_main:
                 progress(name, done, len(names))
-    digests: dict[str, str] = runtime.broadcast_json(expected)
-    prove_weights(model, digests, runtime)
+    prove_weights(model, runtime.broadcast_json(expected), runtime)
+    digests: dict[str, str] = runtime.broadcast_json(given)
     return digests
 
 
@@ -158,8 +206,12 @@ def prove_weights(model: nn.Module, expected: Mapping[str, str], runtime: Runtim
 
 def weight_digests(model: nn.Module, runtime: Runtime) -> dict[str, str]:
     """Digest of each parameter's whole f32 values, by name; a collective where parameters are sharded."""
+    return _digests(named_weights(model), runtime)
+
+
+def _digests(weights: Iterable[tuple[str, nn.Parameter]], runtime: Runtime) -> dict[str, str]:
     found = {}
-    for name, parameter in named_weights(model):
+    for name, parameter in weights:
         hashed = xxhash.xxh3_128()
         for run in whole_in_runs(parameter, runtime):
             hashed.update(host_array(run).data)
@@ -168,8 +220,8 @@ def weight_digests(model: nn.Module, runtime: Runtime) -> dict[str, str]:
 
 
 def model_digest(model: nn.Module, runtime: Runtime) -> str:
-    """``sha256:...`` over the names and digests of all parameters: the identity of the weights."""
-    return weights_digest(weight_digests(model, runtime))
+    """``sha256:...`` over the names and digests of what a checkpoint holds: the identity of the weights."""
+    return weights_digest(_digests(saved_weights(model).items(), runtime))
 
 
 def host_array(values: torch.Tensor) -> np.ndarray:

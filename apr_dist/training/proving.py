@@ -116,7 +116,7 @@ def _prove(config: TrainConfig, world_size: int, around: Around) -> Proven:
         resume_from=point.folder.checkpoint if point else None,
         own_data=around.own is not None,
     )
-    parameters = found.model_config.parameter_count()
+    parameters = found.trained_parameters
     try:
         if point is not None:
             refuse_other_inputs(config, point, found.provenance, init_digest=found.given_init_digest)
