@@ -18,8 +18,8 @@ MUTANTS: tuple[Change, ...] = (
         CHECKPOINT + "005",
         "a reopened checkpoint is not compared",
         VERDICT,
-        "    if recorded is None:\n        return []",
-        "    if recorded is not None:\n        return []",
+        "gates if recorded is None else",
+        "gates if recorded is not None else",
     ),
     Change(
         DISTRIBUTED + "001",
