@@ -45,8 +45,8 @@ MUTANTS: tuple[Change, ...] = (
         ARCH + "001",
         "the 1.5B preset loses its tie",
         "apr_dist/model/families/qwen2.py",
-        '"tie_word_embeddings": hidden < 2048,',
-        '"tie_word_embeddings": hidden < 1024,',
+        "8960, 32_768, 1e6, 1e-6, True)",
+        "8960, 32_768, 1e6, 1e-6, False)",
     ),
     Change(
         ARCH + "003",
