@@ -34,8 +34,8 @@ MUTANTS: tuple[Change, ...] = (
         LOADER + "004",
         "another fingerprint is accepted",
         LOADER_FILE,
-        "            if state.get(key) != value:",
-        '            if state.get(key) != value and key != "fingerprint":',
+        'if key != "global_batch" and state.get(key) != value:',
+        'if key not in ("global_batch", "fingerprint") and state.get(key) != value:',
     ),
     Change(
         LOADER + "007",
