@@ -32,11 +32,12 @@ MAX_WALL_S, WALL_TOKENS = 3600.0, 4096
 
 _FINETUNE = "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-"
 _AGREES = "FALSIFY-APR-DIST-TRAINER-036"
-_RESOURCE_ERRORS = re.compile(
-    r"out of memory|memoryerror|cannot allocate memory|can't allocate memory|too many open files"
-    r"|no space left on device|resource temporarily unavailable|can't start new thread|cuda error",
-    re.IGNORECASE,
+_RESOURCE_WORDS = (
+    *("out of memory", "memoryerror", "cannot allocate memory", "can't allocate memory", "cuda error"),
+    *("too many open files", "no space left on device", "can't start new thread"),
+    "resource temporarily unavailable",
 )
+_RESOURCE_ERRORS = re.compile("|".join(_RESOURCE_WORDS), re.IGNORECASE)
 _SIGNED_FACTS = (
     *("init_digest", "data_fingerprint", "val_data_fingerprint", "tokenizer_sha256", "config_digest"),
     *("code_digest", "tool_version", "weights_digest"),
