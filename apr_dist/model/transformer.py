@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apr_dist.choices import ActivationCheckpointing
 from apr_dist.model.attention import Attention, LayerCache
-from apr_dist.model.checkpointing import Checkpointing, run_checkpointed
+from apr_dist.model.checkpointing import run_checkpointed
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.kernels.loss import cross_entropy_of
 from apr_dist.model.kernels.plain import Attend, Kernels, compute_dtype
@@ -37,7 +38,7 @@ class DecoderBlock(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
-        self.checkpointing = Checkpointing.OFF
+        self.checkpointing = ActivationCheckpointing.OFF
 
     def forward(
         self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None
@@ -193,10 +194,10 @@ class Decoder(Computed):
             if isinstance(module, Computed):
                 module.kernels = kernels
 
-    def set_checkpointing(self, mode: Checkpointing) -> None:
+    def set_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """Choose what every block keeps for its backward pass."""
         for layer in self.model.layers:
-            layer.checkpointing = Checkpointing(mode)  # type: ignore[assignment]
+            layer.checkpointing = mode  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block as one graph (``torch.compile``'s options); a graph break is an error.

@@ -11,7 +11,6 @@ from apr_dist.choices import Compile, Documents, Precision
 from apr_dist.config import TrainConfig
 from apr_dist.config.sections import ComputeSection
 from apr_dist.errors import UsageError
-from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.host_memory import keep_freed_memory
 from apr_dist.model.kernels.choice import choose_kernels, kernels_on
 from apr_dist.model.kernels.plain import Kernels
@@ -30,7 +29,7 @@ def set_up_compute(model: Decoder, options: ComputeSection, device: torch.device
     """
     compiled = options.compile is Compile.BLOCK
     model.use_kernels(choose_kernels(options.kernels, device, compiled=compiled))
-    model.set_checkpointing(Checkpointing(options.activation_checkpointing.value))
+    model.set_checkpointing(options.activation_checkpointing)
     model.z_loss = options.z_loss
     if compiled:
         _assert_can_compile(device)
