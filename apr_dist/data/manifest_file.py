@@ -93,13 +93,14 @@ class Conversations:
     Attributes:
         seq_length: tokens of a row; no conversation crosses from one row into the next.
         train_on: which tokens are targets, by the name of the rule.
-        template_sha256: of the chat template's text, in hex.
+        template: digest of the chat template and what it reads (`corpus.chat_template`).
         packing: ``best-fit``, or ``none`` with one conversation a row.
         too_long: what was done with conversations longer than a row: ``truncate``, ``drop`` or ``split``.
         pad_id: the id of padding.
         rows: how many.
         tokens: of conversations, without padding.
         targets: tokens that are targets.
+        turn_end: the id of the special token that ends a turn of the assistant; None if there is none.
         turn_ends: how often each id is the last target of a turn, the most frequent ones, by id.
         lengths: tokens of a conversation, before anything was cut: least, quartiles and most.
         counts: conversations ``truncated``, ``dropped``, ``split``, ``without targets``, and so on.
@@ -107,13 +108,14 @@ class Conversations:
 
     seq_length: Annotated[int, Field(gt=0)]
     train_on: str
-    template_sha256: _Sha256
+    template: str
     packing: str
     too_long: str
     pad_id: Annotated[int, Field(ge=0, lt=2**30)]
     rows: _Count
     tokens: _Count
     targets: _Count
+    turn_end: _TokenId | None
     turn_ends: Mapping[str, _Count]
     lengths: Mapping[str, _Count]
     counts: Mapping[str, _Count]

@@ -79,7 +79,8 @@ def build_rows(
     described = {
         "seq_length": seq_length,
         "train_on": "assistant",
-        "template_sha256": "0" * 64,
+        "template": "sha256:" + "0" * 64,
+        "turn_end": None,
         "packing": "best-fit" if packed else "none",
         "too_long": too_long.value,
         "pad_id": PAD,
