@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.chats import PAD, Turns, build_rows, made_up
+from builders.chat_rows import PAD, Turns, build_rows, made_up
 from builders.shards import build_shards_of
 from hypothesis import given, settings
 from hypothesis import strategies as st

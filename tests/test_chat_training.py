@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from builders.chats import Turns, build_rows, made_up
+from builders.chat_rows import Turns, build_rows, made_up
 from builders.kernels import KernelCase
 from builders.models import tiny_config, tiny_decoder
 from builders.runs import metrics, run_here

