@@ -9,25 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from apr_dist.apr.digests import file_weights_digest, values_digest, weights_digest
-from apr_dist.apr.layout import WRITABLE, DType
+from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
-from apr_dist.apr.writer import TensorSpec
+from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.errors import WeightsRefused
 from apr_dist.gates.adapters import refuse_other_base
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.adapter_files import AdapterFile, open_adapter
-from apr_dist.interop.convert import Progress, converted_pieces, encode, total_bytes
+from apr_dist.interop.convert import Piece, Progress, converted_pieces, encode, kept_type, total_bytes
 from apr_dist.interop.layerwise import layerwise_logits
-from apr_dist.interop.proven import proven_writer
 from apr_dist.model.adapter_layers import merged_bias, merged_weight
 from apr_dist.model.config import TransformerConfig
 
@@ -98,20 +96,16 @@ def merge_adapter(
             effect: list[float] = []
 
             def prove(written: Path) -> None:
+                with AprReader(written, verify="structure") as finished:
+                    prove_model(finished, where=base)
                 measured, moved = _prove_logits(reader, opened, written, model, specs)
                 said.update(measured)
                 effect.append(moved)
 
-            writer = proven_writer(
-                target,
-                metadata=_metadata(reader.metadata, opened, reader),
-                tensors=specs,
-                source=base,
-                overwrite=overwrite,
-                also=prove,
-            )
-            total, done = total_bytes(specs), 0
-            with writer:
+            metadata, total, done = _metadata(reader.metadata, opened, reader), total_bytes(specs), 0
+            with AprWriter(
+                target, metadata=metadata, tensors=specs, overwrite=overwrite, prove=prove
+            ) as writer:
                 for spec in specs:
                     for piece in _pieces(reader, opened, spec):
                         writer.append(spec.name, piece)
@@ -145,7 +139,7 @@ def _prove_base(reader: AprReader, adapter: AdapterFile, base: Path) -> list[str
 def _specs(reader: AprReader, model: TransformerConfig, dtype: DType | None) -> list[TensorSpec]:
     """What to write, in index order; a tied head is left out."""
     return [
-        TensorSpec(entry.name, dtype or (entry.dtype if entry.dtype in WRITABLE else DType.F16), entry.shape)
+        TensorSpec(entry.name, kept_type(entry, dtype), entry.shape)
         for entry in reader.tensors.values()
         if not (model.tie_word_embeddings and entry.name == HEAD)
     ]
@@ -161,9 +155,7 @@ def _metadata(metadata: AprMetadata, adapter: AdapterFile, reader: AprReader) ->
     )
 
 
-def _pieces(
-    reader: AprReader, adapter: AdapterFile, spec: TensorSpec
-) -> Iterable[npt.NDArray[Any] | memoryview]:
+def _pieces(reader: AprReader, adapter: AdapterFile, spec: TensorSpec) -> Iterable[Piece]:
     """A tensor's bytes as they are to be stored."""
     if not _is_changed(spec.name, adapter):
         return converted_pieces(reader, spec.name, spec.dtype)

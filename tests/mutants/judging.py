@@ -52,9 +52,9 @@ MUTANTS: tuple[Change, ...] = (
         FINETUNE + "004",
         "a damaged checkpoint is one",
         JUDGE,
-        "_checkpoint_gates",
-        "passed=found is not None",
-        "passed=run.refusal is not None or found is not None",
+        "_checkpoint_gate",
+        "GateResult(_FINETUNE + '004', 'checkpoint opens', measured, required, found is not None)",
+        "GateResult(_FINETUNE + '004', 'checkpoint opens', measured, required, passed=True)",
     ),
     Change(
         FINETUNE + "005",

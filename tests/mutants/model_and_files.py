@@ -50,9 +50,9 @@ MUTANTS: tuple[Change, ...] = (
         ARCH + "001",
         "the 1.5B preset loses its tie",
         "apr_dist/model/families/qwen2.py",
-        "_size",
-        "hidden < 2048",
-        "hidden < 1024",
+        "_ONE_AND_A_HALF_B",
+        "True",
+        "False",
     ),
     Change(
         ARCH + "003",

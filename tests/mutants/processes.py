@@ -18,7 +18,7 @@ MUTANTS: tuple[Change, ...] = (
         CHECKPOINT + "005",
         "a reopened checkpoint is not compared",
         VERDICT,
-        "_reopened_gate",
+        "step_zero_gates",
         "recorded is None",
         "recorded is not None",
     ),

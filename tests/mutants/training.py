@@ -25,6 +25,14 @@ from mutants.change import (
 
 MUTANTS: tuple[Change, ...] = (
     Change(
+        TRAINER + "038",
+        "each rank takes the mean over its own targets",
+        "apr_dist/training/stepping.py",
+        "Stepper._counted",
+        "self._runtime.sum(torch.as_tensor(here, dtype=torch.float64))",
+        "torch.as_tensor(here, dtype=torch.float64) * self._runtime.world_size",
+    ),
+    Change(
         INIT + "001",
         "an init file by default",
         CONFIG,
@@ -54,9 +62,9 @@ MUTANTS: tuple[Change, ...] = (
         INIT + "006",
         "random weights need not look random",
         VERDICT,
-        "step_zero_gates",
-        "math.isfinite(val_loss) and val_loss >= low",
-        "math.isfinite(val_loss)",
+        "_knows_nothing",
+        "math.isfinite(loss) and loss >= low",
+        "math.isfinite(loss)",
     ),
     Change(
         INIT + "007",
@@ -96,8 +104,8 @@ MUTANTS: tuple[Change, ...] = (
         "the share of chance is not looked at",
         VERDICT,
         "step_zero_gates",
-        "math.isfinite(val_loss) and val_loss <= INIT_LOSS_SHARE * log_v",
-        "math.isfinite(val_loss)",
+        "finite and val_loss <= limit",
+        "finite",
     ),
     Change(
         FINETUNE + "004",
@@ -120,8 +128,8 @@ MUTANTS: tuple[Change, ...] = (
         "only the first comparison counts",
         VERDICT,
         "evaluation_gates",
-        "max(agreements, key=lambda pair: pair.difference)",
-        "agreements[0]",
+        "max((pair.difference for pair in agreements))",
+        "agreements[0].difference",
     ),
     Change(
         FINETUNE + "007",
