@@ -58,6 +58,11 @@ class Adapter:
         """Factor of the low-rank product."""
         return self.alpha / (math.sqrt(self.rank) if self.kind is AdapterKind.RSLORA else self.rank)
 
+    def base_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Bytes that a frozen weight of that shape is kept in."""
+        del name
+        return math.prod(shape) * (2 if self.half_base and len(shape) == 2 else 4)
+
     def shapes(self, config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         """Shape of every trained tensor by name."""
         base, found = config.parameter_shapes(), dict[str, tuple[int, ...]]()

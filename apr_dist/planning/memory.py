@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from apr_dist.choices import ActivationCheckpointing, Offload, Precision, Strategy
+from apr_dist.choices import ActivationCheckpointing, AdapterKind, Offload, Precision, Strategy
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
 from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
@@ -118,6 +119,7 @@ def estimate(
     shard_size: int,
     offload: Offload = Offload.NONE,
     state_bits: int = 32,
+    adapter: Adapter | None = None,
 ) -> Memory:
     """Memory of one process at its fullest moment.
 
@@ -132,27 +134,28 @@ def estimate(
         shard_size: processes that share one copy under ``hsdp``.
         offload: what lies in host memory; of what the strategy cannot keep there, as much as it can.
         state_bits: of both moments, 8 or 32; 32 where the strategy has no 8.
+        adapter: what is trained beside the frozen weights; None: the weights.
     """
     parts = shards(strategy, world_size, shard_size)
     offload = most_possible(strategy, offload)
-    held = State.of(model, parts, strategy, offload, state_bits)
+    held = State.of(model, parts, strategy, offload, state_bits, adapter)
     state: dict[str, Any] = {
-        "weights": held.weights + _gathered(model, load, strategy),
+        "weights": held.weights + _gathered(model, load, strategy, adapter),
         "optimizer": held.optimizer,
         "masters": held.masters,
         "buckets": held.buckets,
         "offloaded": 0 if load.cuda else held.host,
     }
     kept = held.gradients if load.accumulates or strategy is Strategy.ZERO3 else 0
-    activations = model.num_layers * kept_bytes(model, load) + _end_bytes(model, load)
+    activations = model.num_layers * kept_bytes(model, load, adapter) + _end_bytes(model, load)
     state["unfit"] = 0 if load.cuda else _unfit_bytes(gradients=held.gradients, activations=activations)
-    head = model.vocab_size * model.hidden_size * F32
+    head = _head_bytes(model, load, adapter)
     at_loss: dict[str, Any] = {"gradients": kept, "loss": _logits_bytes(model, load) + head, "working": 0}
     # What a block did not keep it has again when its backward begins.
-    again = layer_bytes(model, load) - kept_bytes(model, load)
+    again = layer_bytes(model, load, adapter) - kept_bytes(model, load, adapter)
     at_start: dict[str, Any] = {
         "gradients": kept,
-        "loss": head,
+        "loss": 0 if adapter else head,
         "working": _backward_bytes(model, load) + again,
     }
     # DDP's gradients are views of its buckets, except those of micro-batches that are not sent.
@@ -160,10 +163,10 @@ def estimate(
     at_end: dict[str, Any] = {
         "gradients": 0 if are_buckets else held.gradients,
         "loss": 0,
-        "working": _embedding_gradient_bytes(model, load, is_cut=parts.gradients > 1),
+        "working": 0 if adapter else _embedding_gradient_bytes(model, load, is_cut=parts.gradients > 1),
     }
-    count = F32 * model.parameter_count()
-    moments = _moment_bytes(model, strategy, offload, state_bits)
+    count = F32 * sum(map(math.prod, trained_shapes(model, adapter).values()))
+    moments = _moment_bytes(model, strategy, offload, state_bits, adapter)
     copies = count // parts.weights + moments // parts.optimizer if load.copies else 0
     here = 0 if load.cuda else copies
     beside = here if load.trains_meanwhile else 0
@@ -217,24 +220,27 @@ class State:
         strategy: Strategy,
         offload: Offload,
         state_bits: int = 32,
+        adapter: Adapter | None = None,
     ) -> State:
         """Of one process of the strategy."""
         zero = strategy.zero_stage > 0
-        whole = F32 * model.parameter_count()
-        weights, gradients, share = whole // parts.weights, whole // parts.gradients, whole // parts.optimizer
+        whole = F32 * sum(map(math.prod, trained_shapes(model, adapter).values()))
+        weights = weight_bytes(model, adapter) // parts.weights
+        gradients, share = whole // parts.gradients, whole // parts.optimizer
         buckets = whole if strategy is Strategy.DDP else 0
         if offload is Offload.NONE:
             masters = share if zero else 0
             return cls(
                 weights=weights,
                 gradients=gradients,
-                optimizer=_moment_bytes(model, strategy, offload, state_bits) // parts.optimizer,
+                optimizer=_moment_bytes(model, strategy, offload, state_bits, adapter) // parts.optimizer,
                 masters=masters,
                 buckets=buckets,
                 host=0,
             )
         if not zero:  # FSDP2: weights, gradients and both moments
-            return cls(weights=0, gradients=0, optimizer=0, masters=0, buckets=0, host=4 * share)
+            host = weights + 3 * share
+            return cls(weights=0, gradients=0, optimizer=0, masters=0, buckets=0, host=host)
         # Masters, moments, the masters' gradients; and a buffer through which weights (ZeRO-1, ZeRO-2) or
         # gradients (ZeRO-3) travel. ZeRO-1 and ZeRO-2 send one gradient at a time, by way of two buffers.
         largest = F32 * model.hidden_size * max(model.vocab_size, model.intermediate_size, model.query_size)
@@ -250,12 +256,32 @@ class State:
         )
 
 
-def _moment_bytes(model: TransformerConfig, strategy: Strategy, offload: Offload, state_bits: int) -> int:
-    """Both moments of the whole model; in 8 bits a byte an element and 4 for each block."""
+def trained_shapes(model: TransformerConfig, adapter: Adapter | None) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that has a gradient and moments, by name."""
+    return model.parameter_shapes() if adapter is None else adapter.shapes(model)
+
+
+def weight_bytes(model: TransformerConfig, adapter: Adapter | None) -> int:
+    """Bytes of all weights, those of an adapter beside those that are frozen."""
+    if adapter is None:
+        return F32 * model.parameter_count()
+    frozen = sum(adapter.base_bytes(name, shape) for name, shape in model.parameter_shapes().items())
+    return frozen + F32 * sum(map(math.prod, adapter.shapes(model).values()))
+
+
+def _moment_bytes(
+    model: TransformerConfig,
+    strategy: Strategy,
+    offload: Offload,
+    state_bits: int,
+    adapter: Adapter | None = None,
+) -> int:
+    """Both moments of what is trained; in 8 bits a byte an element and 4 for each block."""
+    shapes = trained_shapes(model, adapter)
     if state_bits == 32 or not can_have(strategy, offload):
-        return 2 * F32 * model.parameter_count()
+        return 2 * F32 * sum(map(math.prod, shapes.values()))
     total = 0
-    for name, shape in model.parameter_shapes().items():
+    for name, shape in shapes.items():
         count = math.prod(shape)
         total += count + F32 * -(-count // BLOCK) if is_eligible(name, shape) else F32 * count
     return 2 * total
@@ -281,8 +307,13 @@ def shards(strategy: Strategy, world: int, shard_size: int) -> Shards:
     return Shards(1, 1, world if strategy is Strategy.ZERO1 else 1)
 
 
-def _gathered(model: TransformerConfig, load: Load, strategy: Strategy) -> int:
-    """Whole weights held beside a process's own: gathered ones, and autocast's copies on a GPU."""
+def _gathered(
+    model: TransformerConfig, load: Load, strategy: Strategy, adapter: Adapter | None = None
+) -> int:
+    """Whole weights held beside a process's own: gathered ones, and autocast's copies on a GPU.
+
+    Autocast keeps copies of what is trained; of a frozen matrix it makes one whenever it is used.
+    """
     count, width = model.parameter_count(), load.compute_bytes
     if strategy is Strategy.SHARD_GRAD_OP:
         return width * count
@@ -290,13 +321,52 @@ def _gathered(model: TransformerConfig, load: Load, strategy: Strategy) -> int:
         ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
         # This block and the next, which is fetched meanwhile, beside embedding and head.
         return width * (ends + 2 * (count - ends) // model.num_layers)
-    return width * count if load.cuda and load.precision is Precision.BF16 else 0
+    if load.precision is not Precision.BF16 or not load.cuda:
+        return 0
+    return width * sum(map(math.prod, trained_shapes(model, adapter).values()))
 
 
-def kept_bytes(model: TransformerConfig, load: Load) -> int:
+def _head_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -> int:
+    """The head's gradient; of a frozen head its copy in the compute type, where that is another."""
+    elements = model.vocab_size * model.hidden_size
+    if adapter is None:
+        return elements * F32
+    stored = adapter.base_bytes("lm_head.weight", (1, 1))
+    return 0 if stored == load.compute_bytes else elements * load.compute_bytes
+
+
+def adapter_bytes(model: TransformerConfig, load: Load, adapter: Adapter) -> int:
+    """Bytes that the adapter of one block, the fullest, keeps from its forward to its backward.
+
+    The first factor keeps its input, which maps of the same input share unless each casts or drops of it; the
+    second keeps what the first gives; DoRA also both results of every map, and the matrix whose rows it
+    measures.
+    """
+    shapes, blocks = model.parameter_shapes(), dict[str, list[tuple[str, int, int]]]()
+    for module in adapter.modules:
+        block, _, last = module.rpartition(".")
+        outputs, inputs = shapes[f"{module}.weight"]
+        blocks.setdefault(block.rpartition(".")[0], []).append((last, outputs, inputs))
+    sources = {"q_proj": "norm", "k_proj": "norm", "v_proj": "norm", "gate_proj": "norm2", "up_proj": "norm2"}
+    most = 0
+    for maps in blocks.values():
+        own = adapter.dropout > 0 or load.precision is not Precision.F32
+        read = {last if own else sources.get(last, last): inputs for last, _, inputs in maps}
+        per_token = sum(read.values()) + len(maps) * adapter.rank
+        if adapter.dropout:  # and what was dropped
+            per_token += sum(inputs for _, _, inputs in maps)
+        whole = 0
+        if adapter.kind is AdapterKind.DORA:
+            per_token += 2 * sum(outputs for _, outputs, _ in maps)
+            whole = F32 * max(outputs * inputs for _, outputs, inputs in maps)
+        most = max(most, load.tokens * per_token * load.compute_bytes + whole)
+    return most
+
+
+def kept_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = None) -> int:
     """Bytes one block keeps from its forward to its backward, checkpointed as the load says."""
     if load.checkpointing is ActivationCheckpointing.OFF:
-        return layer_bytes(model, load)
+        return layer_bytes(model, load, adapter)
     per_token = F32 * model.hidden_size
     if load.checkpointing is ActivationCheckpointing.SELECTIVE:
         # Of the products q, k, v, o, gate, up, down every second from the first; and attention's result.
@@ -305,7 +375,7 @@ def kept_bytes(model: TransformerConfig, load: Load) -> int:
     return load.tokens * per_token
 
 
-def layer_bytes(model: TransformerConfig, load: Load) -> int:
+def layer_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = None) -> int:
     """Bytes one block needs for backward."""
     hidden, inner = model.hidden_size, model.intermediate_size
     attention = 2 * model.query_size + 2 * model.kv_size
@@ -315,10 +385,13 @@ def layer_bytes(model: TransformerConfig, load: Load) -> int:
     # On the CPU a norm's output is computed again; on a GPU autocast casts it for each map that reads it.
     linear_inputs = (2 if load.precision is Precision.F32 else 5) * hidden if load.cuda else 0
     gates = 4 * inner if load.cuda else 2 * inner
+    if adapter is not None and load.cuda:  # a frozen map keeps no input
+        linear_inputs, gates = 0, 3 * inner
     per_token = (
         F32 * 2 * hidden + width * (linear_inputs + attention + normed + gates) + F32 * model.num_heads
     )
-    return load.tokens * per_token
+    beside = 0 if adapter is None else adapter_bytes(model, load, adapter)
+    return load.tokens * per_token + beside
 
 
 def _end_bytes(model: TransformerConfig, load: Load) -> int:

@@ -14,6 +14,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.training_set import open_training_set, parts_of
 from apr_dist.errors import AprDistError
+from apr_dist.gates.adapters import adapter_of
 from apr_dist.gates.preflight import Preflight, model_from_name, prove_model_file, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.warnings import DataFacts, warnings_of
@@ -51,6 +52,7 @@ class Plan:
     Attributes:
         config: the resolved configuration.
         model: the decoder that will be trained.
+        trained_parameters: its parameters, or those of the adapter that is trained beside them.
         world_size: processes.
         flops_per_token: of forward and backward.
         data: what the shards hold; None for made-up tokens and where it could not be read.
@@ -65,6 +67,7 @@ class Plan:
 
     config: TrainConfig
     model: TransformerConfig
+    trained_parameters: int
     world_size: int
     flops_per_token: int
     data: DataFacts | None
@@ -120,10 +123,11 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes:
     return Plan(
         config=config,
         model=model,
+        trained_parameters=found.trained_parameters,
         world_size=world_size,
         flops_per_token=flops,
         data=found.data,
-        memory=_memory(model, config, world_size),
+        memory=_memory(found, config, world_size),
         schedule=schedule_of(config),
         gates=found.results,
         refusal=refusal,
@@ -143,7 +147,7 @@ def _ask_gates(config: TrainConfig, world_size: int) -> tuple[Preflight, AprDist
             config, world_size=world_size, say=lambda _: None, resume_from=checkpoint, read_weights=False
         )
         found.close()
-        check_folder(config, run, point, parameters=found.model_config.parameter_count())
+        check_folder(config, run, point, parameters=found.trained_parameters)
     except AprDistError as refusal:
         return _despite(config, refusal), refusal
     return found, None
@@ -159,6 +163,8 @@ def _despite(config: TrainConfig, refusal: AprDistError) -> Preflight:
                 found = prove_model_file(config.init, stack, lambda _: None, read_weights=False)
         except AprDistError:
             raise refusal from None
+    with contextlib.suppress(AprDistError):
+        found.adapter = adapter_of(config.adapter, found.model_config)
     found.data = _data(config)
     found.results, found.warnings = [], warnings_of(config, found.model_config, found.data)
     return found
@@ -174,7 +180,7 @@ def _data(config: TrainConfig) -> DataFacts | None:
         return None  # the gates have said so already
 
 
-def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[Strategy, Memory]:
+def _memory(found: Preflight, config: TrainConfig, world: int) -> dict[Strategy, Memory]:
     chosen = named(config.parallel.strategy, world)
     several = [one for one in Strategy if one is not Strategy.SINGLE]
     micro = config.micro_batch(world)
@@ -191,13 +197,14 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
     shard = config.parallel.shard_size or min(world, GPUS_PER_MACHINE)
     return {
         one: estimate(
-            model,
+            found.model_config,
             load,
             strategy=one,
             world_size=world,
             shard_size=shard,
             offload=config.parallel.offload,
             state_bits=config.optimizer.state_bits,
+            adapter=found.adapter,
         )
         for one in dict.fromkeys([chosen, *(several if world > 1 else [])])
     }

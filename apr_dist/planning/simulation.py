@@ -8,14 +8,16 @@ here does: FSDP2 gathers in the compute type, ZeRO in f32, and gradients are alw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from apr_dist.choices import Precision, Strategy
 from apr_dist.config import TrainConfig
+from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE
-from apr_dist.planning.memory import F32, Load, Memory, estimate
+from apr_dist.planning.memory import F32, Load, Memory, estimate, trained_shapes
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MOST_LAYERS = 1 << 14
@@ -80,6 +82,10 @@ def _simulated(
     )
     shard_size = config.parallel.shard_size or GPUS_PER_MACHINE
 
+    asked = config.adapter
+    everywhere = asked.model_copy(update={"layers": ()})
+    adapter = adapter_of(asked, model)
+
     def memory(layers: int) -> Memory:
         scaled = replace(model, num_layers=layers)
         return estimate(
@@ -90,6 +96,7 @@ def _simulated(
             shard_size=shard_size,
             offload=config.parallel.offload,
             state_bits=config.optimizer.state_bits,
+            adapter=adapter_of(asked if layers == model.num_layers else everywhere, scaled),
         )
 
     held = memory(model.num_layers)
@@ -101,6 +108,7 @@ def _simulated(
         sent_bytes=sent_bytes(
             model.parameter_count(),
             strategy,
+            trained=sum(map(math.prod, trained_shapes(model, adapter).values())),
             gpus=gpus,
             shard_size=shard_size,
             micro_batches=micro_batches,
@@ -116,6 +124,7 @@ def sent_bytes(
     parameters: int,
     strategy: Strategy,
     *,
+    trained: int | None = None,
     gpus: int,
     shard_size: int,
     micro_batches: int,
@@ -126,13 +135,14 @@ def sent_bytes(
     Args:
         parameters: of the model.
         strategy: how it is spread.
+        trained: those of them, or beside them, that are trained; None: all.
         gpus: processes.
         shard_size: processes that share one copy under ``hsdp``.
         micro_batches: forwards and backwards a step.
         precision: compute type, in which FSDP2 gathers.
     """
-    whole = F32 * parameters
-    gathered = whole if precision is Precision.F32 else whole // 2
+    whole = F32 * (parameters if trained is None else trained)
+    gathered = F32 * parameters if precision is Precision.F32 else F32 * parameters // 2
 
     def ring(volume: int, ranks: int) -> int:
         return volume * (ranks - 1) // ranks
@@ -144,7 +154,7 @@ def sent_bytes(
     if strategy is Strategy.ZERO2:
         return micro_batches * ring(whole, gpus) + ring(whole, gpus)
     if strategy is Strategy.ZERO3:
-        return micro_batches * 3 * ring(whole, gpus)
+        return micro_batches * (2 * ring(F32 * parameters, gpus) + ring(whole, gpus))
     size = shard_size if strategy is Strategy.HSDP else gpus
     gathers = 1 if strategy is Strategy.SHARD_GRAD_OP else 2
     between_copies = 2 * ring(whole // size, gpus // size)
