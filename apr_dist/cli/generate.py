@@ -26,6 +26,7 @@ def generate(
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     chat: bool = False,
     tokenizer: Path | None = None,
+    adapter: Path | None = None,
     device: Device = Device.AUTO,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -44,6 +45,7 @@ def generate(
         stop: end before this text; may be given several times.
         chat: put the prompt into the model's chat template, as a user's message.
         tokenizer: tokenizer folder; by default the one inside the file, else the one beside it.
+        adapter: folder of an adapter to compute beside the model's weights, or checkpoint.apr of its run.
         device: auto, cpu or cuda.
         json_output: print one JSON object at the end instead of the text as it comes.
     """
@@ -74,6 +76,7 @@ def generate(
         stop=stop,
         chat=chat,
         tokenizer=tokenizer,
+        adapter=adapter,
         device=device,
         as_json=json_output,
     )
@@ -88,6 +91,7 @@ def _speak(
     stop: tuple[str, ...],
     chat: bool,
     tokenizer: Path | None,
+    adapter: Path | None,
     device: Device,
     as_json: bool,
 ) -> None:
@@ -99,7 +103,10 @@ def _speak(
 
     there = "cuda" if torch.cuda.is_available() else "cpu"
     speaker = open_text_model(
-        path, tokenizer=tokenizer, device=there if device is Device.AUTO else device.value
+        path,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        device=there if device is Device.AUTO else device.value,
     )
     ids = speaker.encode_chat([{"role": "user", "content": prompt}]) if chat else speaker.encode(prompt)
     sampling = replace(sampling, max_new_tokens=speaker.room(ids, max_tokens))
@@ -114,6 +121,7 @@ def _speak(
     found = {
         "model": str(path),
         "digest": speaker.digest,
+        "adapter": None if adapter is None else str(adapter),
         "tokenizer": str(speaker.tokenizer_from),
         "prompt": prompt,
         "prompt_tokens": ids,

@@ -18,13 +18,14 @@ from typing import Any, Final
 import numpy as np
 
 from apr_dist.apr.bounded_json import parse_object
+from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader, widen_bfloat16
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.choices import AdapterInit, AdapterKind
 from apr_dist.errors import DamagedModelFile, ModelFileMissing, UnsupportedModelFile, WeightsRefused
-from apr_dist.gates.adapters import BASE, OTHER_BASE, STATED
+from apr_dist.gates.adapters import BASE, OTHER_BASE, STATED, refuse_other_base
 from apr_dist.gates.weights import check_names_and_shapes
 from apr_dist.interop.safetensors_file import SafetensorsFile, SafetensorsWriter
 from apr_dist.model.adapters import BIAS, FIRST, LENGTHS, SECOND, Adapter, short_names
@@ -84,12 +85,16 @@ class AdapterFile:
     stated: Mapping[str, Any]
     copies: Mapping[str, np.ndarray]
 
-    def refuse_other_copies(self, base: AprReader) -> None:
-        """What ``peft`` put beside an adapter of the head or the embedding is what the base holds.
+    def refuse_other_base(self, base: AprReader) -> None:
+        """Hold a file against the base that the adapter names, and what of it lies beside the adapter.
+
+        A folder that names no base is taken at its word; ``base_digest`` says so.
 
         Raises:
-            WeightsRefused: it is not: it was trained, or belongs to another base.
+            WeightsRefused: the file holds other weights.
         """
+        if self.base_digest is not None:
+            refuse_other_base(self.base_digest, file_weights_digest(base), where=self.path, base=base.path)
         for name, values in self.copies.items():
             if name not in base.tensors or not np.array_equal(base.float32(name), values):
                 raise WeightsRefused(

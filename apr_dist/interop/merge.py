@@ -14,13 +14,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from apr_dist.apr.digests import file_weights_digest, values_digest, weights_digest
+from apr_dist.apr.digests import values_digest, weights_digest
 from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.errors import WeightsRefused
-from apr_dist.gates.adapters import refuse_other_base
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.adapter_files import AdapterFile, open_adapter
@@ -126,13 +125,12 @@ def merge_adapter(
 
 
 def _prove_base(reader: AprReader, adapter: AdapterFile, base: Path) -> list[str]:
-    adapter.refuse_other_copies(reader)
+    adapter.refuse_other_base(reader)
     if adapter.base_digest is None:
         return [
             f"{adapter.path} does not say which weights it was trained beside: that {base} holds them is not"
             " proven"
         ]
-    refuse_other_base(adapter.base_digest, file_weights_digest(reader), where=adapter.path, base=base)
     return []
 
 

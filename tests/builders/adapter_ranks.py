@@ -48,6 +48,9 @@ RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
     "rslora": (1, "rslora", ("single",)),
     "dora": (1, "dora", ("single", "--compute.activation-checkpointing", "full")),
     "bias": (1, "bias", ("single", "--compute.kernels", "plain")),
+    "lora-half": (1, "lora", ("single", "--adapter.base.bits", "16")),
+    "dora-half-fsdp2": (2, "dora", ("fsdp2", "--adapter.base.bits", "16")),
+    "lora-half-ddp-plain": (2, "lora", ("ddp", "--adapter.base.bits", "16", "--compute.kernels", "plain")),
     "lora-selective": (1, "lora", ("single", "--compute.activation-checkpointing", "selective")),
     "lora-ddp": (2, "lora", ("ddp",)),
     "dora-ddp": (2, "dora", ("ddp",)),
@@ -64,6 +67,9 @@ RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
 
 RESUMED = ("lora", "dora", "lora-ddp", "lora-fsdp2", "lora-zero2", "lora-zero3", "dropout")
 """Runs that are also resumed from the middle."""
+
+PACKED = ("--loader.documents", "isolate", "--compute.kernels")
+"""Followed by two sets of kernels: the documents of a row do not see each other."""
 
 DROPPED: Mapping[str, tuple[str, ...]] = {
     "dropout": (),
@@ -96,6 +102,10 @@ def make_runs(inputs: Inputs, root: Path) -> Path:
                 runs += [
                     [*flags(inputs, folder / f"{kind}-initial", kind, ("single",)), "--num-steps", "0"]
                     for kind in KINDS
+                ]
+                runs += [
+                    [*flags(inputs, folder / f"packed-{kernels}", "lora", ("single",)), *PACKED, kernels]
+                    for kernels in ("cpu", "plain")
                 ]
                 drops = ("single", "--adapter.dropout", "0.2")
                 runs += [
@@ -162,10 +172,18 @@ def _batches(inputs: Inputs, run_dir: Path) -> list[torch.Tensor]:
         return [torch.cat(session.data.train.batch(step)) for step in range(STEPS)]
 
 
-def peft_model(inputs: Inputs, folder: Path, *, trainable: bool = False) -> Any:
-    """The pretrained model in ``transformers`` with an adapter folder opened by ``peft``."""
+def peft_model(inputs: Inputs, folder: Path, *, trainable: bool = False, half: bool = False) -> Any:
+    """The pretrained model in ``transformers`` with an adapter folder opened by ``peft``.
+
+    Its matrices are rounded to bf16 where ``half`` says so, and computed with in f32.
+    """
     with AprReader(inputs.pretrained) as reader:
         base = reference_model(load_decoder(reader, prove_model(reader).config))
+    if half:
+        with torch.no_grad():
+            for weight in base.parameters():
+                if weight.ndim == 2:
+                    weight.copy_(weight.bfloat16())
     return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
 
 
@@ -174,15 +192,19 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / WEIGHTS)
 
 
-def reference(inputs: Inputs, root: Path, kind: str) -> Reference:
-    """Twenty steps by the textbook from the adapter that ``KIND-initial`` saved; made once."""
-    made = once(root / f"reference-{kind}", lambda folder: _train_reference(inputs, root, kind, folder))
+def reference(inputs: Inputs, root: Path, name: str) -> Reference:
+    """A run's twenty steps by the textbook, from the adapter that ``KIND-initial`` saved; made once."""
+    kind, half = RUNS[name][1], "16" in RUNS[name][2]
+    made = once(
+        root / f"reference-{kind}{'-half' * half}",
+        lambda folder: _train_reference(inputs, root, kind, folder, half=half),
+    )
     losses = json.loads((made / "losses.json").read_text())
     return Reference(losses, adapter_tensors(made / "adapter"))
 
 
-def _train_reference(inputs: Inputs, root: Path, kind: str, folder: Path) -> None:
-    model = peft_model(inputs, root / f"{kind}-initial" / "adapter", trainable=True).train()
+def _train_reference(inputs: Inputs, root: Path, kind: str, folder: Path, *, half: bool) -> None:
+    model = peft_model(inputs, root / f"{kind}-initial" / "adapter", trainable=True, half=half).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in trained if weight.ndim >= 2], "weight_decay": 0.01},

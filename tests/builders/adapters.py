@@ -21,16 +21,16 @@ def base_of(family: Family, folder: Path, **changes: Any) -> tuple[Path, Path]:
     return source, folder / "base.apr"
 
 
-def peft_folder(source: Path, folder: Path, **settings: Any) -> Path:
-    """An adapter with random values in all it holds, saved by ``peft``."""
+def peft_folder(source: Path, folder: Path, *, size: float = 0.3, **settings: Any) -> Path:
+    """An adapter with random values of that size in all it holds, saved by ``peft``."""
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
     draw = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad:
-                noise = torch.empty(weight.shape).normal_(0.0, 0.3, generator=draw)
-                weight.copy_(weight * (1 + 0.3 * noise) if "magnitude" in name else noise)
+                noise = torch.empty(weight.shape).normal_(0.0, size, generator=draw)
+                weight.copy_(weight * (1 + size * noise) if "magnitude" in name else noise)
     model.save_pretrained(folder)
     return folder
 
