@@ -16,36 +16,41 @@ from apr_dist.planning.plan_text import plan_json, plan_lines
 from apr_dist.planning.simulation import simulate, simulation_lines
 
 
-def plan(arguments: Sequence[str]) -> int:
-    """Show what a run will take and whether its gates pass, without starting it.
-
-    Example: apr-dist plan --config configs/demo.yaml --init model.apr
-    """
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags of this verb's own; every other is the trainer's."""
+    made = argparse.ArgumentParser(
         prog="apr-dist plan",
         description=inspect.getdoc(plan),
         epilog="Every other flag is the trainer's; apr-dist config show lists their keys.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
+    made.add_argument(
         "--processes", type=int, default=1, metavar="N", help="processes that will run (default: 1)"
     )
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of one device, to say what fits")
-    parser.add_argument(
+    made.add_argument("--memory", type=float, metavar="GIB", help="memory of one device, to say what fits")
+    made.add_argument(
         "--tokens-per-second", type=float, metavar="N", help="speed of the whole run, for its time"
     )
-    parser.add_argument(
+    made.add_argument(
         "--mfu", type=float, metavar="SHARE", help="share of --peak-tflops that is reached, such as 0.4"
     )
-    parser.add_argument(
+    made.add_argument(
         "--peak-tflops", type=float, metavar="N", help="peak of one device in TFLOP/s, such as 989"
     )
-    parser.add_argument(
+    made.add_argument(
         "--simulate", type=float, metavar="GIB", help="every strategy on 8 to 4,096 GPUs of this memory"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    given, rest = parser.parse_known_args(list(arguments))
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Show what a run will take and whether its gates pass, without starting it.
+
+    Example: apr-dist plan --config configs/demo.yaml --init model.apr
+    """
+    given, rest = parser().parse_known_args(list(arguments))
     _check(given)
     peak = None if given.peak_tflops is None else given.peak_tflops * 1e12
     rate = Rate(tokens_per_s=given.tokens_per_second, mfu=given.mfu, peak_flops=peak)
