@@ -6,6 +6,7 @@ imported only after rank 0's gates have spoken, so that a refusal takes a second
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import traceback
@@ -53,7 +54,11 @@ def run(invocation: Invocation, watch: Watch) -> ExitCode:
     display = open_display(config.progress, rank=launch.rank, synthetic=config.synthetic)
     if launch.rank == 0:
         display = RunLog(display, prefix="[SYNTHETIC] " if config.synthetic else "")
-    with hear_libraries(display), RunLock(RunFolder(config.run_dir), display.warn) as lock:
+    with (
+        contextlib.closing(display),
+        hear_libraries(display),
+        RunLock(RunFolder(config.run_dir), display.warn) as lock,
+    ):
         return _run(config, display, launch, Around(display=display, watch=watch, lock=lock))
 
 

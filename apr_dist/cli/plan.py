@@ -41,6 +41,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--simulate", type=float, metavar="GIB", help="every strategy on 8 to 4,096 GPUs of this memory"
     )
+    made.add_argument(
+        "--grace", type=float, metavar="S", help="seconds between SIGTERM and SIGKILL, to say if they suffice"
+    )
+    made.add_argument(
+        "--disk", type=float, metavar="GB_S", help="GB a second that a save is written with (default: 0.5)"
+    )
     made.add_argument("--json", action="store_true", help="print JSON")
     return made
 
@@ -53,10 +59,17 @@ def plan(arguments: Sequence[str]) -> int:
     given, rest = parser().parse_known_args(list(arguments))
     _check(given)
     peak = None if given.peak_tflops is None else given.peak_tflops * 1e12
-    rate = Rate(tokens_per_s=given.tokens_per_second, mfu=given.mfu, peak_flops=peak)
+    disk = None if given.disk is None else given.disk * 1e9
+    rate = Rate(tokens_per_s=given.tokens_per_second, mfu=given.mfu, peak_flops=peak, disk_bytes_per_s=disk)
     memory_bytes = None if given.memory is None else int(given.memory * 2**30)
     config = parse_command_line(rest).config
-    made = make_plan(config, world_size=given.processes, rate=rate, memory_bytes=memory_bytes)
+    made = make_plan(
+        config,
+        world_size=given.processes,
+        rate=rate,
+        memory_bytes=memory_bytes,
+        grace_s=given.grace,
+    )
     if given.simulate is not None:
         return _simulate(made, int(given.simulate * 2**30), as_json=given.json)
     if given.json:
@@ -76,7 +89,16 @@ def _simulate(made: Plan, gpu_bytes: int, *, as_json: bool) -> int:
 
 
 def _check(given: argparse.Namespace) -> None:
-    for name in ("processes", "memory", "tokens_per_second", "mfu", "peak_tflops", "simulate"):
+    for name in (
+        "processes",
+        "memory",
+        "tokens_per_second",
+        "mfu",
+        "peak_tflops",
+        "simulate",
+        "grace",
+        "disk",
+    ):
         value = getattr(given, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{name} is {value}", where="command line", expected="a number above 0")

@@ -50,6 +50,7 @@ def profile(arguments: Sequence[str]) -> int:
         with Session(config, proven, around) as session:
             found = profile_run(session, steps=given.steps)
     finally:
+        display.close()
         proven.close()
     if launch.rank == 0:
         print("\n" + found.page(), end="")

@@ -153,7 +153,7 @@ MUTANTS: tuple[Change, ...] = (
         TRAINER + "012",
         "values are not looked at before training",
         MODEL_FILE_GATE,
-        "    count = check_values(reader, list(expected), where=where, progress=progress)",
+        "    count = check_values(reader, list(expected), where=where, progress=seen)",
         "    count = len(expected)",
     ),
     Change(
@@ -188,21 +188,16 @@ MUTANTS: tuple[Change, ...] = (
         ARCH + "CUDA-002",
         "the command line gives the shape, the file the weights",
         PREFLIGHT,
-        "        found = prove_model_file(path, stack, say, read_weights)"
-        " if path else _from_scratch(config.model)",
-        "        found = prove_model_file(path, stack, say, read_weights)"
-        " if path else _from_scratch(config.model)\n"
-        "        found.model_config = model_from_name(config.model)",
+        "            found = prove_model_file(path, stack, say, read_weights, progress)",
+        "            found = prove_model_file(path, stack, say, read_weights, progress)\n"
+        "            found.model_config = model_from_name(config.model)",
     ),
     Change(
         ARCH + "CUDA-003",
         "the encoder is asked for on the CPU only",
         PREFLIGHT,
-        "        found = prove_model_file(path, stack, say, read_weights)"
-        " if path else _from_scratch(config.model)",
-        '        there = path and config.device != "cuda"\n'
-        "        found = prove_model_file(path, stack, say, read_weights)"
-        " if there else _from_scratch(config.model)",
+        "        if path:\n            found = prove_model_file(",
+        '        if path and config.device != "cuda":\n            found = prove_model_file(',
         also=(ARCH + "CUDA-002",),
     ),
     Change(
