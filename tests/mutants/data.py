@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutants.change import (
+    DATA_GATE,
     IMPORT,
     LOADER,
     LOADER_FILE,
@@ -223,5 +224,40 @@ MUTANTS: tuple[Change, ...] = (
         "apr_dist/cli/__init__.py",
         '    "tokenize import-hf": "tokens:import_hf",',
         '    "tokenize import": "tokens:import_hf",',
+    ),
+    Change(
+        LOADER + "014",
+        "records under a name of plain text are text",
+        "apr_dist/corpus/recognition.py",
+        '    if _is_json_object(begin.partition(b"\\n")[0]):',
+        '    if suffix == ".jsonl" and _is_json_object(begin.partition(b"\\n")[0]):',
+    ),
+    Change(
+        LOADER + "014",
+        "a compression is believed by its name",
+        "apr_dist/corpus/recognition.py",
+        "    if magic and named not in (None, packing):",
+        "    if magic and named not in (None, packing, Packing.GZIP):",
+    ),
+    Change(
+        LOADER + "015",
+        "files that were not read are not counted in the manifest",
+        "apr_dist/corpus/encode.py",
+        '        "files_left_out": len(listed.left_out),',
+        '        "files_left_out": 0,',
+    ),
+    Change(
+        LOADER + "016",
+        "a part file is believed as long as it is there",
+        "apr_dist/corpus/journal.py",
+        "                    or is_open_intact(self.folder / name, closed, opened)",
+        "                    or (self.folder / name).is_dir()",
+    ),
+    Change(
+        LOADER + "017",
+        "documents of the first shard alone are compared",
+        DATA_GATE,
+        "        for shard in part.shards:\n            fingerprints",
+        "        for shard in part.shards[:1]:\n            fingerprints",
     ),
 )
