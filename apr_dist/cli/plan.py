@@ -15,6 +15,14 @@ from apr_dist.planning.plan import Plan, Rate, make_plan
 from apr_dist.planning.plan_text import plan_json, plan_lines
 from apr_dist.planning.simulation import simulate, simulation_lines
 
+_FIGURES = (
+    ("--memory", "GIB", "memory of one device, to say what fits"),
+    ("--tokens-per-second", "N", "speed of the whole run, for its time"),
+    ("--mfu", "SHARE", "share of --peak-tflops that is reached, such as 0.4"),
+    ("--peak-tflops", "N", "peak of one device in TFLOP/s, such as 989"),
+    ("--simulate", "GIB", "every strategy on 8 to 4,096 GPUs of this memory"),
+)
+
 
 def plan(arguments: Sequence[str]) -> int:
     """Show what a run will take and whether its gates pass, without starting it.
@@ -28,22 +36,9 @@ def plan(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="processes that will run (default: 1)"
-    )
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of one device, to say what fits")
-    parser.add_argument(
-        "--tokens-per-second", type=float, metavar="N", help="speed of the whole run, for its time"
-    )
-    parser.add_argument(
-        "--mfu", type=float, metavar="SHARE", help="share of --peak-tflops that is reached, such as 0.4"
-    )
-    parser.add_argument(
-        "--peak-tflops", type=float, metavar="N", help="peak of one device in TFLOP/s, such as 989"
-    )
-    parser.add_argument(
-        "--simulate", type=float, metavar="GIB", help="every strategy on 8 to 4,096 GPUs of this memory"
-    )
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes (default: 1)")
+    for flag, unit, text in _FIGURES:
+        parser.add_argument(flag, type=float, metavar=unit, help=text)
     parser.add_argument("--json", action="store_true", help="print JSON")
     given, rest = parser.parse_known_args(list(arguments))
     _check(given)

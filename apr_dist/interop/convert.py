@@ -34,14 +34,25 @@ def kept_type(entry: TensorEntry, wanted: DType | None) -> DType:
     return entry.dtype if entry.dtype in WRITABLE else DType.F16
 
 
-def one_by_one(tensors: Mapping[str, TensorEntry], progress: Progress | None) -> Iterator[str]:
-    """The names in order; each is reported as done when the next one is asked for."""
-    done, total = 0, sum(entry.size_bytes for entry in tensors.values())
-    for name, entry in tensors.items():
-        yield name
-        done += entry.size_bytes
+def counted(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that is told how many bytes were written just now, and reports all so far."""
+    done = 0
+
+    def report(more: int) -> None:
+        nonlocal done
+        done += more
         if progress:
             progress(done, total)
+
+    return report
+
+
+def one_by_one(tensors: Mapping[str, TensorEntry], progress: Progress | None) -> Iterator[str]:
+    """The names in order; each is reported as done when the next one is asked for."""
+    report = counted(progress, sum(entry.size_bytes for entry in tensors.values()))
+    for name, entry in tensors.items():
+        yield name
+        report(entry.size_bytes)
 
 
 def total_bytes(specs: Iterable[TensorSpec]) -> int:
