@@ -73,6 +73,11 @@ class EvaluationLoader:
         """Identity of the held-out shards."""
         return self._dataset.fingerprint
 
+    @property
+    def flagged(self) -> bool:
+        """Whether words of batches carry flags (`flags`): the shards hold conversations."""
+        return self._dataset.flagged
+
     def __len__(self) -> int:
         """Batches on every rank."""
         together = self._micro * self._world_size

@@ -194,15 +194,27 @@ class TokenLoader:
             return tensors
         return list(torch.split(tensors[0], self._micro))
 
-    def documents(self, k: int) -> list[Documents]:
+    @property
+    def flagged(self) -> bool:
+        """Whether words of batches carry flags (`flags`): any source holds conversations."""
+        return any(source.flagged for source, _, _ in self._stream.sources)
+
+    def documents(self, k: int, *, plain: bool = True) -> list[Documents]:
         """Where documents begin in the inputs of each of this rank's micro-batches of global batch ``k``.
 
-        From the data set's document index where it has one, else from its end-of-document id.
+        Conversations by their flags, which cost nothing where the batch was made ahead; documents of plain
+        text from the data set's index where it has one, else from its end-of-document id.
+
+        Args:
+            k: number of the global batch.
+            plain: whether documents of plain text count; else only conversations do.
 
         Raises:
             DataError: the data set records neither.
             StreamExhausted, ShardError: as ``batch``.
         """
+        if not plain or all(source.flagged for source, _, _ in self._stream.sources):
+            return self._conversations(k)
         first, stream = self._first(k), self._stream.open()
         places = [(*self._stream.shard(shard), start) for shard, start in stream.locate(first, self._share)]
 
@@ -212,6 +224,13 @@ class TokenLoader:
 
         begins = document_begins(rows, places, self._seq_length, self._starts)
         return [Documents.from_begins(part) for part in torch.split(begins, self._micro)]
+
+    def _conversations(self, k: int) -> list[Documents]:
+        ahead = self._ahead
+        if ahead is not None and ahead.made == k and ahead.process == process.number:
+            return Documents(ahead.edges(), (self._share, self._seq_length)).split(self._micro)
+        gathered: torch.Tensor = from_dlpack(self._stream.open().gather(self._first(k), self._share))
+        return Documents.of_flagged(gathered).split(self._micro)
 
     def rows(self, k: int) -> list[torch.Tensor]:
         """This rank's sequences of global batch ``k`` as views of the maps, each int32 [seq_length + 1].
@@ -309,6 +328,7 @@ class TokenLoader:
             batches=left,
             rows_per_view=self._micro if self._views else None,
             depth=self._depth,
+            flagged=self.flagged,
         )
         pinned = torch.cuda.is_available() if self._pin_memory is None else self._pin_memory
         kind = BufferKind(width=self._seq_length + 1, dtype=self._dtype, pinned=pinned)

@@ -58,6 +58,7 @@ class ShardStream:
         self.sources = sources_of(dataset, cycle)
         for source, _, _ in self.sources:
             _check_size(source, options["seq_length"] * options.get("block", 1) + 1)
+            source.check_rows(options["seq_length"])
         self._arguments = (dataset, options, cycle)
         self._opened: TokenStream | None = None
         self._process = os.getpid()

@@ -86,17 +86,20 @@ class Backbone(Computed):
 
         Args:
             input_ids: the tokens.
-            position_ids: ``[1 or batch, seq]``; by default counted on from what the caches hold.
+            position_ids: ``[1 or batch, seq]``; by default counted from where each document begins, or on
+                from what the caches hold.
             document_ids: ``[batch, seq]``, runs of equal ids are documents that see only themselves; or
                 where documents begin, which on CUDA saves a wait.
             caches: one per block, for generating.
             tied: where the embedding's gradient meets the head's.
         """
+        if isinstance(document_ids, Tensor):
+            document_ids = Boundaries.from_ids(document_ids)
+        if position_ids is None and document_ids is not None and not caches:
+            position_ids = document_ids.positions()
         if position_ids is None:
             first = caches[0].length if caches else 0
             position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
-        if isinstance(document_ids, Tensor):
-            document_ids = Boundaries.from_ids(document_ids)
         x = self.embed_tokens(input_ids, tied=tied) if tied else self.embed_tokens(input_ids)
         rotation = self.rotary(position_ids)
         attend = self.kernels_for(x, compiled=self.compiled).attention(

@@ -14,7 +14,53 @@ from mutants.change import (
     Change,
 )
 
+FLAGS_FILE = "apr_dist/data/flags.py"
+
 MUTANTS: tuple[Change, ...] = (
+    Change(
+        LOADER + "014",
+        "ids are read with their flags",
+        FLAGS_FILE,
+        "input_ids",
+        "rows & ID_MASK",
+        "rows",
+        also=(TRAINER + "037", TRAINER + "038"),
+    ),
+    Change(
+        LOADER + "014",
+        "a sequence may cut rows",
+        "apr_dist/data/manifest.py",
+        "Manifest.check_rows",
+        "rows is not None and seq_length % rows.seq_length",
+        "False",
+    ),
+    Change(
+        TRAINER + "037",
+        "the mask is dropped",
+        FLAGS_FILE,
+        "not_targets",
+        "(rows >> 31) != 0",
+        "rows != rows",
+        also=(LOADER + "014", TRAINER + "038"),
+    ),
+    Change(
+        TRAINER + "037",
+        "boundaries are ignored",
+        "apr_dist/training/evaluation.py",
+        "split_sequences",
+        "documents or Documents.of_flagged(tokens)",
+        "documents",
+        also=(TRAINER + "038",),
+    ),
+    Change(
+        TRAINER + "037",
+        "padding is a target",
+        FLAGS_FILE,
+        "padding",
+        "np.zeros(count, dtype=np.bool_)",
+        "np.ones(count, dtype=np.bool_)",
+        also=(LOADER + "014", TRAINER + "038"),
+    ),
     Change(
         LOADER + "002",
         "ranks share their first rows",

@@ -25,6 +25,14 @@ from mutants.change import (
 
 MUTANTS: tuple[Change, ...] = (
     Change(
+        TRAINER + "038",
+        "each rank takes the mean over its own targets",
+        "apr_dist/training/stepping.py",
+        "Stepper._counted",
+        "self._runtime.sum(torch.as_tensor(here, dtype=torch.float64))",
+        "torch.as_tensor(here, dtype=torch.float64) * self._runtime.world_size",
+    ),
+    Change(
         INIT + "001",
         "an init file by default",
         CONFIG,
