@@ -30,7 +30,7 @@ from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.atomic_files import AtomicFile
 from apr_dist.interop.gguf_export import export_gguf
 from apr_dist.interop.hf_export import export_huggingface
-from apr_dist.interop.huggingface import import_huggingface
+from apr_dist.interop.importing import import_model
 from apr_dist.interop.inspection import validate_file
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
@@ -184,7 +184,7 @@ def main() -> None:
                 lambda: bare_crc(apr),
             ),
             "import from Hugging Face / copy of the bytes, fsynced": (
-                lambda: import_huggingface(other, folder / "y.apr", overwrite=True),
+                lambda: import_model(other, folder / "y.apr", overwrite=True),
                 lambda: copy_file(other, folder / "copy"),
             ),
             "export to GGUF, read back / the same, not read back": (

@@ -15,8 +15,8 @@ from builders.runs import Inputs
 from builders.tokens import packaged
 
 from apr_dist.cli import main
-from apr_dist.errors import TokenizerError, UsageError
-from apr_dist.interop.chat import chat_template, render_chat
+from apr_dist.errors import TokenizerError
+from apr_dist.interop.chat import chat_template
 from apr_dist.interop.text_model import Finish, TextModel, Utterance, open_text_model
 from apr_dist.model.generation import Sampling
 
@@ -127,7 +127,6 @@ def test_the_remedy_for_a_missing_tokenizer_puts_one_beside_the_file(
         (("--prompt", "x", "--max-tokens", "0"), "max_new_tokens is 0"),
         (("--prompt", "x" * 2000), "and no new one fits"),
         (("--prompt", "x", "--max-tokens", "256"), "256 new ones were asked for"),
-        (("--prompt", "x", "--chat"), "the model carries no chat template"),
     ],
     ids=lambda value: None if isinstance(value, str) else value[-2][:14],
 )
@@ -149,29 +148,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert refusal(str(tmp_path / "none.apr"), "--prompt", "x", capsys=capsys)[0] == 3
 
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}[assistant]"
-
-
-def test_a_chat_template_is_rendered_as_its_users_expect() -> None:
-    text = render_chat(TEMPLATE, "Hi {{ 7 * 7 }}", special_tokens={"eos_token": "</s>"}, where=Path("m.apr"))
-    assert text == "[user]Hi {{ 7 * 7 }}</s>[assistant]"
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('no user here') }}",
-        "{% for %}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ 1 / 0 }}",
-    ],
-)
-def test_a_template_that_cannot_or_must_not_run_is_refused(template: str) -> None:
-    with pytest.raises(TokenizerError, match="the chat template cannot be used"):
-        render_chat(template, "x", special_tokens={}, where=Path("m.apr"))
-
-
 def test_the_template_is_found_where_models_keep_it() -> None:
     several = json.dumps(
         {"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}
@@ -183,8 +159,3 @@ def test_the_template_is_found_where_models_keep_it() -> None:
     assert chat_template(None, {}, where=where) is None
     with pytest.raises(TokenizerError, match="not a JSON object"):
         chat_template(None, {"tokenizer_config.json": b"[]"}, where=where)
-
-
-def test_an_empty_chat_is_refused(speaker: TextModel) -> None:
-    with pytest.raises(UsageError, match="the prompt is empty"):
-        speaker.encode_chat("")

@@ -101,7 +101,7 @@ def _speak(
     speaker = open_text_model(
         path, tokenizer=tokenizer, device=there if device is Device.AUTO else device.value
     )
-    ids = speaker.encode_chat(prompt) if chat else speaker.encode(prompt)
+    ids = speaker.encode_chat([{"role": "user", "content": prompt}]) if chat else speaker.encode(prompt)
     sampling = replace(sampling, max_new_tokens=speaker.room(ids, max_tokens))
     pieces = []
     for piece in speaker.speak(ids, sampling, stop=stop):

@@ -15,6 +15,16 @@ from apr_dist.planning.plan import Plan, Rate, make_plan
 from apr_dist.planning.plan_text import plan_json, plan_lines
 from apr_dist.planning.simulation import simulate, simulation_lines
 
+_FIGURES = (
+    ("--memory", "GIB", "memory of one device, to say what fits"),
+    ("--tokens-per-second", "N", "speed of the whole run, for its time"),
+    ("--mfu", "SHARE", "share of --peak-tflops that is reached, such as 0.4"),
+    ("--peak-tflops", "N", "peak of one device in TFLOP/s, such as 989"),
+    ("--simulate", "GIB", "every strategy on 8 to 4,096 GPUs of this memory"),
+    ("--grace", "S", "seconds between SIGTERM and SIGKILL, to say whether they suffice"),
+    ("--disk", "GB_S", "GB a second that a save is written with (default: 0.5)"),
+)
+
 
 def parser() -> argparse.ArgumentParser:
     """The flags of this verb's own; every other is the trainer's."""
@@ -25,28 +35,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="processes that will run (default: 1)"
-    )
-    made.add_argument("--memory", type=float, metavar="GIB", help="memory of one device, to say what fits")
-    made.add_argument(
-        "--tokens-per-second", type=float, metavar="N", help="speed of the whole run, for its time"
-    )
-    made.add_argument(
-        "--mfu", type=float, metavar="SHARE", help="share of --peak-tflops that is reached, such as 0.4"
-    )
-    made.add_argument(
-        "--peak-tflops", type=float, metavar="N", help="peak of one device in TFLOP/s, such as 989"
-    )
-    made.add_argument(
-        "--simulate", type=float, metavar="GIB", help="every strategy on 8 to 4,096 GPUs of this memory"
-    )
-    made.add_argument(
-        "--grace", type=float, metavar="S", help="seconds between SIGTERM and SIGKILL, to say if they suffice"
-    )
-    made.add_argument(
-        "--disk", type=float, metavar="GB_S", help="GB a second that a save is written with (default: 0.5)"
-    )
+    made.add_argument("--processes", type=int, default=1, metavar="N", help="processes (default: 1)")
+    for flag, unit, text in _FIGURES:
+        made.add_argument(flag, type=float, metavar=unit, help=text)
     made.add_argument("--json", action="store_true", help="print JSON")
     return made
 

@@ -112,14 +112,29 @@ def judged(package: Path) -> Mapping[str, list[tuple[str, str]]]:
     """Falsifier id to the gates of a verdict that carry it: what each is called, and what it requires."""
     found: dict[str, list[tuple[str, str]]] = {}
     tree = ast.parse((package / "gates" / "losses.py").read_text(encoding="utf-8"))
-    known = dict(_constants(tree))
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "GateResult":
-            arguments = {one.arg: one.value for one in call.keywords}
-            for identifier in _ids(arguments["id"], known) if "id" in arguments else ():
-                gate = (_text(arguments["gate"], known), _text(arguments["required"], known))
-                found.setdefault(identifier, []).append(gate)
+    constants = dict(_constants(tree))
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        known = {**constants, **dict(_locals(function, constants))}
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("GateResult", "_advisory"):
+                identified, gate, _, required, *_ = call.args
+                for identifier in _ids(identified, known):
+                    found.setdefault(identifier, []).append((_text(gate, known), _text(required, known)))
     return found
+
+
+def _locals(function: ast.FunctionDef, known: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Texts that a function puts together under a name, before it uses them."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs = list(zip(target.elts, value.elts, strict=True))
+            else:
+                pairs = [(target, value)]
+            for name, text in pairs:
+                if isinstance(name, ast.Name) and isinstance(text, ast.JoinedStr | ast.Constant):
+                    yield name.id, _text(text, known)
 
 
 def _ids(node: ast.expr, known: Mapping[str, str]) -> Iterator[str]:
