@@ -27,7 +27,7 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.atomic_files import AtomicFile
-from apr_dist.interop.huggingface import import_huggingface
+from apr_dist.interop.importing import import_model
 from apr_dist.interop.inspection import validate_file
 
 ROWS, COLUMNS = 4096, 1024
@@ -149,7 +149,7 @@ def main() -> None:
                 lambda: bare_crc(apr),
             ),
             "import from Hugging Face / copy of the bytes, fsynced": (
-                lambda: import_huggingface(other, folder / "y.apr", overwrite=True),
+                lambda: import_model(other, folder / "y.apr", overwrite=True),
                 lambda: copy_file(other, folder / "copy"),
             ),
         }

@@ -15,7 +15,6 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.cli import main
 from apr_dist.errors import TokenizerError
 from apr_dist.interop.chat import chat_template, read_chat
-from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_export import export_gguf
 from apr_dist.interop.hf_export import export_huggingface
 from apr_dist.interop.importing import import_model
@@ -52,7 +51,7 @@ def test_they_pass_through_gguf(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eot_token_id"] == TURN_END
     assert fields["general.sampling.temp"] == pytest.approx(0.7)
     assert (fields["general.sampling.top_k"], fields["general.sampling.top_p"]) == (20, pytest.approx(0.9))
-    import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    import_model(tmp_path / "x.gguf", tmp_path / "y.apr")
     assert read_chat(tmp_path / "y.apr").end_ids == {33, TURN_END}
     export_huggingface(tmp_path / "y.apr", tmp_path / "out")
     made = json.loads((tmp_path / "out" / "generation_config.json").read_text())

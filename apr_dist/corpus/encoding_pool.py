@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from apr_dist.corpus.encode_facts import Normalization
+from apr_dist.corpus.formats import BadRecord, Document
 from apr_dist.corpus.tokenizer import LoadedTokenizer
 
 # One call's texts: enough to hide the cost of a call, little enough that the library's answer (about
@@ -84,9 +85,13 @@ class EncodingPool:
         else:
             os.environ[_PARALLELISM] = self._outer
 
-    def submit(self, texts: Sequence[str]) -> Future[list[EncodedText]]:
-        """Start encoding ``texts``; the result keeps their order."""
-        return self._threads.submit(self.encode, texts)
+    def submit(self, documents: Sequence[Document]) -> Future[Sequence[EncodedText | BadRecord]]:
+        """Start encoding documents; the result keeps their order."""
+        return self._threads.submit(self.encode_documents, documents)
+
+    def encode_documents(self, documents: Sequence[Document]) -> Sequence[EncodedText | BadRecord]:
+        """Encode documents in the calling thread; what turns out to be none comes back as a bad record."""
+        return self.encode([document.text for document in documents])
 
     def encode(self, texts: Sequence[str]) -> list[EncodedText]:
         """Encode ``texts`` in the calling thread."""

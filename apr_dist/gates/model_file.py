@@ -167,12 +167,8 @@ def _intact(reader: AprReader, *, checksums: bool) -> GateResult:
 
 def _family_result(metadata: Mapping[str, Any], config: TransformerConfig) -> GateResult:
     claim = metadata.get("hf_architecture") or metadata.get("architecture") or "no claim"
-    return GateResult(
-        id=MATCH,
-        gate="family agrees with tensor names",
-        measured=f"{config.family} ({claim})",
-        required="a decoder; metadata and names of one family",
-    )
+    measured, required = f"{config.family} ({claim})", "a decoder; metadata and names of one family"
+    return GateResult(MATCH, "family agrees with tensor names", measured, required)
 
 
 def _weights_result(tensors: int, values: int | None) -> GateResult:

@@ -173,12 +173,9 @@ def _positions(model: TransformerConfig, seq_length: int) -> GateResult:
             expected=f"at most {limit:,}",
             remedy="lower --seq-length",
         )
-    return GateResult(
-        id="FALSIFY-APR-PRETRAIN-ARCH-003",
-        gate="dimensions come from the model",
-        measured=f"{model.parameter_count():,} parameters, {limit:,} positions",
-        required=f"at least {seq_length:,} positions",
-    )
+    measured = f"{model.parameter_count():,} parameters, {limit:,} positions"
+    required = f"at least {seq_length:,} positions"
+    return GateResult("FALSIFY-APR-PRETRAIN-ARCH-003", "dimensions come from the model", measured, required)
 
 
 def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None], *, own_data: bool) -> None:
@@ -221,14 +218,10 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     for manifest in everything:
         vocabulary.check_shards(max_id=manifest.max_token_id, model_vocab=rows, where=manifest.folder)
     vocabulary.check_ignored(order.ignored_ids, model_vocab=rows)
-    result = GateResult(
-        id=vocabulary.SHARD_ID,
-        gate="shards fit the model",
-        measured=f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
-        f"{data.sequences:,} + {data.held_out_sequences:,} sequences, {shared}",
-        required=f"ids below {rows:,}; nothing held out is trained on",
-    )
-    _note(found, say, result)
+    measured = f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
+    measured += f"{data.sequences:,} + {data.held_out_sequences:,} sequences, {shared}"
+    required = f"ids below {rows:,}; nothing held out is trained on"
+    _note(found, say, GateResult(vocabulary.SHARD_ID, "shards fit the model", measured, required))
     found.provenance["data_fingerprint"] = training.fingerprint
     if isinstance(training, Mixture):
         found.provenance["data_sources"] = training.describe()
@@ -281,12 +274,9 @@ def _check_tokenizer(
             where=part.folder,
         )
     found.provenance["tokenizer_sha256"] = identity.sha256 if identity else None
-    return GateResult(
-        id=vocabulary.ABOVE_MODEL if from_init else vocabulary.NOT_EQUAL,
-        gate="tokenizer fits the model",
-        measured=f"{tokens:,} tokens, {rows:,} rows",
-        required=f"{'at most' if from_init else 'exactly'} {rows:,} tokens",
-    )
+    falsifier = vocabulary.ABOVE_MODEL if from_init else vocabulary.NOT_EQUAL
+    required = f"{'at most' if from_init else 'exactly'} {rows:,} tokens"
+    return GateResult(falsifier, "tokenizer fits the model", f"{tokens:,} tokens, {rows:,} rows", required)
 
 
 def _own_tokenizer(

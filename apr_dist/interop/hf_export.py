@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from apr_dist.apr.layout import TOKENIZER_TEXT, WRITABLE, DType, payload_bytes
+from apr_dist.apr.layout import TOKENIZER_TEXT, DType, payload_bytes
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, writing_to
@@ -18,7 +18,7 @@ from apr_dist.errors import OutputError
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat_settings import huggingface_files
-from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, total_bytes
+from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, kept_type, total_bytes
 from apr_dist.interop.embedding import embedded_files, stated_token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
@@ -141,8 +141,7 @@ def _specs(reader: AprReader, dtype: DType | None) -> tuple[TransformerConfig, l
     for entry in reader.tensors.values():
         if model.tie_word_embeddings and entry.name == HEAD:
             continue
-        kept = entry.dtype if entry.dtype in WRITABLE else DType.F16
-        specs.append(TensorSpec(entry.name, kept if dtype is None else dtype, entry.shape))
+        specs.append(TensorSpec(entry.name, kept_type(entry, dtype), entry.shape))
     return model, specs
 
 

@@ -27,6 +27,48 @@ _LICENSES = ("license", "data_license")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a person may state of a file; None is left as it is."""
+
+    architecture: str | None = None
+    """family slug, such as qwen2."""
+    hf_architecture: str | None = None
+    """Hugging Face class name, such as Qwen2ForCausalLM."""
+    hf_model_type: str | None = None
+    """Hugging Face model_type, such as qwen2."""
+    hidden_size: int | None = None
+    """width of the residual stream."""
+    num_layers: int | None = None
+    """number of decoder blocks."""
+    num_heads: int | None = None
+    """query heads."""
+    num_kv_heads: int | None = None
+    """key and value heads."""
+    head_dim: int | None = None
+    """size of a head."""
+    vocab_size: int | None = None
+    """rows of the embedding."""
+    intermediate_size: int | None = None
+    """width inside the MLP."""
+    max_position_embeddings: int | None = None
+    """longest sequence the model was made for, in tokens."""
+    rope_theta: float | None = None
+    """base of the rotary frequencies."""
+    rms_norm_eps: float | None = None
+    """epsilon of the norms."""
+    tie_word_embeddings: bool | None = None
+    """whether the output head is the embedding."""
+    attention_bias: bool | None = None
+    """whether q, k, v and o projections add biases, where the family leaves that open."""
+    license: str | None = None
+    """SPDX expression of the weights' licence."""
+    data_source: str | None = None
+    """what the weights were trained on."""
+    data_license: str | None = None
+    """SPDX expression of that data's licence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StampSummary:
     """What a stamping changed: key, value before (None when absent), value after."""
 

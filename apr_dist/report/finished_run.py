@@ -19,10 +19,10 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.choices import FinalCheckpoint
 from apr_dist.config import TrainConfig
 from apr_dist.config.text import load_config
-from apr_dist.errors import ModelFileError, UsageError
+from apr_dist.errors import ModelFileError
 from apr_dist.gates.losses import Agreement, evaluation_gates, final_gates, step_zero_gates
 from apr_dist.gates.result import GateResult
-from apr_dist.parsing import parse_json
+from apr_dist.report.run_folder import no_run, read_object, read_text
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.verdict import Status
 
@@ -131,10 +131,10 @@ def read_finished_run(folder: Path) -> FinishedRun:
         UsageError: a file is missing, malformed, or of a run without evaluations.
     """
     files = RunFolder(folder)
-    verdict, metrics = _json(files.verdict, _text(files.verdict)), files.metrics
-    lines = [_json(metrics, line) for line in _text(metrics).splitlines()]
+    verdict, metrics = read_object(files.verdict, read_text(files.verdict)), files.metrics
+    lines = [read_object(metrics, line) for line in read_text(metrics).splitlines()]
     if not isinstance(verdict.get("facts"), dict) or not isinstance(verdict.get("gates"), list):
-        raise _not_a_run(files.verdict, "it has no gates and facts")
+        raise no_run(files.verdict, "it has no gates and facts")
     log = files.log
     checkpoint, refusal = _checkpoint(files.checkpoint)
     run = FinishedRun(
@@ -147,7 +147,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
         refusal=refusal,
     )
     if not run.val_losses:
-        raise _not_a_run(metrics, "it has no evaluation")
+        raise no_run(metrics, "it has no evaluation")
     return run
 
 
@@ -247,29 +247,3 @@ def _checkpoint(path: Path) -> tuple[Checkpoint | None, str | None]:
             ), None
     except ModelFileError as error:
         return None, error.what
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _not_a_run(path, f"it cannot be read ({error})") from error
-
-
-def _json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise _not_a_run(path, f"it is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise _not_a_run(path, f"it holds a {type(found).__name__}")
-    return found
-
-
-def _not_a_run(path: Path, what: str) -> UsageError:
-    return UsageError(
-        what,
-        where=path,
-        expected="the folder of a run that came to a verdict",
-        remedy="give the --run-dir of a finished run",
-    )
