@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from apr_dist.corpus.packing import pack
 from apr_dist.corpus.split_writer import SplitWriter
-from apr_dist.data.flags import BEGINS, NOT_A_TARGET, are_targets, ids_of, padding
+from apr_dist.data.flags import BEGINS, NOT_A_TARGET, are_begins, are_targets, ids_of, padding
 from apr_dist.data.manifest_file import Shard
 from apr_dist.data.shard_files import FINGERPRINTS_SUFFIX, INDEX_SUFFIX
 
@@ -140,7 +140,19 @@ class _Rows:
         self._ends: Counter[int] = Counter()
 
     def cut(self, words: Words, start: int, stop: int, fingerprint: int) -> list[_Piece]:
-        """The conversation in the pieces that the policy makes of it; those without a target are left out."""
+        """The conversation in the pieces that the policy makes of it; those without a target are left out.
+
+        Where its turns were encoded one by one, each is cut by itself.
+        """
+        begins = start + np.flatnonzero(are_begins(words[start:stop]))
+        ends = [*begins[1:].tolist(), stop]
+        return [
+            piece
+            for first, last in zip(begins.tolist(), ends, strict=True)
+            for piece in self._cut(words, first, last, fingerprint)
+        ]
+
+    def _cut(self, words: Words, start: int, stop: int, fingerprint: int) -> list[_Piece]:
         length, policy = self._settings.seq_length, self._settings.too_long
         pieces = [_Piece(words, start, stop, fingerprint)]
         if stop - start > length:
