@@ -120,6 +120,7 @@ def encode_chat(
         packed=packed,
         pad_id=_padding_of(model.identity),
         shard_tokens=shard_tokens,
+        turn_end=rules.template.turn_end(rules.tokenizer),
     )
     settings = EncodeSettings(
         output=output,
@@ -222,7 +223,7 @@ class _Describing:
                     packing=PACKED if self.rows.packed else UNPACKED,
                     too_long=self.rows.too_long.value,
                     pad_id=self.rows.pad_id,
-                    turn_end=self.rules.template.turn_end(self.rules.tokenizer),
+                    turn_end=self.rows.turn_end,
                     **facts,
                 ),
             ).write()

@@ -18,7 +18,8 @@ from apr_dist.data.flags import flag
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.manifest_file import Conversations, TokenizerIdentity
 
-PAD = 0
+PAD, END = 0, 5
+"""Ids of padding, and of what ends a turn."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,19 @@ def build_rows(
         writer.append(flag(one.ids, one.is_target), xxhash.xxh3_64_intdigest(one.ids.tobytes()))
     writer.close_shard()
     settings = RowSettings(
-        seq_length=seq_length, too_long=too_long, packed=packed, pad_id=PAD, shard_tokens=shard_tokens
+        seq_length=seq_length,
+        too_long=too_long,
+        packed=packed,
+        pad_id=PAD,
+        shard_tokens=shard_tokens,
+        turn_end=facts.get("turn_end", END),
     )
     shards, made = write_rows(staged, writer.shards, folder, settings)
     described = {
         "seq_length": seq_length,
         "train_on": "assistant",
         "template": "sha256:" + "0" * 64,
-        "turn_end": None,
+        "turn_end": settings.turn_end,
         "packing": "best-fit" if packed else "none",
         "too_long": too_long.value,
         "pad_id": PAD,
