@@ -17,8 +17,6 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.cli import main
-from apr_dist.errors import TokenizerError
-from apr_dist.interop.chat import chat_template
 from apr_dist.interop.text_model import Finish, TextModel, Utterance, open_text_model
 from apr_dist.model.generation import Sampling
 
@@ -162,16 +160,3 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert code == 3
     assert str(other) in error
     assert refusal(str(tmp_path / "none.apr"), "--prompt", "x", capsys=capsys)[0] == 3
-
-
-def test_the_template_is_found_where_models_keep_it() -> None:
-    several = json.dumps(
-        {"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}
-    )
-    where = Path("m.apr")
-    assert chat_template("own", {"chat_template.jinja": b"file"}, where=where) == "own"
-    assert chat_template(None, {"chat_template.jinja": b"file"}, where=where) == "file"
-    assert chat_template(None, {"tokenizer_config.json": several.encode()}, where=where) == "d"
-    assert chat_template(None, {}, where=where) is None
-    with pytest.raises(TokenizerError, match="not a JSON object"):
-        chat_template(None, {"tokenizer_config.json": b"[]"}, where=where)

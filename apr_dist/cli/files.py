@@ -183,6 +183,7 @@ def stamp(
     data_source: str | None = None,
     data_license: str | None = None,
     tokenizer: Path | None = None,
+    chat_template: Path | None = None,
     force: bool = False,
 ) -> None:
     """Write an APR file again with other metadata; tensor bytes are copied as they are.
@@ -213,6 +214,7 @@ def stamp(
         data_source: what the weights were trained on.
         data_license: SPDX expression of that data's licence.
         tokenizer: folder whose tokenizer is put into the file.
+        chat_template: Jinja file that becomes the model's chat template.
         force: replace an existing output.
     """
     changes = {
@@ -237,7 +239,13 @@ def stamp(
     }
     with bytes_bar(f"stamping {source.name}") as progress:
         summary = stamp_file(
-            source, output, changes=changes, tokenizer=tokenizer, overwrite=force, progress=progress
+            source,
+            output,
+            changes=changes,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            overwrite=force,
+            progress=progress,
         )
     for key, before, after in summary.changes:
         print(f"{key}: {before} -> {after}")

@@ -14,6 +14,7 @@ from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.errors import DamagedModelFile, TokenizerError, UnsupportedModelFile, UsageError
+from apr_dist.interop.chat_settings import with_gguf_sampling
 from apr_dist.interop.convert import (
     CHUNK_ELEMENTS,
     ImportSummary,
@@ -92,7 +93,7 @@ def import_gguf(
         specs = [plan.spec for plan in plans]
         metadata = metadata.with_custom({"tie_word_embeddings": tied})
         if with_tokenizer:
-            metadata, more = _embed(metadata, file.path)
+            metadata, more = _embed(with_gguf_sampling(metadata, file.fields), file.path)
             notes = (*notes, *more)
         with proven_writer(
             target, metadata=metadata, tensors=specs, source=file.path, overwrite=overwrite
