@@ -119,9 +119,7 @@ def encode_chat(
     _print_summary(summary)
 
 
-def preview(
-    folder: Source, /, *, count: int = 3, tokenizer: Path | None = None, color: bool | None = None
-) -> None:
+def preview(folder: Source, /, *, count: int = 3, tokenizer: Path | None = None, color: bool = False) -> None:
     """Show conversations of a shard folder, with what is trained on in colour, or between [[ and ]].
 
     Example: apr-dist tokenize preview chats/train --count 3
@@ -130,9 +128,9 @@ def preview(
         folder: shard folder that encode-chat wrote.
         count: how many conversations, spread evenly over the folder.
         tokenizer: tokenizer folder; by default the one the manifest names, or that of its model file.
-        color: colour what is trained on; by default on a terminal, unless NO_COLOR is set.
+        color: colour what is trained on also where output is no terminal, or NO_COLOR is set.
     """
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if color is None else color
+    coloured = color or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     for shown in preview_conversations(folder, _decoder(folder, tokenizer), count=count):
         print(
             f"--- conversation {shown.number}, {shown.shard} at {shown.first_token:,}:"
