@@ -44,6 +44,8 @@ VERBS: Mapping[str, str] = {
     "contracts explain": "contracts:explain",
     "tokenize import-hf": "tokens:import_hf",
     "tokenize encode-corpus": "tokens:encode",
+    "tokenize encode-chat": "chats:encode_chat",
+    "tokenize preview": "chats:preview",
     "tokenize verify": "tokens:verify",
     "tokenize repair-manifest": "tokens:repair",
     "tokenize decode": "tokens:decode",

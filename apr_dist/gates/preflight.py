@@ -24,6 +24,7 @@ from apr_dist.data.mixture import Mixture
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
+from apr_dist.gates.conversations import check_conversations, template_digest
 from apr_dist.gates.data import check_disjoint, check_shared_documents, check_splits, check_unread
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.model_file import Progress, named, prove_model
@@ -232,6 +233,16 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     found.warnings += [warning] if warning else []
     rows = found.model_config.vocab_size
     _note(found, say, _check_tokenizer(found, config, parts, rows))
+    conversations, unknown = check_conversations(
+        everything,
+        seq_length=config.seq_length,
+        model_vocab=rows,
+        template=template_digest(found.reader.metadata if found.reader else None),
+        tokenizer_sha256=found.provenance["tokenizer_sha256"],
+    )
+    found.warnings += unknown
+    if conversations is not None:
+        _note(found, say, conversations)
     for manifest in everything:
         vocabulary.check_shards(max_id=manifest.max_token_id, model_vocab=rows, where=manifest.folder)
     vocabulary.check_ignored(order.ignored_ids, model_vocab=rows)

@@ -36,6 +36,15 @@ MUTANTS: tuple[Change, ...] = (
         "False",
     ),
     Change(
+        TRAINER + "040",
+        "the first token of a conversation is a target",
+        FLAGS_FILE,
+        "flag",
+        "words[:1] |= NOT_A_TARGET | BEGINS",
+        "words[:1] |= BEGINS",
+        also=(LOADER + "014", TRAINER + "037", TRAINER + "038"),
+    ),
+    Change(
         TRAINER + "037",
         "the mask is dropped",
         FLAGS_FILE,

@@ -20,6 +20,22 @@ from mutants.change import (
 
 MUTANTS: tuple[Change, ...] = (
     Change(
+        TRAINER + "039",
+        "a turn end that is never trained on is accepted",
+        "apr_dist/gates/conversations.py",
+        "_faults",
+        "not rows.turn_end_targets",
+        "False",
+    ),
+    Change(
+        TRAINER + "039",
+        "another template is accepted",
+        "apr_dist/gates/conversations.py",
+        "_faults",
+        "template is not None and template != rows.template",
+        "False",
+    ),
+    Change(
         INIT + "005",
         "a file without any witness is Llama",
         FAMILY_GATE,
