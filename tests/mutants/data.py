@@ -330,8 +330,8 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         LOADER + "016",
         "files that were not read are not counted in the manifest",
-        "apr_dist/corpus/encode.py",
-        "",
+        "apr_dist/corpus/encode_job.py",
+        "describe_sources",
         "len(listed.left_out)",
         "0",
     ),
