@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -36,7 +36,7 @@ DRAWING_THREADS = 8
 """Most threads that draw weights; storing and proving them is then what takes the time."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with (tensor name, tensors done, tensors in all)."""
+"""Called with (what is done, tensors of it that are done, tensors in all)."""
 
 
 Source = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -71,7 +71,7 @@ def load_weights(
         model: a materialised decoder whose values are still arbitrary.
         reader: the open file on rank 0, None elsewhere.
         runtime: this rank's view of the run.
-        progress: called on rank 0 after each tensor.
+        progress: called on rank 0 after each tensor, while loading and while proving.
         adapter: the open file of the model's adapter on rank 0; None: it begins anew.
         seed: of an adapter that begins anew.
 
@@ -104,7 +104,14 @@ def _new_adapter(model: Decoder, base: Source, seed: int) -> Source:
     return read
 
 
-def draw_weights(model: Decoder, config: TransformerConfig, runtime: Runtime, *, seed: int) -> dict[str, str]:
+def draw_weights(
+    model: Decoder,
+    config: TransformerConfig,
+    runtime: Runtime,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> dict[str, str]:
     """Give every tensor its value from scratch (``model.transformer.initial_weight``), by the same way.
 
     An adapter begins as it does beside a file's weights, so that it changes nothing.
@@ -122,7 +129,7 @@ def draw_weights(model: Decoder, config: TransformerConfig, runtime: Runtime, *,
     )
     with contextlib.closing(_drawn_ahead(shapes, config, seed)) as drawn:
         return _stream(
-            model, lambda *asked: beside(*asked) if is_adapter(asked[0]) else next(drawn), runtime, None
+            model, lambda *asked: beside(*asked) if is_adapter(asked[0]) else next(drawn), runtime, progress
         )
 
 
@@ -149,7 +156,8 @@ def _drawn_ahead(
 def _stream(
     model: nn.Module, source: Source | None, runtime: Runtime, progress: Progress | None
 ) -> dict[str, str]:
-    names = [name for name, _ in named_weights(model)]
+    count = len(list(named_weights(model)))
+    told = progress if runtime.is_main else None
     given: dict[str, str] = {}
     expected: dict[str, str] = {}
     with torch.no_grad():
@@ -162,9 +170,9 @@ def _stream(
                     expected[name] = _digest(values)
             fill(parameter, values, runtime)
             del values
-            if progress is not None and runtime.is_main:
-                progress(name, done, len(names))
-    prove_weights(model, runtime.broadcast_json(expected), runtime)
+            if told is not None:
+                told("loading weights", done, count)
+    prove_weights(model, runtime.broadcast_json(expected), runtime, told)
     digests: dict[str, str] = runtime.broadcast_json(given)
     return digests
 
@@ -182,13 +190,15 @@ def _from_file(reader: AprReader) -> Source:
     return read
 
 
-def prove_weights(model: nn.Module, expected: Mapping[str, str], runtime: Runtime) -> None:
+def prove_weights(
+    model: nn.Module, expected: Mapping[str, str], runtime: Runtime, progress: Progress | None = None
+) -> None:
     """Compare every tensor, as every rank sees it whole, with the digest it must have; a collective.
 
     Raises:
         WeightsRefused: on all ranks, naming the first tensor that differs on the lowest such rank.
     """
-    found = weight_digests(model, runtime)
+    found = weight_digests(model, runtime, progress)
     wrong = [name for name in found if expected.get(name) != found[name]]
     wrong += [name for name in expected if name not in found]
     counts = torch.zeros(runtime.world_size, dtype=torch.int64, device=runtime.device)
@@ -204,24 +214,28 @@ def prove_weights(model: nn.Module, expected: Mapping[str, str], runtime: Runtim
         )
 
 
-def weight_digests(model: nn.Module, runtime: Runtime) -> dict[str, str]:
+def weight_digests(model: nn.Module, runtime: Runtime, progress: Progress | None = None) -> dict[str, str]:
     """Digest of each parameter's whole f32 values, by name; a collective where parameters are sharded."""
-    return _digests(named_weights(model), runtime)
+    return _digests(list(named_weights(model)), runtime, progress)
 
 
-def _digests(weights: Iterable[tuple[str, nn.Parameter]], runtime: Runtime) -> dict[str, str]:
-    found = {}
+def _digests(
+    weights: Sequence[tuple[str, nn.Parameter]], runtime: Runtime, progress: Progress | None = None
+) -> dict[str, str]:
+    found: dict[str, str] = {}
     for name, parameter in weights:
         hashed = xxhash.xxh3_128()
         for run in whole_in_runs(parameter, runtime):
             hashed.update(host_array(run).data)
         found[name] = hashed.hexdigest()
+        if progress is not None:
+            progress("proving weights", len(found), len(weights))
     return found
 
 
 def model_digest(model: nn.Module, runtime: Runtime) -> str:
     """``sha256:...`` over the names and digests of what a checkpoint holds: the identity of the weights."""
-    return weights_digest(_digests(saved_weights(model).items(), runtime))
+    return weights_digest(_digests(list(saved_weights(model).items()), runtime))
 
 
 def host_array(values: torch.Tensor) -> np.ndarray:
