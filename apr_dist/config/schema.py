@@ -123,6 +123,15 @@ class TrainConfig(Section):
         )
 
     @property
+    def held_out(self) -> dict[str, Path]:
+        """Folders of held-out shards by name, the one that counts first; empty without any."""
+        sets = dict(self.evaluation.sets)
+        if not sets:
+            return {} if self.val_dataset is None else {"validation": self.val_dataset}
+        first = self.evaluation.counts if self.evaluation.counts in sets else next(iter(sets))
+        return {first: sets[first], **sets}
+
+    @property
     def save_period(self) -> int:
         """Steps between saves: those given, else as many as between evaluations."""
         return self.save_every or self.eval_every
@@ -157,6 +166,8 @@ class TrainConfig(Section):
         for name in _NOT_THE_MATHEMATICS:
             facts.pop(name)
         facts["loader"].pop("mixture")
+        for name in ("sets", "counts", "prompts", "answer_tokens"):
+            facts["evaluation"].pop(name)
         return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
