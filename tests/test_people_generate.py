@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from builders.files import write_without_tokenizer
 from builders.reference import reference_model
 from builders.runs import Inputs
 from builders.tokens import packaged
 
-from apr_dist.apr.metadata import AprMetadata
-from apr_dist.apr.reader import AprReader
-from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.cli import main
 from apr_dist.interop.text_model import Finish, TextModel, Utterance, open_text_model
 from apr_dist.model.generation import Sampling
@@ -100,20 +98,6 @@ def test_a_seed_makes_a_draw_repeatable(inputs: Inputs, capsys: pytest.CaptureFi
     assert draws[0]["tokens"] == draws[1]["tokens"] != draws[2]["tokens"]
     assert draws[0]["seed"] == 3
     assert draws[0]["finish"] in ("length", "end-token")
-
-
-def write_without_tokenizer(source: Path, target: Path) -> None:
-    """The same model as earlier versions saved it: no tokenizer inside."""
-    with AprReader(source) as reader:
-        kept = reader.metadata.to_mapping().items()
-        plain = {key: value for key, value in kept if not key.startswith(("tokenizer.", "apr_dist.files"))}
-        tensors = [TensorSpec(one.name, one.dtype, one.shape) for one in reader.tensors.values()]
-        metadata = AprMetadata.from_mapping(plain)
-        with AprWriter(
-            target, metadata=metadata, tensors=tensors, flags=reader.header.flags, verbatim=True
-        ) as out:
-            for name in reader.tensors:
-                out.write(name, reader.raw(name))
 
 
 def test_the_remedy_for_a_missing_tokenizer_puts_one_beside_the_file(

@@ -60,6 +60,7 @@ def test_records_are_read_whatever_holds_them(tmp_path: Path, name: str, content
     assert read_all(tmp_path) == expected
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-LOADER-015")
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
@@ -118,6 +119,7 @@ def test_a_folder_is_read_as_far_as_it_can_be_and_the_rest_is_listed(tmp_path: P
     assert sorted(path.name for path in found.left_out) == ["README.md", "infos.json", "t.csv"]
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-LOADER-016")
 def test_files_left_out_are_counted_on_the_screen(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-LOADER-017")
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize(
     "file", ["train/*.bin.part", "train/*.idx.part", "validation/*.docs.part", "train/*0.bin", "train/*1.idx"]

@@ -60,7 +60,10 @@ def step_zero_gates(
     """
     log_v, shown, finite = math.log(vocab_size), f"{val_loss:.4f}", math.isfinite(val_loss)
     if not from_init:
-        return [_knows_nothing("step-0 loss of random weights", val_loss, log_v)]
+        low = log_v - SCRATCH_SLACK
+        least = f"at least ln V - {SCRATCH_SLACK} = {low:.2f}"
+        passed = finite and val_loss >= low
+        return [GateResult(_START, "step-0 loss of random weights", shown, least, passed)]
     cap, limit = f"at most {INIT_LOSS_CAP}", INIT_LOSS_SHARE * log_v
     share = f"at most {INIT_LOSS_SHARE} ln V = {limit:.2f}"
     gates = [
@@ -84,16 +87,12 @@ def random_start_gates(
     measured = f"{init_loss:.4f} against {random_loss:.4f} on the same {tokens:,} tokens"
     finite = math.isfinite(random_loss) and math.isfinite(init_loss)
     better = finite and init_loss < random_loss
+    low, shown = math.log(vocab_size) - SCRATCH_SLACK, f"{random_loss:.4f}"
+    least = f"at least ln V - {SCRATCH_SLACK} = {low:.2f}"
     return [
-        _knows_nothing("random weights know nothing", random_loss, math.log(vocab_size)),
+        GateResult(_START, "random weights know nothing", shown, least, finite and random_loss >= low),
         GateResult(_CHANCE, "step-0 loss against random weights", measured, "below random weights", better),
     ]
-
-
-def _knows_nothing(gate: str, loss: float, log_v: float) -> GateResult:
-    low = log_v - SCRATCH_SLACK
-    required = f"at least ln V - {SCRATCH_SLACK} = {low:.2f}"
-    return GateResult(_START, gate, f"{loss:.4f}", required, math.isfinite(loss) and loss >= low)
 
 
 def _reopened(val_loss: float, recorded: float) -> GateResult:
@@ -136,9 +135,9 @@ def evaluation_gates(
         limit = f"at most {AGREEMENT:.0e}"
         results.append(GateResult(_AGREES, gate, f"{worst:.1e} apart", limit, worst <= AGREEMENT))
     if train_loss is not None:
-        limit = f"at least {PLAUSIBLE_SHARE} x training loss {train_loss:.4f}"
+        floor = f"at least {PLAUSIBLE_SHARE} x training loss {train_loss:.4f}"
         passed = val_loss >= PLAUSIBLE_SHARE * train_loss
-        results.append(GateResult(_AGREES, "validation loss is plausible", f"{val_loss:.4f}", limit, passed))
+        results.append(GateResult(_AGREES, "validation loss is plausible", f"{val_loss:.4f}", floor, passed))
     return results
 
 
@@ -152,8 +151,8 @@ def final_gates(
         passed = math.isfinite(val_loss) and val_loss < FINAL_LOSS_CAP
         results.append(GateResult(_FINAL, "final validation loss", shown, required, passed))
     if steps:
-        change, limit = f"{val_loss - first_val_loss:+.4f}", f"below step 0 ({first_val_loss:.4f})"
-        results.append(_advisory(_FELL, "validation loss fell", change, limit, val_loss < first_val_loss))
+        change, below = f"{val_loss - first_val_loss:+.4f}", f"below step 0 ({first_val_loss:.4f})"
+        results.append(_advisory(_FELL, "validation loss fell", change, below, val_loss < first_val_loss))
     limit = f"at most {target}"
     return [*results, _advisory(_TARGET, "target validation loss", shown, limit, val_loss <= target)]
 

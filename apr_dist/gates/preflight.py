@@ -7,7 +7,7 @@ other come before all of them; whether the run folder is free is asked after the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from apr_dist.data.mixture import Mixture
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
+from apr_dist.gates.conversations import check_conversations, template_digest
 from apr_dist.gates.data import (
     check_disjoint,
     check_sequences,
@@ -33,11 +34,11 @@ from apr_dist.gates.data import (
     check_unread,
 )
 from apr_dist.gates.documents import check_documents
-from apr_dist.gates.model_file import prove_model
+from apr_dist.gates.model_file import Progress, named, prove_model
 from apr_dist.gates.named_sets import check_sets_differ
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
-from apr_dist.gates.warnings import DataFacts, warnings_of
+from apr_dist.gates.warnings import DataFacts, left_out_of, warnings_of
 from apr_dist.model.config import PRESETS, TransformerConfig, preset
 from apr_dist.parsing import parse_json
 
@@ -80,6 +81,7 @@ def run_preflight(
     resume_from: Path | None = None,
     read_weights: bool = True,
     own_data: bool = False,
+    progress: Progress | None = None,
 ) -> Preflight:
     """Run every gate in order and stop at the first that says no.
 
@@ -91,6 +93,7 @@ def run_preflight(
         read_weights: off, only header, metadata and index of the file are read: its checksum, its digest
             and its values are not asked about, which takes no longer for a large file than for a small one.
         own_data: the program hands in batches of its own; training shards are not asked about.
+        progress: called while a model file is read.
 
     Raises:
         AprDistError: the first gate's refusal; the file is closed again.
@@ -100,9 +103,12 @@ def run_preflight(
         read_prompts(config.evaluation.prompts)  # its checks
     with ExitStack() as stack:
         path = resume_from or config.init
-        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)
+        if path:
+            found = prove_model_file(path, stack, say, read_weights, progress)
+        else:
+            found = _from_scratch(config.model)
         if resume_from is not None:
-            _identify_init(found, config.init)
+            _identify_init(found, config.init, progress)
         _note(found, say, _positions(found.model_config, config.seq_length))
         if config.synthetic:
             check_documents(config.loader.documents, config.compute, (), synthetic=True)
@@ -144,30 +150,42 @@ def model_from_name(name: str) -> TransformerConfig:
 
 
 def prove_model_file(
-    path: Path, stack: ExitStack, say: Callable[[str], None], read_weights: bool
+    path: Path,
+    stack: ExitStack,
+    say: Callable[[str], None],
+    read_weights: bool,
+    progress: Progress | None = None,
 ) -> Preflight:
     """Ask the gates of a model file (`gates.model_file`); it stays open in ``stack``.
 
     Raises:
         ModelFileError, GateRefused: the first gate that refuses.
     """
-    reader = stack.enter_context(AprReader(path, verify="full" if read_weights else "structure"))
+    summing = named("checking the file", progress)
+    reader = stack.enter_context(
+        AprReader(path, verify="full" if read_weights else "structure", progress=summing)
+    )
     proven = prove_model(
-        reader, read_values=read_weights, with_digest=read_weights, passed=lambda one: say(_line(one))
+        reader,
+        read_values=read_weights,
+        with_digest=read_weights,
+        passed=lambda one: say(_line(one)),
+        progress=progress,
     )
     found = Preflight(model_config=proven.config, reader=reader, results=list(proven.results))
+    found.warnings += left_out_of(reader.metadata.custom, proven.config.family)
     if proven.digest:
         found.provenance["init_digest"] = proven.digest
     return found
 
 
-def _identify_init(found: Preflight, init: Path | None) -> None:
+def _identify_init(found: Preflight, init: Path | None, progress: Progress | None) -> None:
     """A resumed run's init is the file it began with; the checkpoint it goes on from remembers which."""
     assert found.reader is not None
     found.provenance["init_digest"] = found.reader.metadata.custom.get("apr_dist.init_digest")
     if init is not None and init.exists():
-        with AprReader(init) as given:
-            found.given_init_digest = given.digest()
+        with AprReader(init, progress=named("checking the init file", progress)) as given:
+            found.given_init_digest = given.digest(named("hashing the init file", progress))
 
 
 def _from_scratch(name: str) -> Preflight:
@@ -218,17 +236,19 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         part_block = block if number < len(parts) else 1
         if text := check_unread(part, seq_length=length, block=part_block, limit=limit):
             found.warnings.append(text)
-    shared = ""
-    for name, one in sets.items():
-        check_sequences(one, seq_length=config.seq_length)
-        for part in parts:
-            check_disjoint(part, one)
-        check_splits(parts, one, allowed=order.any_split)
-        said, warning = check_shared_documents(parts, one, limit=config.evaluation.max_shared)
-        shared += said if one is held_out else f"; {name}: {said}"
-        found.warnings += [warning] if warning else []
+    shared = _check_apart(found, config, parts, sets)
     rows = found.model_config.vocab_size
     _note(found, say, _check_tokenizer(found, config, parts, rows))
+    conversations, unknown = check_conversations(
+        everything,
+        seq_length=config.seq_length,
+        model_vocab=rows,
+        template=template_digest(found.reader.metadata if found.reader else None),
+        tokenizer_sha256=found.provenance["tokenizer_sha256"],
+    )
+    found.warnings += unknown
+    if conversations is not None:
+        _note(found, say, conversations)
     for manifest in everything:
         vocabulary.check_shards(max_id=manifest.max_token_id, model_vocab=rows, where=manifest.folder)
     vocabulary.check_ignored(order.ignored_ids, model_vocab=rows)
@@ -244,6 +264,22 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         found.provenance["validation_sets"] = {name: one.fingerprint for name, one in sets.items()}
     found.provenance["evaluation"] = _evaluation_identity(held_out, config)
     found.recorded_val_loss = _recorded_loss(found)
+
+
+def _check_apart(
+    found: Preflight, config: TrainConfig, parts: Sequence[Manifest], sets: Mapping[str, Manifest]
+) -> str:
+    """Nothing of any validation set is trained on; returns what was found, the one that counts first."""
+    said: list[str] = []
+    for name, one in sets.items():
+        check_sequences(one, seq_length=config.seq_length)
+        for part in parts:
+            check_disjoint(part, one)
+        check_splits(parts, one, allowed=config.loader.any_split)
+        shared, warning = check_shared_documents(parts, one, limit=config.evaluation.max_shared)
+        said.append(f"{name}: {shared}" if said else shared)
+        found.warnings += [warning] if warning else []
+    return "; ".join(said)
 
 
 def _evaluation_identity(held_out: Manifest, config: TrainConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +32,27 @@ def kept_type(entry: TensorEntry, wanted: DType | None) -> DType:
     if wanted is not None:
         return wanted
     return entry.dtype if entry.dtype in WRITABLE else DType.F16
+
+
+def counted(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that is told how many bytes were written just now, and reports all so far."""
+    done = 0
+
+    def report(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress:
+            progress(done, total)
+
+    return report
+
+
+def one_by_one(tensors: Mapping[str, TensorEntry], progress: Progress | None) -> Iterator[str]:
+    """The names in order; each is reported as done when the next one is asked for."""
+    report = counted(progress, sum(entry.size_bytes for entry in tensors.values()))
+    for name, entry in tensors.items():
+        yield name
+        report(entry.size_bytes)
 
 
 def total_bytes(specs: Iterable[TensorSpec]) -> int:

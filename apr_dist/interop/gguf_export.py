@@ -20,7 +20,7 @@ from apr_dist.errors import UnsupportedModelFile
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat_settings import gguf_sampling, stated_template
-from apr_dist.interop.convert import Progress
+from apr_dist.interop.convert import Progress, counted
 from apr_dist.interop.gguf_check import check_read_back, refuse_too_large
 from apr_dist.interop.gguf_file import load_gguf_package
 from apr_dist.interop.gguf_names import ROPE_FACTORS, adjacent_pairs, rotary_projection, to_gguf
@@ -207,16 +207,14 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     if divisors is not None:
         writer.write_tensor_data(divisors)
-    done = 0
+    report = counted(progress, total)
     for name in names:
         rows = _rows(reader, name, model)
         refuse_too_large(rows, types[name].name, name=name, where=reader.path)
         stored = gguf.quantize(rows, types[name])
         writer.write_tensor_data(stored)
         reader.forget(name)
-        done += stored.nbytes
-        if progress:
-            progress(done, total)
+        report(stored.nbytes)
     return dict(Counter(kind.name for kind in types.values()).most_common())
 
 

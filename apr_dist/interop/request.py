@@ -15,7 +15,7 @@ from apr_dist.errors import DimensionsUnstated
 from apr_dist.gates.architecture import HEAD, HeadFacts
 from apr_dist.gates.model_file import check_model, prove_model
 from apr_dist.gates.weights import check_values
-from apr_dist.interop.convert import Piece, Progress, count_dtypes, total_bytes
+from apr_dist.interop.convert import Piece, Progress, count_dtypes, counted, total_bytes
 from apr_dist.interop.stored_names import CLAIM
 
 
@@ -106,7 +106,7 @@ class ImportRequest:
                 else:
                     check_values(reader, list(reader.tensors), where=self.source)
 
-        done, total = 0, total_bytes(specs)
+        report = counted(self.progress, total_bytes(specs))
         with AprWriter(
             self.target,
             metadata=metadata,
@@ -118,9 +118,7 @@ class ImportRequest:
         ) as writer:
             for name, piece in pieces:
                 writer.append(name, piece)
-                done += piece.nbytes
-                if self.progress:
-                    self.progress(done, total)
+                report(piece.nbytes)
         return ImportSummary(
             source=self.source,
             target=self.target,

@@ -17,7 +17,7 @@ from apr_dist.corpus.chat_template import ChatTemplate
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat_settings import with_template
-from apr_dist.interop.convert import Progress
+from apr_dist.interop.convert import Progress, one_by_one
 from apr_dist.interop.embedding import embed_tokenizer
 
 _UNTYPED = ("tie_word_embeddings", "attention_bias")
@@ -172,17 +172,13 @@ def _copy(
     reader: AprReader, target: Path, metadata: AprMetadata, overwrite: bool, progress: Progress | None
 ) -> None:
     specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in reader.tensors.values()]
-    done, total = 0, sum(entry.size_bytes for entry in reader.tensors.values())
     flags = reader.header.flags | Flag.ROW_MAJOR
     with AprWriter(
         target, metadata=metadata, tensors=specs, flags=flags, overwrite=overwrite, verbatim=True
     ) as writer:
-        for name, entry in reader.tensors.items():
+        for name in one_by_one(reader.tensors, progress):
             writer.write(name, reader.raw(name))
             reader.forget(name)
-            done += entry.size_bytes
-            if progress:
-                progress(done, total)
 
 
 def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,9 +62,9 @@ MUTANTS: tuple[Change, ...] = (
         INIT + "006",
         "random weights need not look random",
         VERDICT,
-        "_knows_nothing",
-        "math.isfinite(loss) and loss >= low",
-        "math.isfinite(loss)",
+        "step_zero_gates",
+        "finite and val_loss >= low",
+        "finite",
     ),
     Change(
         INIT + "007",
