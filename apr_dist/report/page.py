@@ -78,6 +78,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         rows.append(("validation loss", change))
     else:
         rows.append(("validation loss", "never evaluated"))
+    for name, (_, values) in run.set_losses().items():
+        rows.append((f"validation loss of {name}", f"{values[0]:.4f} to {values[-1]:.4f}"))
     if run.steps:
         rows.append(("tokens", f"{run.steps[-1]['tokens_seen']:,}"))
         rows.append(("median speed", f"{run.median('tokens_per_sec'):,.0f} tokens/s"))

@@ -43,6 +43,10 @@ _FREE = {
         "loader.max_unread",
         "loader.any_split",
         "evaluation.max_shared",
+        "evaluation.sets",
+        "evaluation.counts",
+        "evaluation.prompts",
+        "evaluation.answer_tokens",
         "compute.activation_checkpointing",
         "compute.kernels",
     ),
@@ -51,7 +55,7 @@ _FREE = {
 """Keys that change where and how often, not what is computed. Files are compared by content instead; a
 mixture's fingerprint contains its weights."""
 
-_FREE_SECTIONS = ("checkpoint.", "loader.mixture.", "tracking.")
+_FREE_SECTIONS = ("checkpoint.", "loader.mixture.", "evaluation.sets.", "tracking.")
 
 _ORDER = ("seed", "seq_length", "loader.shuffle", "loader.block_sequences")
 """Keys that change which sequence comes when."""
