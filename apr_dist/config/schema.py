@@ -27,6 +27,7 @@ from apr_dist.config.sections import (
     EvaluationSection,
     GuardsSection,
     LoaderSection,
+    MemorySection,
     OptimizerSection,
     ParallelSection,
     Section,
@@ -89,6 +90,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     guards: GuardsSection = GuardsSection()
     parallel: ParallelSection = ParallelSection()
+    memory: MemorySection = MemorySection()
     compute: ComputeSection = ComputeSection()
 
     @field_validator("resume_allow")
@@ -157,6 +159,8 @@ class TrainConfig(Section):
         for name in _NOT_THE_MATHEMATICS:
             facts.pop(name)
         facts["loader"].pop("mixture")
+        if self.memory == MemorySection():  # as of runs that were made before there was a choice
+            facts.pop("memory")
         return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

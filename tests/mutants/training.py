@@ -25,6 +25,34 @@ from mutants.change import (
 
 MUTANTS: tuple[Change, ...] = (
     Change(
+        TRAINER + "037",
+        "half a unit is a whole one",
+        "apr_dist/parallel/lost_updates.py",
+        ".exponent - _BITS[stored] - 1)",
+        ".exponent - _BITS[stored])",
+    ),
+    Change(
+        TRAINER + "037",
+        "updates of exactly nothing count",
+        "apr_dist/parallel/lost_updates.py",
+        "meant = update != 0",
+        "meant = update == update",
+    ),
+    Change(
+        TRAINER + "037",
+        "the bound is not asked",
+        "apr_dist/gates/updates.py",
+        "if gate.passed or not gate.ship_blocking:",
+        "if gate.passed or gate.ship_blocking:",
+    ),
+    Change(
+        TRAINER + "037",
+        "the share is not in the verdict",
+        TRAINER_FILE,
+        '"updates_lost": state.updates_lost,',
+        '"updates_lost": None,',
+    ),
+    Change(
         INIT + "001",
         "an init file by default",
         CONFIG,
