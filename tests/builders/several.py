@@ -148,7 +148,8 @@ def _flags(
 
 def _stored(inputs: Inputs, folder: Path, world: int) -> Iterator[list[str]]:
     for name, strategy in STORED.get(world, {}).items():
-        run, flags = f"{world}/stored-{name}", (*strategy, PRECISION, "bf16")
+        flags = (*strategy, PRECISION, "bf16", "--early-stop.min-evaluations", "99")
+        run = f"{world}/stored-{name}"
         yield _flags(inputs, folder / run, flags, steps=50)
         if name in {"ddp-offload", "ddp-bf16", "fsdp2-split", "fsdp2-bf16"}:
             again = ("--resume", str(folder / run / "steps" / "000040"))

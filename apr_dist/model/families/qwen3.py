@@ -55,5 +55,9 @@ FAMILY = FamilyDefinition(
     optional_attention_bias=True,
     qk_norm=True,
     head_dim_stated=True,
-    presets={"qwen3-0.6b": _size(1024, 28, 16, 3072), "qwen3-4b": _size(2560, 36, 32, 9728)},
+    presets={
+        "qwen3-0.6b": _size(1024, 28, 16, 3072),
+        "qwen3-4b": _size(2560, 36, 32, 9728),
+        "qwen3-8b": {**_size(4096, 36, 32, 12_288), "tie_word_embeddings": False},
+    },
 )
