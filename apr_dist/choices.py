@@ -117,7 +117,9 @@ class VerifyShards(StrEnum):
     """When a shard's recorded hash is compared with its bytes."""
 
     FIRST_TOUCH = "first-touch"
+    """Before its first sequence is handed out; once a host, which remembers it until it is started again."""
     OPEN = "open"
+    """All of them before the loader is ready, in every process, whatever was verified before."""
     OFF = "off"
 
 
@@ -125,6 +127,7 @@ class ShardAccess(StrEnum):
     """How rows are read: out of a map of the shard, or with a system call each (network storage)."""
 
     MMAP = "mmap"
+    """One that is truncated meanwhile is an error."""
     PREAD = "pread"
 
 
@@ -161,7 +164,10 @@ class KernelChoice(StrEnum):
 
 
 class ActivationCheckpointing(StrEnum):
-    """What a block computes again in its backward pass instead of keeping it."""
+    """What a block computes again in its backward pass instead of keeping it.
+
+    ``selective`` keeps attention and every second matrix product, ``full`` the block's input alone.
+    """
 
     OFF = "off"
     SELECTIVE = "selective"

@@ -68,9 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     repository = read_repository(ROOT)
     chosen = [change for change in MUTANTS if not options.only or change.falsifier in options.only]
-    stale = [change for change in chosen if change.count(ROOT) != 1]
+    stale = [change for change in chosen if len(change.edits(ROOT)) != 1]
     for change in stale:
-        print(f"STALE     {change.falsifier}: its text occurs {change.count(ROOT)} times in {change.file}")
+        times, place = len(change.edits(ROOT)), f"{change.scope or 'the whole'} of {change.file}"
+        print(f"STALE     {change.falsifier}: {change.old!r} occurs {times} times in {place}")
     unbound = [change for change in chosen if not repository.bound.get(change.falsifier)]
     for change in unbound:
         print(f"UNBOUND   {change.falsifier}: no test carries it")
@@ -148,9 +149,10 @@ def _check_whole(repository: Repository, changes: Sequence[Change], copy: Path) 
 def _try(repository: Repository, change: Change, copy: Path) -> Trial:
     began = time.perf_counter()
     bound = [test.node for test in repository.bound[change.falsifier]]
-    path, extension = copy / change.file, copy / "apr_dist" / EXTENSION
+    path, extension = change.path(copy), copy / "apr_dist" / EXTENSION
     whole, built = path.read_text(encoding="utf-8"), extension.read_bytes()
-    path.write_text(whole.replace(change.old, change.new), encoding="utf-8")
+    (edit,) = change.edits(copy)
+    path.write_text(edit.apply(whole), encoding="utf-8")
     try:
         if path.suffix == ".rs":
             _build(copy)

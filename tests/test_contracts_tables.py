@@ -13,7 +13,7 @@ from apr_dist.contracts.repository import read_contracts
 from apr_dist.errors import AprDistError
 from apr_dist.gates.architecture import HeadFacts, check_dimensions, check_family
 from apr_dist.gates.vocabulary import check_tokenizer
-from apr_dist.model.config import parameter_shapes, preset
+from apr_dist.model.config import preset
 from apr_dist.model.families import Family
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +37,8 @@ def outcome(decide: Callable[[], object]) -> str:
 
 
 NAMES = {
-    "llama": list(parameter_shapes(preset("smollm2-135m"))),
-    "qwen2": list(parameter_shapes(preset("qwen2.5-0.5b"))),
+    "llama": list(preset("smollm2-135m").parameter_shapes()),
+    "qwen2": list(preset("qwen2.5-0.5b").parameter_shapes()),
     "unknown": ["blk.0.attn_q.weight", "token_embd.weight"],
 }
 

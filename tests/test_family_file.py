@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from builders.changed_package import apr_dist, copy_package, put, run, train
 from builders.runs import REPOSITORY, Inputs
 from safetensors.numpy import load_file
 
@@ -52,31 +49,9 @@ FAMILY = FamilyDefinition(
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a copy of the package that has one file more."""
-    folder = tmp_path_factory.mktemp("one_more_family")
-    shutil.copytree(
-        REPOSITORY / "apr_dist", folder / "apr_dist", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    (folder / "apr_dist" / "model" / "families" / "zebra.py").write_text(ZEBRA)
+    folder = copy_package(tmp_path_factory.mktemp("one_more_family"))
+    put(folder, {"model/families/zebra.py": ZEBRA})
     return folder
-
-
-def run(package: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(package), "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=package,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def apr_dist(package: Path, *words: str) -> str:
-    done = run(package, "-m", "apr_dist", *words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def zebra_folder(folder: Path, pretrained: Path, **changes: object) -> Path:
@@ -96,7 +71,7 @@ def test_one_file_adds_a_family_to_import_training_and_export(
     assert "zebra" in apr_dist(package, "inspect", str(tmp_path / "zebra.apr"))
     apr_dist(package, "validate", str(tmp_path / "zebra.apr"))
     flags = ["--init", str(tmp_path / "zebra.apr"), *inputs.data_flags(), "--run-dir", str(tmp_path / "run")]
-    done = run(package, str(package / "apr_dist" / "train.py"), *flags, "--num-steps", "3")
+    done = train(package, *flags, "--num-steps", "3")
     assert done.returncode == 0, done.stderr
     trained = str(tmp_path / "run" / "checkpoint.apr")
     apr_dist(package, "export", trained, "--to", "huggingface", "-o", str(tmp_path / "out"))

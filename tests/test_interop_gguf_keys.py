@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import UnsupportedModelFile
-from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.hf_export import export_huggingface
 from apr_dist.interop.importing import import_model
@@ -174,7 +173,7 @@ def test_rotary_divisors_of_no_known_rule_are_refused(tmp_path: Path) -> None:
     folder = llama(tmp_path / "in")
     odd = {"rope_freqs.weight": np.array([1.0, 7.0, 2.0, 3.0], np.float32)}
     with pytest.raises(UnsupportedModelFile, match=r"rope_freqs\.weight"):
-        import_gguf(converted(folder, tmp_path / "x.gguf", more=odd), tmp_path / "x.apr")
+        import_model(converted(folder, tmp_path / "x.gguf", more=odd), tmp_path / "x.apr")
     ones = {"rope_freqs.weight": np.ones(4, np.float32)}
     assert_equal(
         imported_logits(converted(folder, tmp_path / "y.gguf", more=ones), tmp_path / "y.apr"),
@@ -207,7 +206,7 @@ def test_a_key_that_could_change_logits_or_tokens_is_refused_by_name(
     fields |= {"llama.attention.layer_norm_rms_epsilon": 1e-6, key: value}
     path = write_gguf(tmp_path / "x.gguf", {}, architecture="llama", fields=fields)
     with pytest.raises(UnsupportedModelFile, match=match) as refusal:
-        import_gguf(path, tmp_path / "x.apr")
+        import_model(path, tmp_path / "x.apr")
     assert key.rpartition(".")[2] in refusal.value.what or key == "split.count"
 
 
@@ -249,7 +248,7 @@ def test_a_head_size_of_width_over_heads_is_stated_where_the_default_is_another(
     folder = hf_folder(tmp_path / "in", claims(Family.QWEN3) | SIZES)
     import_model(folder, tmp_path / "x.apr")
     export_gguf(tmp_path / "x.apr", tmp_path / "x.gguf", kind=GgufType.F32)
-    import_gguf(tmp_path / "x.gguf", tmp_path / "y.apr")
+    import_model(tmp_path / "x.gguf", tmp_path / "y.apr")
     assert_equal(logits_of(tmp_path / "y.apr"), reference_logits(folder))
     export_huggingface(tmp_path / "y.apr", tmp_path / "out")
     assert_equal(reference_logits(tmp_path / "out"), reference_logits(folder))
@@ -331,7 +330,7 @@ def test_random_metadata_give_equal_logits_or_are_refused_by_their_key(tmp_path:
         source, config = converted(folder, tmp_path / "x.gguf", **named), expected_config(fields)
         if config is None:
             with pytest.raises(UnsupportedModelFile) as refusal:
-                import_gguf(source, tmp_path / "x.apr", overwrite=True)
+                import_model(source, tmp_path / "x.apr", overwrite=True)
             assert any(key.removeprefix("rope.scaling.") in refusal.value.what for key in fields), fields
             refused += 1
             continue

@@ -19,10 +19,10 @@ from apr_dist.parallel.lost_updates import LostUpdates
 if TYPE_CHECKING:
     from builders.runs import Inputs
 
-UPDATES = "FALSIFY-APR-DIST-TRAINER-037"
+UPDATES = "FALSIFY-APR-DIST-TRAINER-041"
 
 
-@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-037")
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-041")
 @pytest.mark.parametrize("weights", ["f32", "split", "bf16-nearest"])
 def test_the_shares_are_those_of_a_count_by_hand(weights: str) -> None:
     model = tiny_config(vocab_size=128, hidden_size=32, tie_word_embeddings=False)
@@ -75,7 +75,7 @@ def flags(inputs: Inputs, run: Path, *more: str) -> list[str]:
     return [*given, "--parallel.precision", "bf16", *more]
 
 
-@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-037")
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-041")
 def test_rounding_to_the_nearest_is_refused_where_it_swallows_the_training(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +90,7 @@ def test_rounding_to_the_nearest_is_refused_where_it_swallows_the_training(
     assert verdict(run)["status"] == "ABORTED"
 
 
-@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-037")
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-041")
 @pytest.mark.parametrize("weights", ["f32", "split", "bf16"])
 def test_what_f32_and_split_weights_lose_is_small_and_in_the_verdict(
     weights: str, inputs: Inputs, tmp_path: Path

@@ -10,7 +10,7 @@ import pytest
 from builders.models import tiny_config
 
 from apr_dist.errors import ArchitectureRefused, UsageError
-from apr_dist.model.config import PRESETS, TransformerConfig, parameter_shapes, preset
+from apr_dist.model.config import PRESETS, TransformerConfig, preset
 from apr_dist.model.families import Family
 from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
 
@@ -193,7 +193,7 @@ def test_every_preset_is_pinned_by_a_published_row() -> None:
 
 
 def test_qwen25_05b_has_its_290_parameters_of_which_72_are_biases() -> None:
-    shapes = parameter_shapes(preset("qwen2.5-0.5b"))
+    shapes = preset("qwen2.5-0.5b").parameter_shapes()
     biases = [name for name in shapes if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
     assert (len(shapes), len(biases)) == (290, 72)
     assert preset("qwen2.5-0.5b").parameter_count() == 494_032_768
@@ -209,8 +209,8 @@ def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
 
 def test_an_untied_model_counts_its_head() -> None:
     tied, untied = tiny_config(), tiny_config(tie_word_embeddings=False)
-    assert "lm_head.weight" not in parameter_shapes(tied)
-    assert parameter_shapes(untied)["lm_head.weight"] == (97, 32)
+    assert "lm_head.weight" not in tied.parameter_shapes()
+    assert untied.parameter_shapes()["lm_head.weight"] == (97, 32)
     assert untied.parameter_count() - tied.parameter_count() == 97 * 32
 
 

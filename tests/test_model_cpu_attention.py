@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch.profiler import ProfilerActivity, profile
 
-from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.choices import ActivationCheckpointing
 from apr_dist.model.kernels import cpu_attention, products
 from apr_dist.model.kernels.cpu import CpuKernels
 from apr_dist.model.kernels.products import MatmulBackend, cpu_matmul_backend
@@ -128,8 +128,10 @@ def test_f32_products_stay_f32_under_autocast() -> None:
 
 
 @pytest.mark.usefixtures("_onednn")
-@pytest.mark.parametrize("mode", [Checkpointing.FULL, Checkpointing.SELECTIVE])
-def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", [ActivationCheckpointing.FULL, ActivationCheckpointing.SELECTIVE])
+def test_checkpointing_changes_no_digit_of_it(
+    mode: ActivationCheckpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(cpu_attention.SPAN, torch.float32, 8)
     monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)
     model = tiny_decoder(tiny_config())
@@ -146,9 +148,11 @@ def test_checkpointing_changes_no_digit_of_it(mode: Checkpointing, monkeypatch: 
 
 
 @pytest.mark.usefixtures("_onednn")
-@pytest.mark.parametrize(("mode", "again"), [(Checkpointing.SELECTIVE, False), (Checkpointing.FULL, True)])
+@pytest.mark.parametrize(
+    ("mode", "again"), [(ActivationCheckpointing.SELECTIVE, False), (ActivationCheckpointing.FULL, True)]
+)
 def test_selective_checkpointing_keeps_its_result(
-    mode: Checkpointing, again: bool, monkeypatch: pytest.MonkeyPatch
+    mode: ActivationCheckpointing, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(cpu_attention.SPAN, torch.float32, 8)
     monkeypatch.setattr(cpu_attention, "LEAST_LENGTH", 8)

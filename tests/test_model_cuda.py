@@ -9,8 +9,7 @@ from builders.models import tiny_config
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from apr_dist.choices import KernelChoice
-from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.choices import ActivationCheckpointing, KernelChoice
 from apr_dist.model.families import Family
 from apr_dist.model.kernels import cuda
 from apr_dist.model.kernels.choice import SETS
@@ -87,12 +86,12 @@ def test_selective_checkpointing_keeps_the_attention_of_packed_documents() -> No
         model = Decoder(tiny_config())
     model.use_kernels(SETS[KernelChoice.CUDA])
     found = {}
-    for mode in (Checkpointing.FULL, Checkpointing.SELECTIVE):
+    for mode in (ActivationCheckpointing.FULL, ActivationCheckpointing.SELECTIVE):
         model.set_checkpointing(mode)
         with Operators() as operators:
             model.model(tokens, document_ids=documents).sum().backward()
         found[mode] = len(operators.named(VARLEN))
-    assert found == {Checkpointing.FULL: 4, Checkpointing.SELECTIVE: 2}
+    assert found == {ActivationCheckpointing.FULL: 4, ActivationCheckpointing.SELECTIVE: 2}
 
 
 def test_the_norm_of_all_gradients_is_a_handful_of_operators() -> None:

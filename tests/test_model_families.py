@@ -14,7 +14,6 @@ from apr_dist.errors import ArchitectureRefused
 from apr_dist.gates.architecture import check_family
 from apr_dist.interop.gguf_names import to_gguf, to_huggingface
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
-from apr_dist.model.config import parameter_shapes
 from apr_dist.model.families import (
     HF_KEYS,
     Family,
@@ -108,15 +107,15 @@ def test_more_than_twelve_real_architectures_are_listed() -> None:
 
 @pytest.mark.parametrize("family", Family)
 def test_our_own_parameter_names_show_their_family(family: Family) -> None:
-    shown = family_from_tensor_names(parameter_shapes(tiny_config(family)))
+    shown = family_from_tensor_names(tiny_config(family).parameter_shapes())
     assert shown == ("llama" if family is Family.MISTRAL else family)
 
 
 @pytest.mark.parametrize("family", [one for one in Family if one.definition.optional_attention_bias])
 def test_biases_on_all_projections_change_no_family_and_receive_gradients(family: Family) -> None:
     config = tiny_config(family, attention_bias=True)
-    assert family_from_tensor_names(parameter_shapes(config)) == family.named_like
-    names = list(parameter_shapes(config))
+    assert family_from_tensor_names(config.parameter_shapes()) == family.named_like
+    names = list(config.parameter_shapes())
     assert check_family({"hf_model_type": family.hf_model_type}, names, where=Path("x.apr")) is family
     model = tiny_decoder(config)
     ours = random_tokens(config, (2, 9))
@@ -148,7 +147,7 @@ def test_what_a_family_states_fits_together(family: Family) -> None:
     assert translated == OPEN[family]
 
 
-OPEN = {family: {*parameter_shapes(tiny_config(family, tie_word_embeddings=False))} for family in Family}
+OPEN = {family: {*tiny_config(family, tie_word_embeddings=False).parameter_shapes()} for family in Family}
 """Parameter names of an untied model of each family."""
 
 

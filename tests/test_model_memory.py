@@ -14,14 +14,13 @@ from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from apr_dist.choices import KernelChoice
-from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.choices import ActivationCheckpointing, KernelChoice
 from apr_dist.model.families import Family
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.loss import cross_entropy_of
 from apr_dist.model.transformer import Decoder
 
-KEEPING_LESS = [Checkpointing.FULL, Checkpointing.SELECTIVE]
+KEEPING_LESS = [ActivationCheckpointing.FULL, ActivationCheckpointing.SELECTIVE]
 
 
 @pytest.fixture
@@ -46,7 +45,9 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], *, with
 
 @pytest.mark.parametrize("mode", KEEPING_LESS)
 @pytest.mark.parametrize("family", Family)
-def test_checkpointing_changes_no_digit(family: Family, mode: Checkpointing, kernels: KernelCase) -> None:
+def test_checkpointing_changes_no_digit(
+    family: Family, mode: ActivationCheckpointing, kernels: KernelCase
+) -> None:
     model = kernels.put(tiny_decoder(tiny_config(family)))
     tokens = random_tokens(model.config, (2, 17)).to(kernels.device)
     expected = loss_and_gradients(model, tokens)
@@ -68,13 +69,21 @@ def test_each_mode_keeps_less_than_the_one_before(choice: KernelChoice) -> None:
     model = tiny_decoder(tiny_config(num_layers=4, hidden_size=64, head_dim=16, intermediate_size=192))
     model.use_kernels(SETS[choice])
     tokens = random_tokens(model.config, (2, 64))
-    kept = {}
-    for mode in (Checkpointing.OFF, Checkpointing.SELECTIVE, Checkpointing.FULL):
+    kept: dict[str, int] = {}
+    for mode in (
+        ActivationCheckpointing.OFF,
+        ActivationCheckpointing.SELECTIVE,
+        ActivationCheckpointing.FULL,
+    ):
         model.set_checkpointing(mode)
         kept_bytes(model, tokens)
         kept[mode] = kept_bytes(model, tokens)
-    assert kept[Checkpointing.FULL] < 0.3 * kept[Checkpointing.OFF]
-    assert kept[Checkpointing.FULL] < kept[Checkpointing.SELECTIVE] < 0.8 * kept[Checkpointing.OFF]
+    assert kept[ActivationCheckpointing.FULL] < 0.3 * kept[ActivationCheckpointing.OFF]
+    assert (
+        kept[ActivationCheckpointing.FULL]
+        < kept[ActivationCheckpointing.SELECTIVE]
+        < 0.8 * kept[ActivationCheckpointing.OFF]
+    )
 
 
 def peak_bytes(compute: Callable[[], torch.Tensor]) -> int:
@@ -108,10 +117,10 @@ def test_the_loss_of_qwens_vocabulary_takes_a_tenth_of_the_plain_ones_memory(ker
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("mode", Checkpointing)
+@pytest.mark.parametrize("mode", ActivationCheckpointing)
 @pytest.mark.parametrize("family", [Family.QWEN2, Family.QWEN3])
 def test_a_block_compiles_to_one_graph_that_is_never_compiled_again(
-    family: Family, mode: Checkpointing
+    family: Family, mode: ActivationCheckpointing
 ) -> None:
     config = tiny_config(family, num_layers=3)
     plain, compiled = tiny_decoder(config), tiny_decoder(config)

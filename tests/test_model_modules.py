@@ -10,8 +10,7 @@ from builders.kernels import CASES, KernelCase
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch import nn
 
-from apr_dist.choices import KernelChoice
-from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.choices import ActivationCheckpointing, KernelChoice
 from apr_dist.model.families import Family
 from apr_dist.model.kernels.choice import SETS, available
 from apr_dist.model.layers import GatedMLP, Head, Linear, RMSNorm
@@ -59,9 +58,9 @@ def merged(model: Decoder) -> Decoder:
 
 @FAMILIES
 @TIES
-@pytest.mark.parametrize("mode", Checkpointing)
+@pytest.mark.parametrize("mode", ActivationCheckpointing)
 def test_a_hook_on_any_module_is_called_in_training_and_in_evaluation(
-    family: Family, tied: bool, mode: Checkpointing, kernels: KernelCase
+    family: Family, tied: bool, mode: ActivationCheckpointing, kernels: KernelCase
 ) -> None:
     model = kernels.put(tiny_decoder(tiny_config(family, tie_word_embeddings=tied)))
     model.set_checkpointing(mode)

@@ -11,8 +11,7 @@ from builders.kernels import KernelCase
 from builders.models import random_tokens, tiny_config, tiny_decoder
 from torch.autograd.graph import Node
 
-from apr_dist.choices import KernelChoice
-from apr_dist.model.checkpointing import Checkpointing
+from apr_dist.choices import ActivationCheckpointing, KernelChoice
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.transformer import Decoder
 
@@ -45,10 +44,10 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["f32", "bf16"])
-@pytest.mark.parametrize("mode", Checkpointing)
+@pytest.mark.parametrize("mode", ActivationCheckpointing)
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_gradient_is_bit_for_bit_what_autograd_adds_up(
-    seeds: int, mode: Checkpointing, bf16: bool
+    seeds: int, mode: ActivationCheckpointing, bf16: bool
 ) -> None:
     model = tiny_decoder()
     model.set_checkpointing(mode)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from builders.models import random_tokens, tiny_config, tiny_decoder
 
-from apr_dist.model.config import parameter_shapes
 from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder, init_weights
 
@@ -18,8 +17,8 @@ TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_state_dict_holds_exactly_the_hugging_face_names(family: Family, tied: bool) -> None:
     config = tiny_config(family, tie_word_embeddings=tied)
     state = tiny_decoder(config).state_dict()
-    assert {name: tuple(value.shape) for name, value in state.items()} == parameter_shapes(config)
-    assert list(state) == list(parameter_shapes(config))
+    assert {name: tuple(value.shape) for name, value in state.items()} == config.parameter_shapes()
+    assert list(state) == list(config.parameter_shapes())
 
 
 def test_a_tied_head_is_the_embedding_parameter_itself() -> None:

@@ -116,6 +116,21 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         (*INIT, "--loader.documents", "isolate", "--compute.compile", "block"),
         "--loader.documents isolate and --compute.compile block do not go together",
     ),
+    "kernels of another device": (
+        1,
+        (*INIT, "--compute.kernels", "cuda", "--device", "cpu"),
+        "compute.kernels is cuda, which does not run on cpu",
+    ),
+    "kernels that cannot be compiled": (
+        1,
+        (*INIT, "--compute.kernels", "cpu", "--compute.compile", "block", "--device", "cpu"),
+        "compute.kernels is cpu, which does not run on cpu in compiled blocks",
+    ),
+    "kernels that need a GPU, on a machine without": (
+        1,
+        (*INIT, "--compute.kernels", "cuda"),
+        "compute.kernels is cuda, which does not run on cpu. Expected auto or plain or cpu",
+    ),
     "longer than the model": (1, (*INIT, "--seq-length", "100000"), "is more than the model's"),
     "a tracker that is not installed": (
         1,
@@ -174,6 +189,13 @@ WARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--mode", "from-scratch", "--model", "{model}", "--warmup-steps", "0"),
         ("UNDER-TRAINED: 2 steps x 4 x 32 = 256 tokens",),
     ),
+    "a dropout that is not applied": (
+        ("--init", "{dropout}", "--seq-length", "16"),
+        (
+            "the model's configuration states attention_dropout 0.3, which is left out: training applies no"
+            " dropout",
+        ),
+    ),
     "more passes than allowed": (
         (*INIT, "--num-steps", "90000", "--loader.max-epochs", "1", "--eval-every", "90000"),
         ("the run will stop with StreamExhausted",),
@@ -189,7 +211,14 @@ def test_a_run_warns_of_what_its_plan_warns_of(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"init": inputs.pretrained, "model": inputs.model}
+    places = {"init": inputs.pretrained, "model": inputs.model, "dropout": tmp_path / "dropout.apr"}
+    if "{dropout}" in flags:
+        folder = tmp_path / "folder"
+        assert main(["export", str(inputs.pretrained), "--to", "huggingface", "-o", str(folder)]) == 0
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
+        assert main(["import", str(folder), "-o", str(places["dropout"])]) == 0
+        assert "attention_dropout is left out" in " ".join(capsys.readouterr())
     given = [*inputs.data_flags(), "--run-dir", str(tmp_path / "run"), "--num-steps", "2"]
     given += [flag.format(**places) for flag in flags]
     assert main(["plan", *given, "--json"]) == 0

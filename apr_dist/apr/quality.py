@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from apr_dist.apr.metadata import AprMetadata
 
@@ -62,6 +62,15 @@ class Quality:
     def ship_ready(self) -> bool:
         """Whether the score reaches 90."""
         return self.score >= SHIP_READY
+
+    def to_json(self) -> dict[str, Any]:
+        """The score as plain JSON values."""
+        return {
+            "score": self.score,
+            "ship_ready": self.ship_ready,
+            "breakdown": {part.name: part.points for part in self.parts},
+            "remedies": [remedy for part in self.parts for remedy in part.remedies],
+        }
 
 
 def score_quality(facts: QualityFacts) -> Quality:

@@ -27,7 +27,6 @@ OPTIONAL = {
     "gguf": "gguf",
     "liger-kernel": "liger",
     "matplotlib": "report",
-    "jinja2": "report",
     "pyarrow": "parquet",
     "tensorboard": "track",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +12,15 @@ import tyro
 
 from apr_dist.apr.layout import DType
 from apr_dist.cli.progress import bytes_bar
-from apr_dist.cli.tables import inspection_lines, table_lines
+from apr_dist.cli.tables import inspection_lines
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.interop.diff import diff_files
 from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.hf_export import export_huggingface, export_safetensors
 from apr_dist.interop.importing import import_with_tokenizer
 from apr_dist.interop.inspection import inspect_file, validate_file
-from apr_dist.interop.stamp import stamp_file
+from apr_dist.interop.stamp import Changes, stamp_file
+from apr_dist.report.verdict_table import table_lines
 
 Source = Annotated[Path, tyro.conf.Positional]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -164,25 +166,9 @@ def stamp(
     /,
     *,
     output: Output,
-    architecture: str | None = None,
-    hf_architecture: str | None = None,
-    hf_model_type: str | None = None,
-    hidden_size: int | None = None,
-    num_layers: int | None = None,
-    num_heads: int | None = None,
-    num_kv_heads: int | None = None,
-    head_dim: int | None = None,
-    vocab_size: int | None = None,
-    intermediate_size: int | None = None,
-    max_position_embeddings: int | None = None,
-    rope_theta: float | None = None,
-    rms_norm_eps: float | None = None,
-    tie_word_embeddings: bool | None = None,
-    attention_bias: bool | None = None,
-    license: str | None = None,  # noqa: A002  (the flag's name)
-    data_source: str | None = None,
-    data_license: str | None = None,
+    changes: Annotated[Changes, tyro.conf.arg(name="")] = Changes(),  # noqa: B008  (it is frozen)
     tokenizer: Path | None = None,
+    chat_template: Path | None = None,
     force: bool = False,
 ) -> None:
     """Write an APR file again with other metadata; tensor bytes are copied as they are.
@@ -194,50 +180,20 @@ def stamp(
     Args:
         source: APR file.
         output: APR file to write.
-        architecture: family slug, such as qwen2.
-        hf_architecture: Hugging Face class name, such as Qwen2ForCausalLM.
-        hf_model_type: Hugging Face model_type, such as qwen2.
-        hidden_size: width of the residual stream.
-        num_layers: number of decoder blocks.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-        head_dim: size of a head.
-        vocab_size: rows of the embedding.
-        intermediate_size: width inside the MLP.
-        max_position_embeddings: longest sequence the model was made for, in tokens.
-        rope_theta: base of the rotary frequencies.
-        rms_norm_eps: epsilon of the norms.
-        tie_word_embeddings: whether the output head is the embedding.
-        attention_bias: whether q, k, v and o projections add biases, where the family leaves that open.
-        license: SPDX expression of the weights' licence.
-        data_source: what the weights were trained on.
-        data_license: SPDX expression of that data's licence.
+        changes: the keys to change.
         tokenizer: folder whose tokenizer is put into the file.
+        chat_template: Jinja file that becomes the model's chat template.
         force: replace an existing output.
     """
-    changes = {
-        "architecture": architecture,
-        "hf_architecture": hf_architecture,
-        "hf_model_type": hf_model_type,
-        "hidden_size": hidden_size,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocab_size,
-        "intermediate_size": intermediate_size,
-        "max_position_embeddings": max_position_embeddings,
-        "rope_theta": rope_theta,
-        "rms_norm_eps": rms_norm_eps,
-        "tie_word_embeddings": tie_word_embeddings,
-        "attention_bias": attention_bias,
-        "license": license,
-        "data_source": data_source,
-        "data_license": data_license,
-    }
     with bytes_bar(f"stamping {source.name}") as progress:
         summary = stamp_file(
-            source, output, changes=changes, tokenizer=tokenizer, overwrite=force, progress=progress
+            source,
+            output,
+            changes=asdict(changes),
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            overwrite=force,
+            progress=progress,
         )
     for key, before, after in summary.changes:
         print(f"{key}: {before} -> {after}")

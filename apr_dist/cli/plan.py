@@ -28,55 +28,61 @@ RTX_4090_FLOPS = 165.2e12
 MFU = 0.4
 """Share of the peak that is reached where --mfu is not given."""
 
+_FIGURES = (
+    ("--memory", "GIB", "memory of one device, to say what fits"),
+    ("--tokens-per-second", "N", "speed of the whole run, for its time"),
+    ("--mfu", "SHARE", "share of --peak-tflops that is reached, such as 0.4"),
+    ("--peak-tflops", "N", "peak of one device in TFLOP/s, such as 989"),
+    ("--simulate", "GIB", "every strategy on 8 to 4,096 GPUs of this memory"),
+    ("--grace", "S", "seconds between SIGTERM and SIGKILL, to say whether they suffice"),
+    ("--disk", "GB_S", "GB a second that a save is written with (default: 0.5)"),
+)
 
-def plan(arguments: Sequence[str]) -> int:
-    """Show what a run will take and whether its gates pass, without starting it.
 
-    Example: apr-dist plan --config configs/demo.yaml --init model.apr
-    """
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags of this verb's own; every other is the trainer's."""
+    made = argparse.ArgumentParser(
         prog="apr-dist plan",
         description=inspect.getdoc(plan),
         epilog="Every other flag is the trainer's; apr-dist config show lists their keys.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="processes that will run (default: 1)"
+    made.add_argument("--processes", type=int, default=1, metavar="N", help="processes (default: 1)")
+    for flag, unit, text in _FIGURES:
+        made.add_argument(flag, type=float, metavar=unit, help=text)
+    made.add_argument(
+        "--fit", type=_bytes, metavar="SIZE", help="find what fits one card, such as 24GiB, most quickly"
     )
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of one device, to say what fits")
-    parser.add_argument(
-        "--tokens-per-second", type=float, metavar="N", help="speed of the whole run, for its time"
-    )
-    parser.add_argument(
-        "--mfu", type=float, metavar="SHARE", help="share of --peak-tflops that is reached, such as 0.4"
-    )
-    parser.add_argument(
-        "--peak-tflops", type=float, metavar="N", help="peak of one device in TFLOP/s, such as 989"
-    )
-    parser.add_argument(
-        "--simulate", type=float, metavar="GIB", help="every strategy on 8 to 4,096 GPUs of this memory"
-    )
-    parser.add_argument(
-        "--fit",
-        type=_bytes,
-        metavar="SIZE",
-        help="find what fits one card, such as 24GiB, with the least slowdown",
-    )
-    parser.add_argument(
+    made.add_argument(
         "--host", type=_bytes, metavar="SIZE", help="host memory for what leaves the card, such as 64GiB"
     )
-    parser.add_argument(
+    made.add_argument(
         "--write", type=Path, metavar="PATH", help="with --fit: write the configuration that does it"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    given, rest = parser.parse_known_args(list(arguments))
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Show what a run will take and whether its gates pass, without starting it.
+
+    Example: apr-dist plan --config configs/demo.yaml --init model.apr
+    """
+    given, rest = parser().parse_known_args(list(arguments))
     _check(given)
     peak = None if given.peak_tflops is None else given.peak_tflops * 1e12
-    rate = Rate(tokens_per_s=given.tokens_per_second, mfu=given.mfu, peak_flops=peak)
+    disk = None if given.disk is None else given.disk * 1e9
+    rate = Rate(tokens_per_s=given.tokens_per_second, mfu=given.mfu, peak_flops=peak, disk_bytes_per_s=disk)
     memory_bytes = None if given.memory is None else int(given.memory * 2**30)
     config = parse_command_line(rest).config
-    made = make_plan(config, world_size=given.processes, rate=rate, memory_bytes=memory_bytes)
+    made = make_plan(
+        config,
+        world_size=given.processes,
+        rate=rate,
+        memory_bytes=memory_bytes,
+        grace_s=given.grace,
+    )
     if given.fit is not None:
         return _fit(made, given)
     if given.host is not None:
@@ -138,7 +144,16 @@ def _simulate(made: Plan, gpu_bytes: int, *, as_json: bool) -> int:
 
 
 def _check(given: argparse.Namespace) -> None:
-    for name in ("processes", "memory", "tokens_per_second", "mfu", "peak_tflops", "simulate"):
+    for name in (
+        "processes",
+        "memory",
+        "tokens_per_second",
+        "mfu",
+        "peak_tflops",
+        "simulate",
+        "grace",
+        "disk",
+    ):
         value = getattr(given, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{name} is {value}", where="command line", expected="a number above 0")

@@ -33,10 +33,9 @@ def report(
         raise UsageError("no run folder was named", where="command line", expected="RUN_DIR [RUN_DIR...]")
     if samples is not None and samples < 0:
         raise UsageError(f"{samples} samples", where="--samples", expected="0 or more")
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
+    if find_spec("matplotlib") is None:
         raise UsageError(
-            f"{' and '.join(missing)} is not installed",
+            "matplotlib is not installed",
             expected="the extra that draws reports",
             remedy="pip install 'apr-dist[report]'",
         )

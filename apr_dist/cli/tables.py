@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator, Sequence
-
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Iterator
 
 from apr_dist.interop.inspection import FileReport
+from apr_dist.report.verdict_table import table_lines
 
 _DIMENSIONS = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
     *("vocab_size", "max_position_embeddings", "rope_theta", "rms_norm_eps"),
 )
 _PROVENANCE = ("license", "data_source", "data_license", "source", "original_format")
-
-
-def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], *, width: int = 110) -> list[str]:
-    """A table without colours, as lines."""
-    table = Table(pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    buffer = io.StringIO()
-    Console(file=buffer, width=width, color_system=None).print(table, markup=False)
-    return buffer.getvalue().rstrip().splitlines()
 
 
 def inspection_lines(report: FileReport, *, tensors: bool) -> list[str]:

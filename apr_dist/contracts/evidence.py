@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,14 @@ _SIGNATURE = "signature"
 
 def package_digest(package: Path = PACKAGE) -> str:
     """``sha256:...`` over the Python sources of the package, by name and content: the code's version."""
+    return sources_digest(package.rglob("*.py"), package)
+
+
+def sources_digest(paths: Iterable[Path], root: Path) -> str:
+    """``sha256:...`` over files, by their name below ``root`` and their content."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0")
+    for path in sorted(paths):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return "sha256:" + digest.hexdigest()
 

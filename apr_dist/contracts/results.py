@@ -6,7 +6,6 @@ says. A result belongs to the code it was measured on: a digest of the sources g
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+from apr_dist.contracts.evidence import sources_digest
 from apr_dist.parsing import parse_json
 
 RESULTS_FILE = Path(".build/falsifiers.json")
@@ -72,11 +72,7 @@ class Mutant:
 
 def code_digest(root: Path) -> str:
     """``sha256:...`` over the package's sources and the tests, by name and content."""
-    digest = hashlib.sha256()
-    for path in sorted([*(root / "apr_dist").rglob("*.py"), *(root / "tests").rglob("*.py")]):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return "sha256:" + digest.hexdigest()
+    return sources_digest([*(root / "apr_dist").rglob("*.py"), *(root / "tests").rglob("*.py")], root)
 
 
 def together(outcomes: Sequence[Outcome]) -> Outcome:

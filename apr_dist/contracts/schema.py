@@ -14,7 +14,7 @@ from dataclasses import field
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -64,14 +64,8 @@ class Kind(StrEnum):
     SCHEMA = "schema"
 
 
-class ObligationType(StrEnum):
-    """What kind of property an obligation states."""
-
-    INVARIANT = "invariant"
-    SOUNDNESS = "soundness"
-    TERMINATION = "termination"
-    LIVENESS = "liveness"
-    SAFETY = "safety"
+ObligationType = Literal["invariant", "soundness", "termination", "liveness", "safety"]
+"""What kind of property an obligation states."""
 
 
 @dataclass(frozen=True, config=_CONFIG)

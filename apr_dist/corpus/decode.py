@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
+from apr_dist.data.flags import are_begins, ids_of
 from apr_dist.data.manifest import Manifest, Shard
 from apr_dist.errors import ShardError, TokenizerError, UsageError
 
@@ -73,8 +74,9 @@ def decode_documents(
             if count is not None and number >= start + count:
                 return
             if number >= start:
-                text = loaded.decode(_without_end(ids[first:end], end_id))
-                yield DecodedDocument(number, shard.file, first, end - first, text)
+                words = _without_padding(ids[first:end]) if manifest.flagged else ids[first:end]
+                text = loaded.decode(_without_end(ids_of(words), end_id))
+                yield DecodedDocument(number, shard.file, first, words.size, text)
             number += 1
     if start >= number:
         raise UsageError(f"document {start} was asked for", where=folder, expected=f"0 to {number - 1}")
@@ -115,6 +117,12 @@ def _starts(
     first = [] if ids.size and ids[0] == end_id else [0]
     starts = np.concatenate([first, after]).astype(np.int64)
     return starts[starts < ids.size]
+
+
+def _without_padding(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Words up to the next that begins a span, which is padding."""
+    after = np.flatnonzero(are_begins(words[1:]))
+    return words[: after[0] + 1] if after.size else words
 
 
 def _without_end(ids: NDArray[np.uint32], end_id: int | None) -> NDArray[np.uint32]:

@@ -33,7 +33,7 @@ class Normalization(Enum):
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """The choices of one encoding; see ``encode_corpus`` for each.
+    """The choices of one encoding; see ``encode_corpus`` for each, and ``encode_chat`` for ``chat``.
 
     Raises:
         UsageError: a number is out of its range.
@@ -49,6 +49,7 @@ class EncodeSettings:
     limit_tokens: int | None
     strict: bool
     commit_every_s: float
+    chat: Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:
         if self.shard_tokens < 1:
@@ -67,9 +68,29 @@ class EncodeSettings:
             return {"train": self.output / "train", "validation": self.output / "validation"}
         return {"all": self.output}
 
+    def made_in(self, name: str) -> str:
+        """The folder of the work folder that a part's finished shards are in."""
+        return name if self.chat is None else f"{name}.rows"
+
+    @property
+    def skip_bad(self) -> str:
+        """The remedy for a bad record; empty for the usual one."""
+        return "" if self.chat is None else "correct the record, or leave such out with --skip-bad-records"
+
+    @property
+    def find_text(self) -> str:
+        """The remedy where no record is what is encoded."""
+        if self.chat is not None:
+            return "see which keys the records have, and name their shape with --shape"
+        return (
+            "name the key that holds the text with --text-key (A.B for B inside A);"
+            " conversations are encoded with `apr-dist tokenize encode-chat`"
+        )
+
     def to_json(self) -> dict[str, object]:
         """The choices that the result depends on."""
         return {
+            **({} if self.chat is None else {"chat": dict(self.chat)}),
             "shard_tokens": self.shard_tokens,
             "eos_policy": self.eos_policy.value,
             "normalization": self.normalization.value,

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from apr_dist.corpus.encode_facts import EncodeProgress, EncodeSettings, EosPolicy
-from apr_dist.corpus.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingPool
-from apr_dist.corpus.formats import TEXT_KEYS
+from apr_dist.corpus.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingThreads
+from apr_dist.corpus.formats import TEXT_KEYS, ReadRecord
 from apr_dist.corpus.journal import Journal, Progress, SplitProgress
 from apr_dist.corpus.sources import BadRecord, CorpusReader, Document, Problem, Record, Source
 from apr_dist.corpus.split_writer import SplitWriter
@@ -36,6 +37,9 @@ _PROGRESS_EVERY_S = 0.5
 _EXAMPLES = 5
 
 
+_Encoding: TypeAlias = "Future[Sequence[EncodedText | BadRecord]]"
+
+
 @dataclass(frozen=True)
 class _Batch:
     """Consecutive records, and behind each the position: its source, and how many of that are done."""
@@ -44,16 +48,18 @@ class _Batch:
     places: list[tuple[int, int]]
 
     @property
-    def texts(self) -> list[str]:
-        return [record.text for record in self.records if isinstance(record, Document)]
+    def documents(self) -> list[Document]:
+        return [record for record in self.records if isinstance(record, Document)]
 
     @property
     def characters(self) -> int:
-        return sum(len(text) for text in self.texts)
+        return sum(len(document.text) for document in self.documents)
 
 
 class EncodingRun:
     """Feeds a pool from the corpus and writers from the pool; takes up where ``journal`` says.
+
+    With ``read`` records are made of whole JSON values and rows, and the pool's words carry flags.
 
     Attributes:
         writers: by split.
@@ -64,15 +70,26 @@ class EncodingRun:
     """
 
     def __init__(
-        self, settings: EncodeSettings, sources: Sequence[Source], journal: Journal, *, eos_id: int | None
+        self,
+        settings: EncodeSettings,
+        sources: Sequence[Source],
+        journal: Journal,
+        *,
+        eos_id: int | None = None,
+        read: ReadRecord | None = None,
     ) -> None:
         self._settings = settings
         self._journal = journal
         self._started = self._committed = time.monotonic()
         state = journal.progress
         self._position = (state.source, state.record)
+        self._flagged = read is not None
         self._reader = CorpusReader(
-            sources, text_key=settings.text_key, start_source=state.source, start_record=state.record
+            sources,
+            text_key=settings.text_key,
+            read=read,
+            start_source=state.source,
+            start_record=state.record,
         )
         self._end = np.array([] if settings.eos_policy is EosPolicy.NONE else [eos_id], dtype=np.uint32)
         self.counts: Counter[str] = Counter(state.counts)
@@ -102,7 +119,7 @@ class EncodingRun:
         """Seconds since this process began."""
         return time.monotonic() - self._started
 
-    def encode(self, pool: EncodingPool, progress: Callable[[EncodeProgress], None] | None) -> None:
+    def encode(self, pool: EncodingThreads, progress: Callable[[EncodeProgress], None] | None) -> None:
         """Encode everything from the position on; afterwards all shards are closed and committed.
 
         Raises:
@@ -110,11 +127,11 @@ class EncodingRun:
                 source stays done.
             OutputError: a shard cannot be written.
         """
-        flying: deque[tuple[_Batch, Future[list[EncodedText]]]] = deque()
+        flying: deque[tuple[_Batch, _Encoding]] = deque()
         reported = 0.0
         try:
             for batch in self._batches():
-                flying.append((batch, pool.submit(batch.texts)))
+                flying.append((batch, pool.submit(batch.documents)))
                 while self._too_many(flying, pool.workers) and not self._is_full():
                     self._take(*flying.popleft())
                 if self._is_full():
@@ -154,7 +171,7 @@ class EncodingRun:
         if found:
             yield _Batch(found, places)
 
-    def _take(self, batch: _Batch, encoding: Future[list[EncodedText]], *, before: int | None = None) -> None:
+    def _take(self, batch: _Batch, encoding: _Encoding, *, before: int | None = None) -> None:
         """Write one batch's documents, or those of the sources ``before`` one, and remember the position."""
         closed = self._closed_shards()
         encoded = iter(encoding.result())
@@ -162,10 +179,12 @@ class EncodingRun:
             if self._is_full() or (before is not None and place[0] >= before):
                 return
             self._taking = place[0]
-            if isinstance(record, BadRecord):
-                self._count_problem(record)
+            found = record if isinstance(record, BadRecord) else next(encoded)
+            if isinstance(found, BadRecord):
+                self._count_problem(found)
             else:
-                self._write(record, next(encoded))
+                assert isinstance(record, Document)
+                self._write(record, found)
             self._position, self._taking = place, None
         self._refuse_hopeless()
         if (
@@ -174,7 +193,7 @@ class EncodingRun:
         ):
             self._commit()
 
-    def _keep_before(self, source: int, flying: deque[tuple[_Batch, Future[list[EncodedText]]]]) -> None:
+    def _keep_before(self, source: int, flying: deque[tuple[_Batch, _Encoding]]) -> None:
         """Commit what is done of the sources before one that cannot be read, and nothing of that one."""
         if self._position[0] < source:
             with suppress(CorpusError):  # a second bad record: the first is reported
@@ -197,7 +216,7 @@ class EncodingRun:
         return CorpusError(
             f"the corpus holds no document{met}{example}",
             expected="records with text",
-            remedy="name the key that holds the text with --text-key (A.B for B inside A)",
+            remedy=self._settings.find_text,
         )
 
     def _write(self, document: Document, encoded: EncodedText) -> None:
@@ -234,8 +253,8 @@ class EncodingRun:
             self.examples.append(f"{where}: {what}")
 
     def _count_problem(self, problem: BadRecord) -> None:
-        if self._settings.strict:
-            raise problem.as_error()
+        if self._settings.strict and problem.problem is not Problem.NO_TARGETS:
+            raise problem.as_error(self._settings.skip_bad) if self._settings.skip_bad else problem.as_error()
         self.counts[problem.problem.value] += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(str(problem))
@@ -257,7 +276,11 @@ class EncodingRun:
         folder.mkdir(exist_ok=True)
         done = state.splits.get(name, SplitProgress())
         return SplitWriter(
-            folder, shard_tokens=self._settings.shard_tokens, closed=done.shards, opened=done.open
+            folder,
+            shard_tokens=self._settings.shard_tokens,
+            closed=done.shards,
+            opened=done.open,
+            flagged=self._flagged,
         )
 
     def _is_full(self) -> bool:
@@ -265,7 +288,7 @@ class EncodingRun:
         return limit is not None and self.tokens >= limit
 
     @staticmethod
-    def _too_many(flying: deque[tuple[_Batch, Future[list[EncodedText]]]], workers: int) -> bool:
+    def _too_many(flying: deque[tuple[_Batch, _Encoding]], workers: int) -> bool:
         """More work in flight than keeps the threads busy, or than memory is for."""
         if len(flying) <= 1:
             return False

@@ -14,9 +14,16 @@ from pathlib import Path
 
 from apr_dist.corpus.publish import WORK_FOLDER
 from apr_dist.corpus.tokenizer import load_tokenizer
+from apr_dist.data.flags import VOCABULARY_LIMIT
 from apr_dist.data.manifest import MANIFEST_NAME, Manifest, Shard
-from apr_dist.data.manifest_file import SCHEMA, RecordedManifest, parse_manifest
-from apr_dist.data.shard_files import read_shard_facts, refuse_link_out, shard_names
+from apr_dist.data.manifest_file import FLAGGED_SCHEMA, SCHEMA, RecordedManifest, parse_manifest
+from apr_dist.data.shard_files import (
+    FINGERPRINTS_SUFFIX,
+    INDEX_SUFFIX,
+    read_shard_facts,
+    refuse_link_out,
+    shard_names,
+)
 from apr_dist.data.verification import check_documents, dataset_parts
 from apr_dist.errors import DataError, ManifestError, ShardError
 
@@ -58,7 +65,7 @@ def repair_manifest(
     """
     names = _repairable(folder)
     recorded, listed, complaint = _salvage(folder)
-    missing = _missing([shard.file for shard in listed], names)
+    missing = _missing(folder, [shard.file for shard in listed], names)
     if missing and not accept_loss:
         raise ManifestError(
             f"{len(missing)} shard(s) are missing, such as {missing[0]}",
@@ -69,7 +76,9 @@ def repair_manifest(
         )
     if {shard.file for shard in listed} == set(names):
         names = [shard.file for shard in listed]  # whatever order was trained on stays
-    shards = tuple(read_shard_facts(folder, name) for name in names)
+    flagged = recorded.conversations is not None
+    shards = tuple(read_shard_facts(folder, name, flagged=flagged) for name in names)
+    _refuse_unknown_flags(folder, shards)
     manifest = _measured(folder, shards, recorded, tokenizer)
     _refuse_ids_beyond(manifest)
     misfits, measured = _misfitting_indexes(manifest), manifest
@@ -109,10 +118,16 @@ def _repairable(folder: Path) -> list[str]:
     return names
 
 
-def _missing(listed: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Shards that are recorded and not there; where nothing is recorded, gaps in the numbers."""
+def _missing(folder: Path, listed: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Shards that are recorded and not there; where nothing is recorded, gaps in the numbers.
+
+    A file of documents without its shard is a record too: the last shard leaves no gap.
+    """
     if listed:
         return sorted(set(listed) - set(names))
+    beside = (path for path in folder.glob("shard-*") if path.suffix in (INDEX_SUFFIX, FINGERPRINTS_SUFFIX))
+    if orphans := {path.with_suffix(".bin").name for path in beside} - set(names):
+        return sorted(orphans)
     numbers = {int(found[1]): name for name in names if (found := _NUMBERED.fullmatch(name))}
     if len(numbers) < len(names):  # names of another tool
         return []
@@ -154,6 +169,7 @@ def _measured(
         source=recorded.source_fields() or {"kind": "repair-manifest"},
         created_at=recorded.created_at,
         tool_version=recorded.tool_version,
+        conversations=recorded.conversations,
     )
 
 
@@ -175,6 +191,18 @@ def _without_index(manifest: Manifest) -> Manifest:
         for shard in manifest.shards
     )
     return replace(manifest, shards=shards, has_index=False, total_documents=None)
+
+
+def _refuse_unknown_flags(folder: Path, shards: Sequence[Shard]) -> None:
+    """Words with flags are no ids: what they mean was in the manifest alone."""
+    for shard in shards:
+        if (shard.max_id or 0) >= VOCABULARY_LIMIT:
+            raise ShardError(
+                "its words carry the flags of conversations, and no manifest describes them",
+                where=folder / shard.file,
+                expected=f"ids below {VOCABULARY_LIMIT:,}, or the manifest that encode-chat wrote",
+                remedy="restore manifest.json, or encode again with `apr-dist tokenize encode-chat`",
+            )
 
 
 def _refuse_ids_beyond(manifest: Manifest) -> None:
@@ -203,7 +231,7 @@ def _unknown(manifest: Manifest) -> list[str]:
 def _differences(recorded: RecordedManifest, listed: tuple[Shard, ...], manifest: Manifest) -> Iterator[str]:
     before = {shard.file: shard for shard in listed}
     now = {shard.file: shard for shard in manifest.shards}
-    if recorded.schema != SCHEMA:
+    if recorded.schema not in (SCHEMA, FLAGGED_SCHEMA):
         yield f"the schema was {recorded.schema}"
     for name in sorted(before.keys() - now.keys()):
         yield f"{name} is gone"

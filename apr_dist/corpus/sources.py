@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from apr_dist.corpus.formats import TEXT_KEYS, BadRecord, Document, Problem, Record, read_file
+from apr_dist.corpus.formats import (
+    TEXT_KEYS,
+    BadRecord,
+    Document,
+    Problem,
+    ReadRecord,
+    Record,
+    read_file,
+)
 from apr_dist.corpus.publish import SOURCES_NAME, WORK_FOLDER
 from apr_dist.corpus.recognition import STDIN, Kind, Packing, is_corpus_name, recognise
 from apr_dist.data.manifest import MANIFEST_NAME
@@ -156,6 +164,7 @@ class CorpusReader:
     Args:
         sources: as ``list_sources`` gave them.
         text_key: JSON key or column of the text; None: the first of ``TEXT_KEYS`` that a record has.
+        read: makes records of whole JSON values and rows instead.
         start_source: number of the source to begin with.
         start_record: how many of its records are passed over.
     """
@@ -165,10 +174,11 @@ class CorpusReader:
         sources: Sequence[Source],
         *,
         text_key: str | None = None,
+        read: ReadRecord | None = None,
         start_source: int = 0,
         start_record: int = 0,
     ) -> None:
-        self._sources = sources
+        self._sources, self._read = sources, read
         self._text_keys = TEXT_KEYS if text_key is None else (text_key,)
         self._start = (start_source, start_record)
         self._open: BinaryIO | None = None
@@ -199,6 +209,7 @@ class CorpusReader:
                 source.kind,
                 source.packing,
                 text_keys=self._text_keys,
+                read=self._read,
                 skip=skip,
                 on_open=self._remember,
             )

@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from apr_dist.atomic_files import writing_to
+from apr_dist.data.flags import are_targets, ids_of
 from apr_dist.data.manifest_file import Shard
 from apr_dist.data.shard_files import FINGERPRINTS_SUFFIX, INDEX_SUFFIX
 
@@ -57,6 +58,7 @@ class SplitWriter:
         shard_tokens: tokens after which a shard takes no further document.
         closed: shards that an earlier run closed, in order.
         opened: what an earlier run had committed of the next shard.
+        flagged: words carry flags beside the ids (`data.flags`).
     """
 
     def __init__(
@@ -66,15 +68,16 @@ class SplitWriter:
         shard_tokens: int,
         closed: tuple[Shard, ...] = (),
         opened: OpenShard | None = None,
+        flagged: bool = False,
     ) -> None:
-        self.folder = folder
+        self.folder, self._flagged = folder, flagged
         self.shards = list(closed)
         self.documents = sum(shard.documents or 0 for shard in closed)
         self.tokens = sum(shard.tokens for shard in closed)
         self._shard_tokens = shard_tokens
         self._open: _ShardWriter | None = None
         if opened is not None:
-            self._open = _ShardWriter(folder, len(self.shards), opened)
+            self._open = _ShardWriter(folder, len(self.shards), opened, flagged=flagged)
             self.documents += opened.documents
             self.tokens += opened.tokens
 
@@ -83,16 +86,22 @@ class SplitWriter:
         if self._open is not None and self._open.tokens >= self._shard_tokens:
             self.close_shard()
         if self._open is None:
-            self._open = _ShardWriter(self.folder, len(self.shards), OpenShard(tokens=0, documents=0))
+            beginning = OpenShard(tokens=0, documents=0)
+            self._open = _ShardWriter(self.folder, len(self.shards), beginning, flagged=self._flagged)
         self._open.begin_document(fingerprint)
         self.documents += 1
         self.append_end(ids)
 
     def append_end(self, ids: NDArray[np.uint32]) -> None:
-        """Add ids to the document that is there already (its end marker)."""
-        assert self._open is not None, "an end marker follows a document"
+        """Add ids to the document that is there already: its end marker, or padding."""
+        assert self._open is not None, "what ends a document follows one"
         self._open.append(ids)
         self.tokens += ids.size
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of the shard that is being written."""
+        return 0 if self._open is None else self._open.tokens
 
     def commit(self) -> OpenShard | None:
         """Make everything appended so far durable; None when no shard is open."""
@@ -152,7 +161,7 @@ def _hash_of(path: Path, size: int) -> str | None:
 class _ShardWriter:
     """One shard and its sidecars under temporary names until ``finish`` gives them their own."""
 
-    def __init__(self, folder: Path, number: int, opened: OpenShard) -> None:
+    def __init__(self, folder: Path, number: int, opened: OpenShard, *, flagged: bool) -> None:
         self._names = _names(number)
         self._folder = folder
         self.tokens, self._documents = opened.tokens, opened.documents
@@ -162,7 +171,8 @@ class _ShardWriter:
         self._fingerprints: list[int] = []
         self._hashes = [xxhash.xxh3_64() for _ in self._names]
         self._full = hashlib.sha256()
-        self._min_id, self._max_id = 2**32 - 1, 0
+        self._min_id, self._max_id, self._targets = 2**32 - 1, 0, 0
+        self._flagged = flagged
         self._parts = [folder / (name + _PART) for name in self._names]
         self._cut_to((4 * opened.tokens, 8 * opened.documents, 8 * opened.documents))
         with writing_to(folder):
@@ -210,6 +220,7 @@ class _ShardWriter:
             documents=self._documents,
             index_xxh3_64=index,
             fingerprints_xxh3_64=fingerprints,
+            targets=self._targets if self._flagged else None,
         )
 
     def close_files(self) -> None:
@@ -234,6 +245,9 @@ class _ShardWriter:
     def _learn(self, block: NDArray[np.uint32]) -> None:
         self._hashes[0].update(block.data)
         self._full.update(block.data)
+        if self._flagged:
+            self._targets += int(np.count_nonzero(are_targets(block)))
+            block = ids_of(block)
         self._min_id = min(self._min_id, int(block.min()))
         self._max_id = max(self._max_id, int(block.max()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from apr_dist.data.flags import BEGINS
 from apr_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,37 +31,60 @@ class Documents:
     A document cut off by the beginning of a row counts from there: attention cannot see further.
 
     Attributes:
-        ids: int32 [batch, seq], number of the document within its row, from 0.
-        positions: int32 [batch, seq], place within the document, from 0.
-        cu_seqlens: int32 [documents + 1], where documents begin in the flattened batch, and its end: what
-            variable-length attention kernels take. No document crosses rows.
-        max_seqlen: tokens of the longest.
+        edges: int32 [documents + 1], where documents begin in the flattened batch, and its end. No document
+            crosses rows.
+        shape: (batch, seq).
     """
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
+    edges: NDArray[np.int32]
+    shape: tuple[int, int]
 
     @staticmethod
     def from_begins(begins: torch.Tensor) -> Documents:
         """From bool [batch, seq], true where a document begins; every row begins one."""
-        rows, width = begins.shape
         begins = begins.clone()
         begins[:, :1] = True
         starts = begins.numpy().ravel().nonzero()[0].astype(np.int32)
-        cu_seqlens = np.append(starts, np.int32(rows * width))
-        lengths = np.diff(cu_seqlens)
+        return Documents(np.append(starts, np.int32(begins.numel())), (begins.shape[0], begins.shape[1]))
+
+    @staticmethod
+    def of_flagged(rows: torch.Tensor) -> Documents:
+        """The conversations of raw words [batch, seq + 1] of flagged shards (`flags`)."""
+        return Documents.from_begins((rows[:, :-1] & BEGINS) != 0)
+
+    def split(self, rows: int) -> list[Documents]:
+        """Those of each part of ``rows`` rows of the batch."""
+        (batch, length), parts = self.shape, []
+        for first in range(0, batch, rows):
+            count = min(rows, batch - first)
+            low, high = self.edges.searchsorted((first * length, (first + count) * length))
+            parts.append(Documents(self.edges[low : high + 1] - np.int32(first * length), (count, length)))
+        return parts
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """``edges`` as a tensor: what variable-length attention kernels take."""
+        return torch.from_numpy(self.edges)
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest."""
+        return int(np.diff(self.edges).max(initial=0))
+
+    @cached_property
+    def ids(self) -> torch.Tensor:
+        """int32 [batch, seq], number of the document within its row, from 0."""
+        starts, width = self.edges[:-1], max(self.shape[1], 1)
         # One number a document, repeated over its tokens: much cheaper than running sums over all of them.
-        first = starts.searchsorted(starts // max(width, 1) * width).astype(np.int32)
-        ids = np.repeat(np.arange(starts.size, dtype=np.int32) - first, lengths)
-        positions = np.arange(rows * width, dtype=np.int32) - np.repeat(starts, lengths)
-        return Documents(
-            ids=torch.from_numpy(ids).view(rows, width),
-            positions=torch.from_numpy(positions).view(rows, width),
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            max_seqlen=int(lengths.max(initial=0)),
-        )
+        first = starts.searchsorted(starts // width * width).astype(np.int32)
+        ids = np.repeat(np.arange(starts.size, dtype=np.int32) - first, np.diff(self.edges))
+        return torch.from_numpy(ids).view(self.shape)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int32 [batch, seq], place within the document, from 0."""
+        places = np.arange(self.edges[-1], dtype=np.int32)
+        return torch.from_numpy(places - np.repeat(self.edges[:-1], np.diff(self.edges))).view(self.shape)
 
     def attention_mask(self) -> torch.Tensor:
         """Bool [batch, 1, seq, seq], true where a query may look: causal, within one document."""
@@ -105,8 +130,8 @@ def document_begins(
 ) -> torch.Tensor:
     """Bool [batch, seq], true where a document begins in the inputs of rows.
 
-    From the data set's document index where it has one, else behind every end-of-document id: the mark
-    belongs to the document it ends.
+    From the flags of flagged shards, else from the data set's document index where it has one, else behind
+    every end-of-document id: the mark belongs to the document it ends.
 
     Args:
         rows: gives [batch, seq + 1] token ids; asked for only where there is no index.
@@ -119,8 +144,11 @@ def document_begins(
     """
     found = [np.zeros(0, dtype=np.int64)]
     marked: dict[int, int] = {}
+    flagged: list[int] = []
     for number, (dataset, shard, start) in enumerate(places):
-        if dataset.has_index:
+        if dataset.flagged:
+            flagged.append(number)
+        elif dataset.has_index:
             starts = known.of(dataset, shard)
             low, high = starts.searchsorted((start, start + seq_length))
             found.append(starts[low:high] + (number * seq_length - start))
@@ -136,8 +164,9 @@ def document_begins(
     flat = np.zeros(len(places) * seq_length, dtype=np.bool_)
     flat[np.concatenate(found)] = True
     begins = torch.from_numpy(flat).view(len(places), seq_length)
-    if marked:
+    if marked or flagged:
         ids = rows()
+        begins[flagged] = (ids[flagged, :-1] & BEGINS) != 0
         for number, end in marked.items():
             begins[number, 1:] = ids[number, :-2] == end
     return begins

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from apr_dist.data.token_stream import Access, ShardStream, Verify, choice, share_of
+from apr_dist.choices import ShardAccess, VerifyShards
+from apr_dist.data.token_stream import ShardStream, choice, share_of
 from apr_dist.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class EvaluationLoader:
         rank: int = 0,
         world_size: int = 1,
         max_sequences: int | None = None,
-        verify: Verify | str = Verify.FIRST_TOUCH,
-        access: Access | str = Access.MMAP,
+        verify: VerifyShards | str = VerifyShards.FIRST_TOUCH,
+        access: ShardAccess | str = ShardAccess.MMAP,
     ) -> None:
         share_of(micro_batch * world_size, micro_batch, rank, world_size)
         if max_sequences is not None and max_sequences < 1:
@@ -57,8 +58,8 @@ class EvaluationLoader:
             "seq_length": seq_length,
             "shuffle": "none" if max_sequences is None else "sample",
             "sample": max_sequences or 0,
-            "verify": choice(Verify, verify, "verify").value,
-            "access": choice(Access, access, "access").value,
+            "verify": choice(VerifyShards, verify, "verify").value,
+            "access": choice(ShardAccess, access, "access").value,
         }
         self._stream = ShardStream(dataset, options)
 
@@ -71,6 +72,11 @@ class EvaluationLoader:
     def fingerprint(self) -> str:
         """Identity of the held-out shards."""
         return self._dataset.fingerprint
+
+    @property
+    def flagged(self) -> bool:
+        """Whether words of batches carry flags (`flags`): the shards hold conversations."""
+        return self._dataset.flagged
 
     def __len__(self) -> int:
         """Batches on every rank."""

@@ -16,12 +16,13 @@ import torch
 from torch.utils.data import get_worker_info
 from torch.utils.dlpack import from_dlpack
 
+from apr_dist.choices import ShardAccess, VerifyShards
 from apr_dist.data.descriptors import open_limit
 from apr_dist.data.documents import Documents, DocumentStarts, document_begins
 from apr_dist.data.evaluation_loader import EvaluationLoader
 from apr_dist.data.mixture import CYCLE_BATCHES, Mixture, Progress, Source
 from apr_dist.data.prefetch import BufferKind, Course, RunAhead, default_depth, process
-from apr_dist.data.token_stream import Access, ShardStream, Shuffle, Verify, check_seed, choice, share_of
+from apr_dist.data.token_stream import ShardStream, Shuffle, check_seed, choice, share_of
 from apr_dist.data.training_set import cycle_units
 from apr_dist.errors import DataError, StreamExhausted, UsageError
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from apr_dist._rust_loader import TokenStream
     from apr_dist.data.manifest import Manifest
 
-__all__ = ["Access", "EvaluationLoader", "Mixture", "Progress", "Shuffle", "Source", "TokenLoader", "Verify"]
+__all__ = ["EvaluationLoader", "Mixture", "Progress", "Shuffle", "Source", "TokenLoader"]
 
 STATE_VERSION = 1
 
@@ -70,7 +71,7 @@ class TokenLoader:
             few files may be opened.
         ManifestError: the data set has no shards.
         DataError: no shard holds a whole sequence.
-        ShardError: with ``Verify.OPEN``, a shard is not what the manifest says.
+        ShardError: with ``VerifyShards.OPEN``, a shard is not what the manifest says.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class TokenLoader:
         shuffle: Shuffle | str = Shuffle.SEQUENCE,
         block_sequences: int = 8,
         max_epochs: int | None = None,
-        verify: Verify | str = Verify.FIRST_TOUCH,
-        access: Access | str = Access.MMAP,
+        verify: VerifyShards | str = VerifyShards.FIRST_TOUCH,
+        access: ShardAccess | str = ShardAccess.MMAP,
         max_open_shards: int | None = None,
         recheck_s: float = 1.0,
         prefetch_batches: int | None = None,
@@ -111,12 +112,12 @@ class TokenLoader:
             "shuffle": self.shuffle.value,
             "seed": seed,
             "block": self._block,
-            "verify": choice(Verify, verify, "verify").value,
-            "access": choice(Access, access, "access").value,
+            "verify": choice(VerifyShards, verify, "verify").value,
+            "access": choice(ShardAccess, access, "access").value,
             "recheck_s": recheck_s,
             "wide": dtype == torch.int64,
         }
-        self._views = self.shuffle is Shuffle.BLOCK and self._options["access"] == Access.MMAP.value
+        self._views = self.shuffle is Shuffle.BLOCK and self._options["access"] == ShardAccess.MMAP.value
         depth = default_depth(self._share, seq_length + 1, views=self._views)
         self._depth = depth if prefetch_batches is None else prefetch_batches
         in_views = (self._depth + 2) * (self._share // micro_batch) if self._views else 0
@@ -193,15 +194,27 @@ class TokenLoader:
             return tensors
         return list(torch.split(tensors[0], self._micro))
 
-    def documents(self, k: int) -> list[Documents]:
+    @property
+    def flagged(self) -> bool:
+        """Whether words of batches carry flags (`flags`): any source holds conversations."""
+        return any(source.flagged for source, _, _ in self._stream.sources)
+
+    def documents(self, k: int, *, plain: bool = True) -> list[Documents]:
         """Where documents begin in the inputs of each of this rank's micro-batches of global batch ``k``.
 
-        From the data set's document index where it has one, else from its end-of-document id.
+        Conversations by their flags, which cost nothing where the batch was made ahead; documents of plain
+        text from the data set's index where it has one, else from its end-of-document id.
+
+        Args:
+            k: number of the global batch.
+            plain: whether documents of plain text count; else only conversations do.
 
         Raises:
             DataError: the data set records neither.
             StreamExhausted, ShardError: as ``batch``.
         """
+        if not plain or all(source.flagged for source, _, _ in self._stream.sources):
+            return self._conversations(k)
         first, stream = self._first(k), self._stream.open()
         places = [(*self._stream.shard(shard), start) for shard, start in stream.locate(first, self._share)]
 
@@ -212,23 +225,29 @@ class TokenLoader:
         begins = document_begins(rows, places, self._seq_length, self._starts)
         return [Documents.from_begins(part) for part in torch.split(begins, self._micro)]
 
+    def _conversations(self, k: int) -> list[Documents]:
+        ahead = self._ahead
+        if ahead is not None and ahead.made == k and ahead.process == process.number:
+            return Documents(ahead.edges(), (self._share, self._seq_length)).split(self._micro)
+        gathered: torch.Tensor = from_dlpack(self._stream.open().gather(self._first(k), self._share))
+        return Documents.of_flagged(gathered).split(self._micro)
+
     def rows(self, k: int) -> list[torch.Tensor]:
         """This rank's sequences of global batch ``k`` as views of the maps, each int32 [seq_length + 1].
 
         Raises:
-            UsageError: shards are read with ``Access.PREAD``, which maps nothing.
+            UsageError: shards are read with ``ShardAccess.PREAD``, which maps nothing.
             StreamExhausted, ShardError: as ``batch``.
         """
-        if self._options["access"] != Access.MMAP.value:
+        if self._options["access"] != ShardAccess.MMAP.value:
             raise UsageError("rows that are read with access=pread cannot be viewed", expected="access=mmap")
         views = self._stream.open().views(self._first(k), self._share)
         return [from_dlpack(view) for view in views]
 
     def next_batch(self) -> list[torch.Tensor]:
         """The micro-batches of the next global batch; the state moves on when they are complete."""
-        k = self._global_batch
-        batch = self.batch(k)
-        self._global_batch = k + 1
+        batch = self.batch(self._global_batch)
+        self._global_batch += 1
         return batch
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
@@ -246,7 +265,10 @@ class TokenLoader:
             "global_batch": self._global_batch,
             "seed": self._seed,
             "fingerprint": self.fingerprint,
-            **self._order_facts(),
+            "seq_length": self._seq_length,
+            "batch_size": self._batch_size,
+            "shuffle": self.shuffle.value,
+            "block_sequences": self._block,
         }
 
     def load_state(self, state: Mapping[str, object]) -> None:
@@ -262,9 +284,8 @@ class TokenLoader:
                 f"the loader state has version {state.get('version')} and global_batch {found}",
                 expected=f"version {STATE_VERSION} and a count",
             )
-        expected = {**self.state(), "global_batch": found}
-        for key, value in expected.items():
-            if state.get(key) != value:
+        for key, value in self.state().items():
+            if key != "global_batch" and state.get(key) != value:
                 raise _other_order(key, state.get(key), value, self._dataset)
         self._global_batch = found
 
@@ -307,6 +328,7 @@ class TokenLoader:
             batches=left,
             rows_per_view=self._micro if self._views else None,
             depth=self._depth,
+            flagged=self.flagged,
         )
         pinned = torch.cuda.is_available() if self._pin_memory is None else self._pin_memory
         kind = BufferKind(width=self._seq_length + 1, dtype=self._dtype, pinned=pinned)
@@ -355,14 +377,6 @@ class TokenLoader:
         # No source is left out of a cycle, so the shortest ends before this many batches.
         bound = (epochs * min(sizes) + 1) * CYCLE_BATCHES
         return bisect_left(range(bound), True, key=passes_an_end)
-
-    def _order_facts(self) -> dict[str, int | str]:
-        return {
-            "seq_length": self._seq_length,
-            "batch_size": self._batch_size,
-            "shuffle": self.shuffle.value,
-            "block_sequences": self._block,
-        }
 
     def _first(self, k: int) -> int:
         """Position of this rank's first sequence of global batch ``k``."""

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 from apr_dist._rust_loader import ShardTable
 from apr_dist.atomic_files import write_atomically
 from apr_dist.data.manifest_file import (
+    FLAGGED_SCHEMA,
     OLDER_SCHEMA,
     SCHEMA,
+    Conversations,
     RecordedManifest,
     Shard,
     TokenizerIdentity,
@@ -32,7 +34,7 @@ from apr_dist.data.shard_files import (
     shard_names,
     shards_of_older_folder,
 )
-from apr_dist.errors import ManifestError, ShardError
+from apr_dist.errors import DataError, ManifestError, ShardError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +67,7 @@ class Manifest:
         repaired_at: RFC 3339 time of the last repair, None when the encoder's own manifest stands.
         note: what a repair could not know.
         schema: the schema found in the file.
+        conversations: how conversations were made into rows; None where words carry no flags.
         warnings: what cannot be checked about this folder, one sentence each.
     """
 
@@ -85,6 +88,7 @@ class Manifest:
     note: str | None = None
     schema: str = SCHEMA
     warnings: tuple[str, ...] = ()
+    conversations: Conversations | None = None
 
     if not TYPE_CHECKING:
 
@@ -124,6 +128,29 @@ class Manifest:
         """Tokens in all shards."""
         return self.table.total_tokens
 
+    @property
+    def flagged(self) -> bool:
+        """Whether words carry flags: what is a target, and where conversations begin (`flags`)."""
+        return self.conversations is not None
+
+    def check_rows(self, seq_length: int) -> None:
+        """Sequences of this length begin and end where rows of conversations do.
+
+        Raises:
+            DataError: they would cut conversations.
+        """
+        rows = self.conversations
+        if rows is not None and seq_length % rows.seq_length:
+            raise DataError(
+                f"its rows hold {rows.seq_length:,} tokens and a sequence {seq_length:,}, which would cut"
+                " conversations",
+                where=self.folder,
+                expected=f"a sequence length of {rows.seq_length}, or a multiple of it",
+                remedy=f"train with --seq-length {rows.seq_length}, or encode again with `apr-dist tokenize"
+                f" encode-chat --seq-length {seq_length}`",
+                falsifier="FALSIFY-APR-DIST-LOADER-014",
+            )
+
     def sequences(self, seq_length: int) -> int:
         """Sequences of ``seq_length`` predicted tokens in one pass; none crosses a shard's end."""
         return self.table.sequences(seq_length)
@@ -143,7 +170,8 @@ class Manifest:
         identity = self.table.identity()
         if identity is not None:
             tokenizer = self.tokenizer.sha256 if self.tokenizer else _NO_TOKENIZER
-            return hashlib.sha256(f"{SCHEMA}\n{tokenizer}\n".encode() + identity).hexdigest()
+            schema = FLAGGED_SCHEMA if self.flagged else SCHEMA
+            return hashlib.sha256(f"{schema}\n{tokenizer}\n".encode() + identity).hexdigest()
         lines = ["names and sizes", *(f"{shard.file} {shard.bytes}" for shard in self.shards)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -245,7 +273,7 @@ class Manifest:
     def to_json(self) -> dict[str, object]:
         """The manifest as the object that manifest.json holds."""
         recorded: dict[str, object] = {
-            "schema": SCHEMA,
+            "schema": FLAGGED_SCHEMA if self.flagged else SCHEMA,
             "shard_count": self.shard_count,
             "total_tokens": self.total_tokens,
             "total_documents": self.total_documents,
@@ -264,7 +292,13 @@ class Manifest:
         }
         if self.repaired_at is not None:
             recorded |= {"repair": True, "repaired_at": self.repaired_at, "note": self.note}
-        return recorded | {"shards": [dict(vars(shard)) for shard in self.shards]}
+        if self.conversations is not None:
+            recorded["conversations"] = asdict(self.conversations)
+        left_out = set() if self.flagged else {"targets"}
+        shards = [
+            {key: one for key, one in vars(shard).items() if key not in left_out} for shard in self.shards
+        ]
+        return recorded | {"shards": shards}
 
 
 def _read(folder: Path, path: Path) -> bytes:
@@ -321,6 +355,7 @@ def _from_recorded(folder: Path, recorded: RecordedManifest, table: ShardTable) 
         note=recorded.note,
         schema=recorded.schema,
         warnings=tuple(warnings),
+        conversations=recorded.conversations,
     )
     vars(manifest)["table"] = table
     object.__delattr__(manifest, "shards")
@@ -347,7 +382,7 @@ def _check_sums(manifest: Manifest, recorded: RecordedManifest, path: Path) -> N
 def _open_without_shard_facts(folder: Path, recorded: RecordedManifest, *, listed: bool) -> Manifest:
     """A folder whose manifest says nothing per shard: the files themselves are the list."""
     path = folder / MANIFEST_NAME
-    if recorded.schema == SCHEMA and listed:
+    if recorded.schema != OLDER_SCHEMA and listed:
         raise ManifestError(
             "it holds no shards", where=folder, expected="at least one shard", remedy=_remedy(folder)
         )

@@ -15,9 +15,12 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from apr_dist._rust_loader import ShardTable
+from apr_dist.data.flags import VOCABULARY_LIMIT
 from apr_dist.errors import ManifestError
 
 SCHEMA = "apr-dist-shards-v1"
+FLAGGED_SCHEMA = "apr-dist-shards-v2"
+"""Shards whose words carry flags (`flags`); a reader that does not know them refuses this schema."""
 OLDER_SCHEMA = "pretokenize-bin-v1"
 
 _Count = Annotated[int, Field(ge=0)]
@@ -40,6 +43,7 @@ class Shard:
         documents: documents that begin in this shard, None when unknown.
         index_xxh3_64: XXH3-64 of the sidecar of document starts, None when there is none.
         fingerprints_xxh3_64: XXH3-64 of the sidecar of document fingerprints, None when there is none.
+        targets: tokens of a flagged shard that are targets, None in a shard without flags.
     """
 
     file: str
@@ -52,6 +56,7 @@ class Shard:
     documents: int | None = None
     index_xxh3_64: str | None = None
     fingerprints_xxh3_64: str | None = None
+    targets: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,46 @@ class TokenizerIdentity:
 
 
 @dataclass(frozen=True)
+class Conversations:
+    """How conversations were made into rows: what a manifest of flagged shards records beside the shards.
+
+    Attributes:
+        seq_length: tokens of a row; no conversation crosses from one row into the next.
+        train_on: which tokens are targets, by the name of the rule.
+        template: digest of the chat template and what it reads (`corpus.chat_template`).
+        packing: ``best-fit``, or ``none`` with one conversation a row.
+        too_long: what was done with conversations longer than a row: ``truncate``, ``drop`` or ``split``.
+        pad_id: the id of padding.
+        rows: how many.
+        tokens: of conversations, without padding.
+        targets: tokens that are targets.
+        turn_end: the id of the special token that ends a turn of the assistant; None if there is none.
+        turn_end_targets: how often that token is a target.
+        lengths: tokens of a conversation, before anything was cut: least, quartiles and most.
+        counts: conversations ``truncated``, ``dropped``, ``split``, ``without targets``, and so on.
+    """
+
+    seq_length: Annotated[int, Field(gt=0)]
+    train_on: str
+    template: str
+    packing: str
+    too_long: str
+    pad_id: Annotated[int, Field(ge=0, lt=2**30)]
+    rows: _Count
+    tokens: _Count
+    targets: _Count
+    turn_end: _TokenId | None
+    turn_end_targets: _Count
+    lengths: Mapping[str, _Count]
+    counts: Mapping[str, _Count]
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' places that conversations fill."""
+        return self.tokens / max(self.rows * self.seq_length, 1)
+
+
+@dataclass(frozen=True)
 class RecordedManifest:
     """The keys of manifest.json that are read, without the shards; others are ignored."""
 
@@ -97,6 +142,7 @@ class RecordedManifest:
     eos_policy: str | None = None
     eos_token_id: _TokenId | None = None
     documents_index: Mapping[str, str] | None = None
+    conversations: Conversations | None = None
     source: Mapping[str, object] | str | None = None
     created_at: str | None = None
     tool_version: str | None = None
@@ -133,15 +179,40 @@ def parse_manifest(content: bytes, *, where: Path) -> tuple[RecordedManifest, Sh
         raise _malformed(f"{place}: {first['msg']}" if place else first["msg"], where) from error
     except ValueError as error:
         raise _malformed(str(error), where) from error
-    if recorded.schema not in (SCHEMA, OLDER_SCHEMA):
+    known = (SCHEMA, FLAGGED_SCHEMA, OLDER_SCHEMA)
+    if recorded.schema not in known:
         raise ManifestError(
-            f"its schema is {recorded.schema!r}", where=where, expected=f"{SCHEMA} or {OLDER_SCHEMA}"
+            f"its schema is {recorded.schema!r}",
+            where=where,
+            expected=" or ".join(known),
+            remedy="read it with the version of apr-dist that wrote it, or a later one",
         )
+    _check_flagged(recorded, where)
     if recorded.dtype != "u32le":
         raise ManifestError(f"its dtype is {recorded.dtype!r}", where=where, expected="u32le")
     if table and (name := table.listed_twice()):
         raise ManifestError(f"it names the shard {name} twice", where=where, expected="each shard once")
     return recorded, table
+
+
+def _check_flagged(recorded: RecordedManifest, where: Path) -> None:
+    """Flags and what they mean come together, and ids leave room for them."""
+    if (recorded.schema == FLAGGED_SCHEMA) != (recorded.conversations is not None):
+        raise ManifestError(
+            f"its schema is {recorded.schema} and conversations are"
+            f" {'described' if recorded.conversations else 'not described'}",
+            where=where,
+            expected=f"a description of conversations in schema {FLAGGED_SCHEMA} and in no other",
+            remedy="encode the conversations again with `apr-dist tokenize encode-chat`",
+        )
+    limit = VOCABULARY_LIMIT
+    if recorded.conversations and not 0 < (recorded.vocab_size or 0) <= limit:
+        raise ManifestError(
+            f"its vocabulary has {recorded.vocab_size} ids, and two bits of a word are flags",
+            where=where,
+            expected=f"a vocabulary of 1 to {limit:,} ids",
+            remedy="encode the conversations again with `apr-dist tokenize encode-chat`",
+        )
 
 
 def _malformed(what: str, where: Path) -> ManifestError:

@@ -26,6 +26,7 @@ class OwnBatches:
         world_size: processes that share a global batch.
     """
 
+    flagged = False
     fingerprint = "the program's own"
 
     def __init__(
@@ -49,7 +50,7 @@ class OwnBatches:
         """Sequences handed out in that many batches; an iterable has no passes."""
         return {"own": Progress(batches * self._shape[0], 0, 0)}
 
-    def documents(self, k: int) -> list[Documents]:  # noqa: ARG002  (the protocol's argument)
+    def documents(self, k: int, *, plain: bool = True) -> list[Documents]:  # noqa: ARG002
         """Own batches record no documents.
 
         Raises:
@@ -116,6 +117,7 @@ class OwnHeldOut:
         UsageError: they can be iterated once only.
     """
 
+    flagged = False
     fingerprint = "the program's own"
 
     def __init__(self, batches: Iterable[Any], **sizes: int) -> None:

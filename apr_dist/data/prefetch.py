@@ -10,7 +10,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
 from apr_dist._rust_loader import Prefetcher, TokenStream
@@ -43,6 +45,7 @@ class Course:
         batches: how many there are; None: no end.
         rows_per_view: hand out views of that many rows; None: gather.
         depth: batches kept ready.
+        flagged: find where conversations begin in each.
     """
 
     first: int
@@ -51,6 +54,7 @@ class Course:
     batches: int | None
     rows_per_view: int | None
     depth: int
+    flagged: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,14 @@ def default_depth(share: int, width: int, *, views: bool) -> int:
 
 
 class RunAhead:
-    """The batches of a course, in order; number ``k`` is the next one's.
+    """The batches of a course, in order; number ``k`` is the next one's, ``made`` the latest's, or -1.
 
     Pinned buffers come from PyTorch's caching host allocator, which knows when a copy to a device has
     really ended: a buffer is never filled again while a device still reads it.
     """
 
     def __init__(self, stream: TokenStream, course: Course, kind: BufferKind, *, k: int) -> None:
-        self.k, self.process = k, process.number
+        self.k, self.made, self.process = k, -1, process.number
         self._shape, self._kind = (course.share, kind.width), kind
         self._views = course.rows_per_view is not None
         self._waiting: deque[torch.Tensor] | None = None
@@ -92,6 +96,7 @@ class RunAhead:
             batches=course.batches,
             rows_per_view=course.rows_per_view,
             buffers=buffers,
+            flagged=course.flagged,
         )
         self._next = self._prefetcher.next
 
@@ -102,7 +107,7 @@ class RunAhead:
         made = self._next()
         if made is None:
             return None
-        self.k += 1
+        self.made, self.k = self.k, self.k + 1
         return [from_dlpack(view) for view in made] if self._views else [from_dlpack(made)]
 
     def _next_pinned(self, waiting: deque[torch.Tensor]) -> list[torch.Tensor] | None:
@@ -110,8 +115,12 @@ class RunAhead:
         if self._prefetcher.next(_capsule(fresh)) is None:
             return None
         waiting.append(fresh)
-        self.k += 1
+        self.made, self.k = self.k, self.k + 1
         return [waiting.popleft()]
+
+    def edges(self) -> NDArray[np.int32]:
+        """Where conversations begin in the inputs of batch ``made``, and its end; of a flagged course."""
+        return np.frombuffer(bytearray(self._prefetcher.edges()), dtype=np.int32)
 
     def faults(self) -> tuple[int, int] | None:
         """Minor and major page faults of the thread so far."""

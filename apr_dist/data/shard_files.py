@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from apr_dist.data.flags import are_targets, ids_of
 from apr_dist.data.manifest_file import Shard
 from apr_dist.errors import ManifestError, ShardError
 
@@ -101,8 +102,13 @@ def refuse_link_out(folder: Path, name: str) -> None:
         )
 
 
-def read_shard_facts(folder: Path, name: str) -> Shard:
+def read_shard_facts(folder: Path, name: str, *, flagged: bool = False) -> Shard:
     """Read a shard and its document index once, in bounded memory, and say everything about them.
+
+    Args:
+        folder: where it lies.
+        name: its file.
+        flagged: its words carry flags beside the ids (`flags`).
 
     Raises:
         ShardError: unreadable, or its size is no multiple of 4.
@@ -113,6 +119,7 @@ def read_shard_facts(folder: Path, name: str) -> Shard:
     quick, full, size = xxhash.xxh3_64(), hashlib.sha256(), 0
     smallest: int | None = None
     largest: int | None = None
+    targets = 0
     path = folder / name
     try:
         with path.open("rb") as file:
@@ -121,6 +128,9 @@ def read_shard_facts(folder: Path, name: str) -> Shard:
                 full.update(block)
                 size += len(block)
                 ids = np.frombuffer(block, dtype="<u4", count=len(block) // 4)
+                if flagged:
+                    targets += int(np.count_nonzero(are_targets(ids)))
+                    ids = ids_of(ids)
                 if ids.size:
                     smallest = min(int(ids.min()), _LARGEST_ID if smallest is None else smallest)
                     largest = max(int(ids.max()), largest or 0)
@@ -134,6 +144,7 @@ def read_shard_facts(folder: Path, name: str) -> Shard:
         sha256=full.hexdigest(),
         min_id=smallest,
         max_id=largest,
+        targets=targets if flagged else None,
     )
     _check_size(folder, shard, size)
     for suffix, key in ((INDEX_SUFFIX, "index_xxh3_64"), (FINGERPRINTS_SUFFIX, "fingerprints_xxh3_64")):

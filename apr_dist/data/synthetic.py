@@ -38,13 +38,14 @@ class SyntheticTokens:
         self._batch_size, self._micro = batch_size, micro_batch
         self._rank, self._world_size, self._seed = rank, world_size, seed
 
+    flagged = False
     fingerprint = "synthetic"
 
     def progress(self, batches: int) -> dict[str, Progress]:
         """How far the one source has come when ``batches`` global batches were handed out."""
         return {"synthetic": Progress(batches * self._batch_size, 0, 0)}
 
-    def documents(self, k: int) -> list[Documents]:
+    def documents(self, k: int, *, plain: bool = True) -> list[Documents]:  # noqa: ARG002
         """Made-up sequences are one document each."""
         begins = [torch.zeros(rows.shape[0], rows.shape[1] - 1, dtype=torch.bool) for rows in self.batch(k)]
         return [Documents.from_begins(begin) for begin in begins]
@@ -62,6 +63,7 @@ class SyntheticTokens:
 class SyntheticEvaluation:
     """A fixed pair of global batches that training never draws, re-iterable."""
 
+    flagged = False
     fingerprint = "synthetic"
 
     def __init__(self, tokens: SyntheticTokens) -> None:

@@ -1,6 +1,6 @@
 """What both loaders stand on: the Rust stream over a data set, opened once per process, and its choices.
 
-Lives here: the enumerations, ``ShardStream`` and the checks of what a caller asked for. Which positions a
+Lives here: ``Shuffle``, ``ShardStream`` and the checks of what a caller asked for. Which positions a
 rank reads is decided in ``loader`` and ``evaluation_loader``.
 """
 
@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from apr_dist._rust_loader import TokenStream
+from apr_dist.choices import VerifyShards
 from apr_dist.data.descriptors import verified_marks
 from apr_dist.data.mixture import Mixture, sources_of
 from apr_dist.errors import DataError, ManifestError, UsageError
@@ -36,26 +37,6 @@ class Shuffle(StrEnum):
     """As they lie in the shards, once."""
 
 
-class Verify(StrEnum):
-    """When a shard's content is hashed and compared with the manifest."""
-
-    FIRST_TOUCH = "first-touch"
-    """Before its first sequence is handed out; once a host, which remembers it until it is started again."""
-    OPEN = "open"
-    """All of them before the loader is ready, in every process, whatever was verified before."""
-    OFF = "off"
-    """Never."""
-
-
-class Access(StrEnum):
-    """How sequences are read."""
-
-    MMAP = "mmap"
-    """From a map of the shard; one that is truncated meanwhile is an error."""
-    PREAD = "pread"
-    """With a system call a row: for network storage."""
-
-
 class ShardStream:
     """A ``TokenStream`` that is opened when used, and anew in a forked or unpickled process.
 
@@ -77,6 +58,7 @@ class ShardStream:
         self.sources = sources_of(dataset, cycle)
         for source, _, _ in self.sources:
             _check_size(source, options["seq_length"] * options.get("block", 1) + 1)
+            source.check_rows(options["seq_length"])
         self._arguments = (dataset, options, cycle)
         self._opened: TokenStream | None = None
         self._process = os.getpid()
@@ -85,7 +67,7 @@ class ShardStream:
     def open(self) -> TokenStream:
         """The stream of this process."""
         if self._opened is None or self._process != os.getpid():
-            marks = verified_marks() if self._arguments[1].get("verify") == Verify.FIRST_TOUCH else None
+            marks = verified_marks() if self._arguments[1].get("verify") == VerifyShards.FIRST_TOUCH else None
             sources = [(data.folder, data.table, key, units) for data, key, units in self.sources]
             options = {"verified": marks, "settle_s": SETTLE_S, **self._arguments[1]}
             self._opened, self._process = TokenStream(sources, **options), os.getpid()

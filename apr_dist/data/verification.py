@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from apr_dist.data.flags import are_begins, are_targets, ids_of
 from apr_dist.data.manifest import MANIFEST_NAME, Manifest, Shard
+from apr_dist.data.manifest_file import Conversations
 from apr_dist.data.shard_files import read_shard_facts, refuse_link_out, shard_names
 from apr_dist.errors import DataError, ManifestError, ShardError
 
@@ -84,7 +86,7 @@ def _check_shard(manifest: Manifest, shard: Shard, *, is_last: bool) -> Iterator
     path = manifest.path_of(shard)
     try:
         refuse_link_out(manifest.folder, shard.file)
-        found = read_shard_facts(manifest.folder, shard.file)
+        found = read_shard_facts(manifest.folder, shard.file, flagged=manifest.flagged)
     except DataError as error:
         yield error
         return
@@ -98,6 +100,8 @@ def _check_shard(manifest: Manifest, shard: Shard, *, is_last: bool) -> Iterator
         )
     if manifest.has_index:
         yield from check_documents(manifest, shard, found, is_last=is_last)
+    if manifest.conversations is not None and found.tokens == shard.tokens:
+        yield from _check_flags(manifest, manifest.conversations, shard)
 
 
 def check_documents(manifest: Manifest, shard: Shard, found: Shard, *, is_last: bool) -> Iterator[DataError]:
@@ -124,13 +128,46 @@ def check_documents(manifest: Manifest, shard: Shard, found: Shard, *, is_last: 
     ends = np.append(starts[1:], found.tokens).astype(np.int64) - 1
     if policy == "between" and is_last:
         ends = ends[:-1]  # nothing comes after the last document
-    missing = int((ids[ends] != end_id).sum())
+    missing = int((ids_of(ids[ends]) != end_id).sum())
     if missing:
         yield ShardError(
             f"{missing} documents do not end with the id {end_id}",
             where=path,
             expected=f"one at the end of each document (policy {policy})",
         )
+
+
+def _check_flags(manifest: Manifest, rows: Conversations, shard: Shard) -> Iterator[DataError]:
+    """Rows are whole, each begins a conversation or padding, and nothing that begins is a target."""
+    path, length = manifest.path_of(shard), rows.seq_length
+    words = np.memmap(path, dtype="<u4", mode="r")
+    if words.size % length != 1 or words.size == 1:
+        yield ShardError(
+            f"it holds {words.size:,} tokens",
+            where=path,
+            expected=f"whole rows of {length:,} and one token that no row predicts",
+        )
+        return
+    begins = are_begins(words)
+    broken = {
+        "rows do not begin with a conversation": int((~begins[::length]).sum()),
+        "tokens that begin a conversation are targets": int((begins & are_targets(words)).sum()),
+    }
+    if manifest.has_index:
+        try:
+            starts = manifest.document_starts(shard).astype(np.int64)
+        except ShardError:
+            return  # reported already
+        inside = starts[starts < words.size]
+        broken["recorded conversations do not begin where they are recorded"] = int((~begins[inside]).sum())
+    for what, count in broken.items():
+        if count:
+            yield ShardError(
+                f"{count:,} {what}",
+                where=path,
+                expected="flags as `apr-dist tokenize encode-chat` writes them",
+                remedy="encode the conversations again",
+            )
 
 
 def _check_leftovers(manifest: Manifest) -> Iterator[DataError]:

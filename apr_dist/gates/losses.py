@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from apr_dist.errors import LossRefused
 from apr_dist.gates.result import GateResult
+
+_START, _CHANCE = "FALSIFY-APR-PRETRAIN-INIT-006", "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003"
+_FINAL, _AGREES = "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-005", "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-007"
+_FELL, _TARGET = "FALSIFY-APR-DIST-TRAINER-010", "INV-TRAIN-004"
 
 INIT_LOSS_CAP = 6.0
 """FALSIFY-APR-PRETRAIN-INIT-006: largest step-0 validation loss of a pretrained init, nats."""
@@ -53,36 +58,19 @@ def step_zero_gates(
         from_init: whether the weights came from a file.
         recorded: what that file says the same evaluation gave when it was saved.
     """
-    log_v = math.log(vocab_size)
-    shown = f"{val_loss:.4f}"
+    log_v, shown, finite = math.log(vocab_size), f"{val_loss:.4f}", math.isfinite(val_loss)
     if not from_init:
         low = log_v - SCRATCH_SLACK
-        return [
-            GateResult(
-                id="FALSIFY-APR-PRETRAIN-INIT-006",
-                gate="step-0 loss of random weights",
-                measured=shown,
-                required=f"at least ln V - {SCRATCH_SLACK} = {low:.2f}",
-                passed=math.isfinite(val_loss) and val_loss >= low,
-            )
-        ]
-    return [
-        GateResult(
-            id="FALSIFY-APR-PRETRAIN-INIT-006",
-            gate="step-0 loss of the init",
-            measured=shown,
-            required=f"at most {INIT_LOSS_CAP}",
-            passed=math.isfinite(val_loss) and val_loss <= INIT_LOSS_CAP,
-        ),
-        GateResult(
-            id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003",
-            gate="step-0 loss against chance",
-            measured=shown,
-            required=f"at most {INIT_LOSS_SHARE} ln V = {INIT_LOSS_SHARE * log_v:.2f}",
-            passed=math.isfinite(val_loss) and val_loss <= INIT_LOSS_SHARE * log_v,
-        ),
-        *_reopened_gate(val_loss, recorded),
+        least = f"at least ln V - {SCRATCH_SLACK} = {low:.2f}"
+        passed = finite and val_loss >= low
+        return [GateResult(_START, "step-0 loss of random weights", shown, least, passed)]
+    cap, limit = f"at most {INIT_LOSS_CAP}", INIT_LOSS_SHARE * log_v
+    share = f"at most {INIT_LOSS_SHARE} ln V = {limit:.2f}"
+    gates = [
+        GateResult(_START, "step-0 loss of the init", shown, cap, finite and val_loss <= INIT_LOSS_CAP),
+        GateResult(_CHANCE, "step-0 loss against chance", shown, share, finite and val_loss <= limit),
     ]
+    return gates if recorded is None else [*gates, _reopened(val_loss, recorded)]
 
 
 def random_start_gates(
@@ -96,38 +84,25 @@ def random_start_gates(
         tokens: how many tokens those are.
         vocab_size: rows of the embedding.
     """
-    low = math.log(vocab_size) - SCRATCH_SLACK
+    measured = f"{init_loss:.4f} against {random_loss:.4f} on the same {tokens:,} tokens"
     finite = math.isfinite(random_loss) and math.isfinite(init_loss)
+    better = finite and init_loss < random_loss
+    low, shown = math.log(vocab_size) - SCRATCH_SLACK, f"{random_loss:.4f}"
+    least = f"at least ln V - {SCRATCH_SLACK} = {low:.2f}"
     return [
-        GateResult(
-            id="FALSIFY-APR-PRETRAIN-INIT-006",
-            gate="random weights know nothing",
-            measured=f"{random_loss:.4f}",
-            required=f"at least ln V - {SCRATCH_SLACK} = {low:.2f}",
-            passed=finite and random_loss >= low,
-        ),
-        GateResult(
-            id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003",
-            gate="step-0 loss against random weights",
-            measured=f"{init_loss:.4f} against {random_loss:.4f} on the same {tokens:,} tokens",
-            required="below random weights",
-            passed=finite and init_loss < random_loss,
-        ),
+        GateResult(_START, "random weights know nothing", shown, least, finite and random_loss >= low),
+        GateResult(_CHANCE, "step-0 loss against random weights", measured, "below random weights", better),
     ]
 
 
-def _reopened_gate(val_loss: float, recorded: float | None) -> list[GateResult]:
-    if recorded is None:
-        return []
-    return [
-        GateResult(
-            id="FALSIFY-APR-DIST-CHECKPOINT-005",
-            gate="checkpoint has the loss it was saved with",
-            measured=f"{val_loss:.6f}",
-            required=f"{recorded:.6f} within {AGREEMENT:.0e}",
-            passed=abs(val_loss - recorded) <= AGREEMENT,
-        )
-    ]
+def _reopened(val_loss: float, recorded: float) -> GateResult:
+    return GateResult(
+        "FALSIFY-APR-DIST-CHECKPOINT-005",
+        "checkpoint has the loss it was saved with",
+        f"{val_loss:.6f}",
+        f"{recorded:.6f} within {AGREEMENT:.0e}",
+        abs(val_loss - recorded) <= AGREEMENT,
+    )
 
 
 def refuse_failed(results: Sequence[GateResult], *, where: str) -> None:
@@ -153,27 +128,16 @@ def evaluation_gates(
     """FINETUNE-007: evaluation reads the live weights, and its figure is one a model can reach."""
     results = []
     if agreements:
-        worst = max(agreements, key=lambda pair: pair.difference)
-        steps = " and ".join(str(pair.step) for pair in agreements)
-        results.append(
-            GateResult(
-                id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-007",
-                gate=f"evaluation agrees with training (steps {steps})",
-                measured=f"{worst.difference:.1e} apart",
-                required=f"at most {AGREEMENT:.0e}",
-                passed=worst.difference <= AGREEMENT,
-            )
+        worst = max(pair.difference for pair in agreements)
+        gate = (
+            f"evaluation agrees with training (steps {' and '.join(str(pair.step) for pair in agreements)})"
         )
+        limit = f"at most {AGREEMENT:.0e}"
+        results.append(GateResult(_AGREES, gate, f"{worst:.1e} apart", limit, worst <= AGREEMENT))
     if train_loss is not None:
-        results.append(
-            GateResult(
-                id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-007",
-                gate="validation loss is plausible",
-                measured=f"{val_loss:.4f}",
-                required=f"at least {PLAUSIBLE_SHARE} x training loss {train_loss:.4f}",
-                passed=val_loss >= PLAUSIBLE_SHARE * train_loss,
-            )
-        )
+        floor = f"at least {PLAUSIBLE_SHARE} x training loss {train_loss:.4f}"
+        passed = val_loss >= PLAUSIBLE_SHARE * train_loss
+        results.append(GateResult(_AGREES, "validation loss is plausible", f"{val_loss:.4f}", floor, passed))
     return results
 
 
@@ -181,36 +145,16 @@ def final_gates(
     *, first_val_loss: float, val_loss: float, target: float, finetune: bool, steps: int
 ) -> list[GateResult]:
     """What the last validation loss must be, and what it should be."""
-    results = []
+    results, shown = [], f"{val_loss:.4f}"
     if finetune:
-        results.append(
-            GateResult(
-                id="FALSIFY-APR-PRETRAIN-INIT-FINETUNE-005",
-                gate="final validation loss",
-                measured=f"{val_loss:.4f}",
-                required=f"finite and below {FINAL_LOSS_CAP}",
-                passed=math.isfinite(val_loss) and val_loss < FINAL_LOSS_CAP,
-            )
-        )
+        required = f"finite and below {FINAL_LOSS_CAP}"
+        passed = math.isfinite(val_loss) and val_loss < FINAL_LOSS_CAP
+        results.append(GateResult(_FINAL, "final validation loss", shown, required, passed))
     if steps:
-        results.append(
-            GateResult(
-                id="FALSIFY-APR-DIST-TRAINER-010",
-                gate="validation loss fell",
-                measured=f"{val_loss - first_val_loss:+.4f}",
-                required=f"below step 0 ({first_val_loss:.4f})",
-                passed=val_loss < first_val_loss,
-                ship_blocking=False,
-            )
-        )
-    results.append(
-        GateResult(
-            id="INV-TRAIN-004",
-            gate="target validation loss",
-            measured=f"{val_loss:.4f}",
-            required=f"at most {target}",
-            passed=val_loss <= target,
-            ship_blocking=False,
-        )
-    )
-    return results
+        change, below = f"{val_loss - first_val_loss:+.4f}", f"below step 0 ({first_val_loss:.4f})"
+        results.append(_advisory(_FELL, "validation loss fell", change, below, val_loss < first_val_loss))
+    limit = f"at most {target}"
+    return [*results, _advisory(_TARGET, "target validation loss", shown, limit, val_loss <= target)]
+
+
+_advisory = partial(GateResult, ship_blocking=False)

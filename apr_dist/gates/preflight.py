@@ -24,13 +24,14 @@ from apr_dist.data.mixture import Mixture
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
+from apr_dist.gates.conversations import check_conversations, template_digest
 from apr_dist.gates.data import check_disjoint, check_shared_documents, check_splits, check_unread
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.host_memory import check_host_memory
-from apr_dist.gates.model_file import prove_model
+from apr_dist.gates.model_file import Progress, named, prove_model
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
-from apr_dist.gates.warnings import DataFacts, warnings_of
+from apr_dist.gates.warnings import DataFacts, left_out_of, warnings_of
 from apr_dist.model.config import PRESETS, TransformerConfig, preset
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parsing import parse_json
@@ -74,6 +75,7 @@ def run_preflight(
     resume_from: Path | None = None,
     read_weights: bool = True,
     own_data: bool = False,
+    progress: Progress | None = None,
 ) -> Preflight:
     """Run every gate in order and stop at the first that says no.
 
@@ -85,6 +87,7 @@ def run_preflight(
         read_weights: off, only header, metadata and index of the file are read: its checksum, its digest
             and its values are not asked about, which takes no longer for a large file than for a small one.
         own_data: the program hands in batches of its own; training shards are not asked about.
+        progress: called while a model file is read.
 
     Raises:
         AprDistError: the first gate's refusal; the file is closed again.
@@ -92,9 +95,12 @@ def run_preflight(
     check_settings(config, world_size=world_size)
     with ExitStack() as stack:
         path = resume_from or config.init
-        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)
+        if path:
+            found = prove_model_file(path, stack, say, read_weights, progress)
+        else:
+            found = _from_scratch(config.model)
         if resume_from is not None:
-            _identify_init(found, config.init)
+            _identify_init(found, config.init, progress)
         _note(found, say, _positions(found.model_config, config.seq_length))
         if config.synthetic:
             check_documents(config.loader.documents, config.compute, (), synthetic=True)
@@ -143,30 +149,42 @@ def model_from_name(name: str) -> TransformerConfig:
 
 
 def prove_model_file(
-    path: Path, stack: ExitStack, say: Callable[[str], None], read_weights: bool
+    path: Path,
+    stack: ExitStack,
+    say: Callable[[str], None],
+    read_weights: bool,
+    progress: Progress | None = None,
 ) -> Preflight:
     """Ask the gates of a model file (`gates.model_file`); it stays open in ``stack``.
 
     Raises:
         ModelFileError, GateRefused: the first gate that refuses.
     """
-    reader = stack.enter_context(AprReader(path, verify="full" if read_weights else "structure"))
+    summing = named("checking the file", progress)
+    reader = stack.enter_context(
+        AprReader(path, verify="full" if read_weights else "structure", progress=summing)
+    )
     proven = prove_model(
-        reader, read_values=read_weights, with_digest=read_weights, passed=lambda one: say(_line(one))
+        reader,
+        read_values=read_weights,
+        with_digest=read_weights,
+        passed=lambda one: say(_line(one)),
+        progress=progress,
     )
     found = Preflight(model_config=proven.config, reader=reader, results=list(proven.results))
+    found.warnings += left_out_of(reader.metadata.custom, proven.config.family)
     if proven.digest:
         found.provenance["init_digest"] = proven.digest
     return found
 
 
-def _identify_init(found: Preflight, init: Path | None) -> None:
+def _identify_init(found: Preflight, init: Path | None, progress: Progress | None) -> None:
     """A resumed run's init is the file it began with; the checkpoint it goes on from remembers which."""
     assert found.reader is not None
     found.provenance["init_digest"] = found.reader.metadata.custom.get("apr_dist.init_digest")
     if init is not None and init.exists():
-        with AprReader(init) as given:
-            found.given_init_digest = given.digest()
+        with AprReader(init, progress=named("checking the init file", progress)) as given:
+            found.given_init_digest = given.digest(named("hashing the init file", progress))
 
 
 def _from_scratch(name: str) -> Preflight:
@@ -182,12 +200,9 @@ def _positions(model: TransformerConfig, seq_length: int) -> GateResult:
             expected=f"at most {limit:,}",
             remedy="lower --seq-length",
         )
-    return GateResult(
-        id="FALSIFY-APR-PRETRAIN-ARCH-003",
-        gate="dimensions come from the model",
-        measured=f"{model.parameter_count():,} parameters, {limit:,} positions",
-        required=f"at least {seq_length:,} positions",
-    )
+    measured = f"{model.parameter_count():,} parameters, {limit:,} positions"
+    required = f"at least {seq_length:,} positions"
+    return GateResult("FALSIFY-APR-PRETRAIN-ARCH-003", "dimensions come from the model", measured, required)
 
 
 def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None], *, own_data: bool) -> None:
@@ -227,17 +242,23 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     found.warnings += [warning] if warning else []
     rows = found.model_config.vocab_size
     _note(found, say, _check_tokenizer(found, config, parts, rows))
+    conversations, unknown = check_conversations(
+        everything,
+        seq_length=config.seq_length,
+        model_vocab=rows,
+        template=template_digest(found.reader.metadata if found.reader else None),
+        tokenizer_sha256=found.provenance["tokenizer_sha256"],
+    )
+    found.warnings += unknown
+    if conversations is not None:
+        _note(found, say, conversations)
     for manifest in everything:
         vocabulary.check_shards(max_id=manifest.max_token_id, model_vocab=rows, where=manifest.folder)
     vocabulary.check_ignored(order.ignored_ids, model_vocab=rows)
-    result = GateResult(
-        id=vocabulary.SHARD_ID,
-        gate="shards fit the model",
-        measured=f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
-        f"{data.sequences:,} + {data.held_out_sequences:,} sequences, {shared}",
-        required=f"ids below {rows:,}; nothing held out is trained on",
-    )
-    _note(found, say, result)
+    measured = f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
+    measured += f"{data.sequences:,} + {data.held_out_sequences:,} sequences, {shared}"
+    required = f"ids below {rows:,}; nothing held out is trained on"
+    _note(found, say, GateResult(vocabulary.SHARD_ID, "shards fit the model", measured, required))
     found.provenance["data_fingerprint"] = training.fingerprint
     if isinstance(training, Mixture):
         found.provenance["data_sources"] = training.describe()
@@ -290,12 +311,9 @@ def _check_tokenizer(
             where=part.folder,
         )
     found.provenance["tokenizer_sha256"] = identity.sha256 if identity else None
-    return GateResult(
-        id=vocabulary.ABOVE_MODEL if from_init else vocabulary.NOT_EQUAL,
-        gate="tokenizer fits the model",
-        measured=f"{tokens:,} tokens, {rows:,} rows",
-        required=f"{'at most' if from_init else 'exactly'} {rows:,} tokens",
-    )
+    falsifier = vocabulary.ABOVE_MODEL if from_init else vocabulary.NOT_EQUAL
+    required = f"{'at most' if from_init else 'exactly'} {rows:,} tokens"
+    return GateResult(falsifier, "tokenizer fits the model", f"{tokens:,} tokens, {rows:,} rows", required)
 
 
 def _own_tokenizer(

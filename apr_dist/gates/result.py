@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GateResult:
     """One line of the verdict.
 
@@ -24,6 +24,7 @@ class GateResult:
     measured: str
     required: str
     passed: bool = True
+    _: KW_ONLY
     ship_blocking: bool = True
 
     def to_json(self) -> dict[str, Any]:

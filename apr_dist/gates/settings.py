@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
-from apr_dist.choices import TRACKER_OPTIONS, TRACKERS, ActivationCheckpointing, Compile, ScheduleKind
+from apr_dist.choices import (
+    TRACKER_OPTIONS,
+    TRACKERS,
+    ActivationCheckpointing,
+    Compile,
+    Device,
+    KernelChoice,
+    ScheduleKind,
+)
 from apr_dist.config import TrainConfig
 from apr_dist.config.sections import ComputeSection, OptimizerSection, TrackingSection
 from apr_dist.errors import UsageError
@@ -35,6 +43,7 @@ def check_settings(config: TrainConfig, *, world_size: int) -> None:
     check_tracking(config.tracking, config.trackers)
     check_installed(config.optimizer.state_bits)
     check_decay(config.optimizer, num_steps=config.num_steps, warmup=config.warmup)
+    check_kernels(config)
     options, launch = config.parallel, read_launch()
     check_strategy(
         options.strategy,
@@ -56,6 +65,25 @@ def check_settings(config: TrainConfig, *, world_size: int) -> None:
             expected="the file's own architecture with --init, or --model without it",
             remedy="leave one of them out",
         )
+
+
+def check_kernels(config: TrainConfig) -> None:
+    """A set of kernels that is asked for can compute on the run's device, or on the one found here.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    asked, device = config.compute.kernels, config.device.value
+    if asked is KernelChoice.AUTO:
+        return
+    import torch  # noqa: PLC0415  (only this key needs it before the gates)
+
+    from apr_dist.model.kernels.choice import choose_kernels  # noqa: PLC0415
+
+    if config.device is Device.AUTO:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled = config.compute.compile is Compile.BLOCK
+    choose_kernels(asked, torch.device(device), compiled=compiled)
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from apr_dist.gates.result import GateResult
 MOST_LOST = 0.1
 """Largest share of updates below half a unit in the last place, where weights are rounded to the nearest."""
 
-UPDATES = "FALSIFY-APR-DIST-TRAINER-037"
+UPDATES = "FALSIFY-APR-DIST-TRAINER-041"
 
 
 def updates_gate(below_half_ulp: float, weights: WeightStorage) -> GateResult:

@@ -1,19 +1,94 @@
-"""Chat templates: finding the one a model carries, and turning what a user says into its prompt.
-
-A template is Jinja source that came with a model file, so it runs in Jinja's sandbox; the names and tags it
-may use are those that ``transformers`` gives it.
-"""
+"""The chat of a model file: finding the template it carries, with its special tokens and its tokenizer."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-from apr_dist.errors import TokenizerError, UsageError
+from apr_dist.apr.layout import TOKENIZER_TEXT
+from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.reader import AprReader
+from apr_dist.corpus.chat_template import ChatTemplate
+from apr_dist.corpus.chat_tokenizer import ChatTokenizer
+from apr_dist.corpus.tokenizer import load_tokenizer
+from apr_dist.errors import TokenizerError
+from apr_dist.interop.embedding import embedded_files, end_token_ids
 from apr_dist.parsing import parse_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChat:
+    """What turns a model's conversations into tokens.
+
+    Attributes:
+        template: its chat template; None if it carries none.
+        tokenizer: its tokenizer.
+        tokenizer_json: the text of that.
+        tokenizer_from: where that came from: the model file or a folder.
+        end_ids: tokens at which the model stops, as far as its file states them.
+    """
+
+    template: ChatTemplate | None
+    tokenizer: ChatTokenizer
+    tokenizer_json: bytes
+    tokenizer_from: Path
+    end_ids: frozenset[int]
+
+    def needed(self, path: Path) -> ChatTemplate:
+        """The template.
+
+        Raises:
+            TokenizerError: there is none.
+        """
+        if self.template is None:
+            raise TokenizerError(
+                "the model carries no chat template",
+                where=path,
+                expected="a chat template in its metadata or next to its tokenizer",
+                remedy=f"give it one: apr-dist stamp {path} -o OUTPUT.apr --chat-template FILE.jinja",
+            )
+        return self.template
+
+
+def read_chat(path: Path, *, tokenizer: Path | None = None) -> ModelChat:
+    """The chat of a model file, without its weights.
+
+    Args:
+        path: an APR v2 file.
+        tokenizer: tokenizer folder; None takes the one inside the file, else ``model.tokenizer`` next to it.
+
+    Raises:
+        ModelFileError: the file is missing or damaged.
+        TokenizerError: there is no tokenizer, or it or the template cannot be used.
+    """
+    with AprReader(path, verify="structure") as reader:
+        return chat_of(reader.metadata, path, tokenizer)
+
+
+def chat_of(metadata: AprMetadata, path: Path, tokenizer: Path | None) -> ModelChat:
+    """As `read_chat`, for a file whose metadata are read.
+
+    Raises:
+        TokenizerError: there is no tokenizer, or it or the template cannot be used.
+    """
+    source, files = _tokenizer_files(metadata, path, tokenizer)
+    roles = {role: token for role, token in (metadata.special_tokens or {}).items() if isinstance(token, str)}
+    content = files[TOKENIZER_TEXT]
+    reading = ChatTokenizer(content, special_tokens=roles, where=source)
+    named = reading.id_of(roles["eos_token"]) if "eos_token" in roles else None
+    ends = frozenset({*end_token_ids(metadata), *(() if named is None else (named,))})
+    text = chat_template(metadata.chat_template, files, where=source)
+    template = (
+        None if text is None else ChatTemplate(text=text, special_tokens=roles, end_ids=ends, where=path)
+    )
+    return ModelChat(
+        template=template,
+        tokenizer=reading,
+        tokenizer_json=content,
+        tokenizer_from=source,
+        end_ids=ends,
+    )
 
 
 def chat_template(stated: str | None, files: Mapping[str, bytes], *, where: Path) -> str | None:
@@ -35,61 +110,19 @@ def chat_template(stated: str | None, files: Mapping[str, bytes], *, where: Path
     return found if isinstance(found, str) else None
 
 
-def render_chat(template: str, prompt: str, *, special_tokens: Mapping[str, str], where: Path) -> str:
-    """The prompt of a chat of one user message, ready for the assistant to answer.
-
-    Raises:
-        UsageError: Jinja is not installed.
-        TokenizerError: the template is malformed, or refuses such a chat.
-    """
-    try:
-        from jinja2 import TemplateError  # noqa: PLC0415  (an extra)
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
-
-        from apr_dist.interop.chat_tags import GenerationTag  # noqa: PLC0415
-    except ImportError as error:
-        raise UsageError(
-            "jinja2 is not installed",
-            where="--chat",
-            expected="the extra that reads chat templates",
-            remedy="pip install 'apr-dist[report]'",
-        ) from error
-
-    def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.now().astimezone().strftime(form),
-    }
-    try:
-        return environment.from_string(template).render(
-            messages=[{"role": "user", "content": prompt}],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **special_tokens,
-        )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+def _tokenizer_files(metadata: AprMetadata, path: Path, folder: Path | None) -> tuple[Path, dict[str, bytes]]:
+    """The tokenizer that was named, else the one inside, else the one beside; and the files around it."""
+    if folder is None and isinstance(metadata.custom.get(TOKENIZER_TEXT), str):
+        return path, embedded_files(metadata, where=path)
+    source = folder or path.with_suffix(".tokenizer")
+    if folder is None and not source.is_dir():
         raise TokenizerError(
-            f"the chat template cannot be used ({type(error).__name__}: {error})",
-            where=where,
-            expected="a Jinja template of a chat",
-            remedy="leave --chat out",
-        ) from error
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+            "there is no tokenizer inside the file or beside it",
+            where=path,
+            expected=f"an embedded one, or the folder {source.name}",
+            remedy=f"apr-dist tokenize import-hf FOLDER -o {source}, with the folder the tokenizer is in",
+        )
+    load_tokenizer(source)  # its checks: whole, of a known kind, unchanged since its import
+    return source, {
+        file.name: file.read_bytes() for file in source.iterdir() if file.suffix in (".json", ".jinja")
+    }

@@ -1,18 +1,16 @@
-"""What imports and exports share: element conversion, and the summary of what was made."""
+"""What imports and exports share: the elements of a tensor in another type, and counts of what is written."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from apr_dist.apr.layout import ELEMENT_BYTES, DType, payload_bytes
+from apr_dist.apr.layout import ELEMENT_BYTES, WRITABLE, DType, TensorEntry, payload_bytes
 from apr_dist.apr.reader import AprReader, widen_bfloat16
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import UnsupportedModelFile
@@ -29,54 +27,32 @@ COPY_BYTES: Final = 4 * 1024 * 1024
 _F16_INFINITY = 0x7C00
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportSummary:
-    """What an import made.
-
-    Attributes:
-        source: the file or folder that was read.
-        target: the APR file that was written.
-        original_format: ``"gguf"``, ``"safetensors"``, ``"apr-v1"`` or ``"apr shards"``.
-        tensor_count: tensors in the target.
-        param_count: elements in the target.
-        size_bytes: length of the target file.
-        dtypes: tensors in the target by dtype name.
-        tied: whether the head is the embedding.
-        notes: what was decided on the way and is worth telling, one sentence each.
-    """
-
-    source: Path
-    target: Path
-    original_format: str
-    tensor_count: int
-    param_count: int
-    size_bytes: int
-    dtypes: Mapping[str, int]
-    tied: bool
-    notes: tuple[str, ...] = ()
+def kept_type(entry: TensorEntry, wanted: DType | None) -> DType:
+    """The type a tensor is written in: as asked, else its own where that can be written, else F16."""
+    if wanted is not None:
+        return wanted
+    return entry.dtype if entry.dtype in WRITABLE else DType.F16
 
 
-def summarize(
-    source: Path,
-    target: Path,
-    original_format: str,
-    specs: Sequence[TensorSpec],
-    *,
-    tied: bool,
-    notes: tuple[str, ...] = (),
-) -> ImportSummary:
-    """The summary of an import that wrote ``specs`` to ``target``."""
-    return ImportSummary(
-        source=Path(source),
-        target=Path(target),
-        original_format=original_format,
-        tensor_count=len(specs),
-        param_count=sum(math.prod(spec.shape) for spec in specs),
-        size_bytes=Path(target).stat().st_size,
-        dtypes=count_dtypes(specs),
-        tied=tied,
-        notes=notes,
-    )
+def counted(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that is told how many bytes were written just now, and reports all so far."""
+    done = 0
+
+    def report(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress:
+            progress(done, total)
+
+    return report
+
+
+def one_by_one(tensors: Mapping[str, TensorEntry], progress: Progress | None) -> Iterator[str]:
+    """The names in order; each is reported as done when the next one is asked for."""
+    report = counted(progress, sum(entry.size_bytes for entry in tensors.values()))
+    for name, entry in tensors.items():
+        yield name
+        report(entry.size_bytes)
 
 
 def total_bytes(specs: Iterable[TensorSpec]) -> int:
@@ -87,6 +63,10 @@ def total_bytes(specs: Iterable[TensorSpec]) -> int:
 def count_dtypes(specs: Iterable[TensorSpec]) -> dict[str, int]:
     """Tensors by dtype name, most frequent first."""
     return dict(Counter(spec.dtype.name for spec in specs).most_common())
+
+
+Piece = npt.NDArray[Any] | memoryview
+"""Some of a tensor's elements, as they are stored."""
 
 
 def encode(values: npt.NDArray[np.float32], dtype: DType, *, name: str, where: Path) -> npt.NDArray[Any]:
@@ -114,7 +94,7 @@ def encode(values: npt.NDArray[np.float32], dtype: DType, *, name: str, where: P
     return half
 
 
-def converted_pieces(reader: AprReader, name: str, dtype: DType) -> Iterator[npt.NDArray[Any] | memoryview]:
+def converted_pieces(reader: AprReader, name: str, dtype: DType) -> Iterator[Piece]:
     """A tensor's elements in another dtype, in order, a piece at a time; the same dtype is not touched."""
     entry = reader.tensors[name]
     if entry.dtype is dtype:

@@ -12,7 +12,7 @@ import numpy as np
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.gates.model_file import prove_model
-from apr_dist.interop.convert import CHUNK_ELEMENTS, Progress
+from apr_dist.interop.convert import CHUNK_ELEMENTS, Progress, one_by_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +81,12 @@ def diff_files(first: Path, second: Path, *, progress: Progress | None = None) -
         prove_model(other)
         shared = [name for name in one.tensors if name in other.tensors]
         found: list[TensorDiff] = []
-        done, total = 0, sum(one.tensors[name].size_bytes for name in shared)
-        for name in shared:
+        for name in one_by_one({name: one.tensors[name] for name in shared}, progress):
             difference = _compare(one, other, name)
             if difference is not None:
                 found.append(difference)
             one.forget(name)
             other.forget(name)
-            done += one.tensors[name].size_bytes
-            if progress:
-                progress(done, total)
         return FileDiff(
             first=one.path,
             second=other.path,

@@ -12,16 +12,10 @@ import numpy.typing as npt
 
 from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
-from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.errors import DamagedModelFile, TokenizerError, UnsupportedModelFile, UsageError
-from apr_dist.interop.convert import (
-    CHUNK_ELEMENTS,
-    ImportSummary,
-    Progress,
-    encode,
-    summarize,
-    total_bytes,
-)
+from apr_dist.apr.writer import TensorSpec
+from apr_dist.errors import DamagedModelFile, TokenizerError, UnsupportedModelFile
+from apr_dist.interop.chat_settings import with_gguf_sampling
+from apr_dist.interop.convert import CHUNK_ELEMENTS, Piece, encode
 from apr_dist.interop.embedding import embed_text
 from apr_dist.interop.gguf_file import GgufFile, GgufTensor
 from apr_dist.interop.gguf_metadata import read_metadata
@@ -34,7 +28,8 @@ from apr_dist.interop.gguf_names import (
     to_gguf,
     to_huggingface,
 )
-from apr_dist.interop.proven import proven_writer
+from apr_dist.interop.request import ImportRequest, ImportSummary
+from apr_dist.interop.stored_names import CLAIM, decide_tie
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import GgufForm
@@ -51,33 +46,15 @@ class _Plan:
     reordered_head_dim: int | None
 
 
-def import_gguf(
-    source: Path,
-    target: Path,
-    *,
-    dtype: DType | None = None,
-    tie: bool | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    with_tokenizer: bool = True,
-) -> ImportSummary:
-    """Write the model of a GGUF file as an APR file.
-
-    Args:
-        source: GGUF file of an architecture that one of the families is read from.
-        target: APR file to make.
-        dtype: element type of every tensor; None keeps F32, F16 and BF16 and makes the rest F16.
-        tie: whether the head is the embedding; None decides by comparing the two.
-        overwrite: whether ``target`` may exist.
-        progress: told how far the writing is.
-        with_tokenizer: put the file's tokenizer into the metadata; one that cannot be is a note.
+def import_gguf(request: ImportRequest) -> ImportSummary:
+    """Write the model of a GGUF file as an APR file, with the file's tokenizer; one that cannot be is a note.
 
     Raises:
         ModelFileError: the source is missing, damaged, or something in it is not supported.
         OutputError: the target cannot be written.
         UsageError: the ``gguf`` package is missing, or ``tie`` is off for a file without a head.
     """
-    with GgufFile(source) as file:
+    with GgufFile(request.source) as file:
         metadata, family, notes = read_metadata(file)
         form = family.definition.gguf
         model = TransformerConfig.from_metadata(
@@ -87,18 +64,29 @@ def import_gguf(
             tie_word_embeddings=OUTPUT not in file.tensors,
         )
         _check_complete(file, model, form)
-        tied, note = _decide_tie(file, tie)
-        plans = _plan(file, model, form, dtype, tied)
-        specs = [plan.spec for plan in plans]
-        metadata = metadata.with_custom({"tie_word_embeddings": tied})
-        if with_tokenizer:
-            metadata, more = _embed(metadata, file.path)
-            notes = (*notes, *more)
-        with proven_writer(
-            target, metadata=metadata, tensors=specs, source=file.path, overwrite=overwrite
-        ) as writer:
-            _write_all(file, plans, writer, progress)
-    return summarize(source, target, "gguf", specs, tied=tied, notes=(*note, *notes))
+        decided = decide_tie(
+            [to_huggingface(name, form) for name in file.tensors],
+            claimed=None,
+            asked=request.tie,
+            equal=lambda: _same_values(file, file.tensors[EMBEDDING], file.tensors[OUTPUT]),
+            where=file.path,
+        )
+        plans = _plan(file, model, form, request.dtype, decided.tied)
+        metadata = with_gguf_sampling(metadata.with_custom({CLAIM: decided.tied}), file.fields)
+        metadata, more = _embed(metadata, file.path)
+
+        def pieces() -> Iterator[tuple[str, Piece]]:
+            for plan in plans:
+                yield from ((plan.spec.name, piece) for piece in _pieces(file, plan))
+                file.forget(plan.tensor)
+
+        return request.write(
+            pieces(),
+            metadata=metadata,
+            specs=[plan.spec for plan in plans],
+            original_format="gguf",
+            notes=(*decided.notes, *notes, *more),
+        )
 
 
 def _embed(metadata: AprMetadata, source: Path) -> tuple[AprMetadata, tuple[str, ...]]:
@@ -107,17 +95,6 @@ def _embed(metadata: AprMetadata, source: Path) -> tuple[AprMetadata, tuple[str,
         return embed_text(metadata, content, where=source)
     except TokenizerError as error:
         return metadata, (f"the tokenizer was not embedded: {error}",)
-
-
-def _write_all(file: GgufFile, plans: list[_Plan], writer: AprWriter, progress: Progress | None) -> None:
-    done, total = 0, total_bytes(plan.spec for plan in plans)
-    for plan in plans:
-        for piece in _pieces(file, plan):
-            writer.append(plan.spec.name, piece)
-            done += piece.nbytes
-            if progress:
-                progress(done, total)
-        file.forget(plan.tensor)
 
 
 def _check_complete(file: GgufFile, model: TransformerConfig, form: GgufForm) -> None:
@@ -130,23 +107,6 @@ def _check_complete(file: GgufFile, model: TransformerConfig, form: GgufForm) ->
             expected=f"every tensor of its {model.num_layers} layers",
             remedy="take a complete file; split files must be merged first",
         )
-
-
-def _decide_tie(file: GgufFile, tie: bool | None) -> tuple[bool, tuple[str, ...]]:
-    head = file.tensors.get(OUTPUT)
-    if head is None:
-        if tie is False:
-            raise UsageError(
-                "the head cannot be kept apart: the GGUF file has no output.weight",
-                where=file.path,
-                remedy="leave the option out",
-            )
-        return True, ()
-    if tie is not None:
-        return tie, ("output.weight was dropped: the head is tied to the embedding as asked",) if tie else ()
-    if _same_values(file, file.tensors[EMBEDDING], head):
-        return True, ("output.weight equals the embedding and was dropped: the head is tied",)
-    return False, ()
 
 
 def _same_values(file: GgufFile, left: GgufTensor, right: GgufTensor) -> bool:

@@ -14,13 +14,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import atomic_path
 from apr_dist.errors import UnsupportedModelFile
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
-from apr_dist.interop.convert import Progress
+from apr_dist.interop.chat_settings import gguf_sampling, stated_template
+from apr_dist.interop.convert import Progress, counted
 from apr_dist.interop.gguf_check import check_read_back, refuse_too_large
 from apr_dist.interop.gguf_file import load_gguf_package
 from apr_dist.interop.gguf_names import ROPE_FACTORS, adjacent_pairs, rotary_projection, to_gguf
@@ -86,7 +86,7 @@ def export_gguf(
                 writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
                 _add_fields(writer, reader, model, form.architecture)
                 if tokenizer is not None:
-                    _add_tokenizer(writer, tokenizer, reader.metadata)
+                    _add_tokenizer(writer, tokenizer, reader)
                 types = _write_tensors(writer, reader, names, model, kind, progress)
             finally:
                 writer.close()
@@ -162,7 +162,7 @@ def _add_fields(writer: Any, reader: AprReader, model: TransformerConfig, archit
         add(f"{architecture}.{key}", value)
 
 
-def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, metadata: AprMetadata) -> None:
+def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, reader: AprReader) -> None:
     writer.add_tokenizer_model(tokenizer.model)
     writer.add_tokenizer_pre(tokenizer.pre)
     writer.add_token_list(tokenizer.tokens)
@@ -176,8 +176,10 @@ def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, metadata: AprMetadata)
     writer.add_add_eos_token(tokenizer.add_eos)
     for key, index in tokenizer.special_ids.items():
         writer.add_uint32(f"tokenizer.ggml.{key}", index)
-    if metadata.chat_template:
-        writer.add_chat_template(metadata.chat_template)
+    if template := stated_template(reader.metadata, reader.path):
+        writer.add_chat_template(template)
+    for key, value in gguf_sampling(reader.metadata, reader.path).items():
+        (writer.add_int32 if key.endswith("top_k") else writer.add_float32)(key, value)
 
 
 def _write_tensors(
@@ -205,16 +207,14 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     if divisors is not None:
         writer.write_tensor_data(divisors)
-    done = 0
+    report = counted(progress, total)
     for name in names:
         rows = _rows(reader, name, model)
         refuse_too_large(rows, types[name].name, name=name, where=reader.path)
         stored = gguf.quantize(rows, types[name])
         writer.write_tensor_data(stored)
         reader.forget(name)
-        done += stored.nbytes
-        if progress:
-            progress(done, total)
+        report(stored.nbytes)
     return dict(Counter(kind.name for kind in types.values()).most_common())
 
 

@@ -11,18 +11,17 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from apr_dist.apr.bounded_json import parse_object
 from apr_dist.apr.files import map_readonly
-from apr_dist.apr.layout import DType
+from apr_dist.apr.layout import HF_CONFIG, DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.errors import ArchitectureRefused, DamagedModelFile
 from apr_dist.model.config import SPLIT_HALVES, TransformerConfig
 from apr_dist.model.families import HF_KEYS, Effect, Family, Key, family_of_model_type
 from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, refuse_key
 
-CONFIG_KEY: Final = "apr_dist.hf_config"
 """Custom metadata key that keeps the whole ``config.json`` of the source."""
 
 _TORCH_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
@@ -71,7 +70,7 @@ def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dic
         **{ours: stated[key] for key, rule in keys.items() if (ours := _plain(key, rule)) and key in stated},
         "rope_type": SPLIT_HALVES,
         "sliding_window": _window(config, family, stated, where),
-        CONFIG_KEY: _kept(config, keys),
+        HF_CONFIG: _kept(config, keys),
     }
     values["rope_theta"], scaling = _rope(config, stated, where)
     values["rope_scaling"] = scaling and scaling.to_mapping()
@@ -256,7 +255,7 @@ def config_from_metadata(
         ArchitectureRefused: it does not.
     """
     family = model.family
-    kept = metadata.custom.get(CONFIG_KEY)
+    kept = metadata.custom.get(HF_CONFIG)
     keys, defaults = {**HF_KEYS, **family.definition.hf_keys}, family.definition.hf_defaults
     config = _kept(kept if isinstance(kept, Mapping) else {}, keys)
     config |= {"architectures": [family.hf_architecture], "model_type": family.hf_model_type}

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from apr_dist.apr.layout import TOKENIZER_TEXT, WRITABLE, DType, payload_bytes
+from apr_dist.apr.layout import TOKENIZER_TEXT, DType, payload_bytes
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, writing_to
 from apr_dist.errors import OutputError
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
-from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, total_bytes
+from apr_dist.interop.chat_settings import huggingface_files
+from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, counted, kept_type, total_bytes
 from apr_dist.interop.embedding import embedded_files, stated_token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
@@ -79,10 +80,11 @@ def export_huggingface(
     with AprReader(source) as reader, _new_folder(Path(target), overwrite) as folder:
         model, specs = _specs(reader, dtype)
         shards = _split(specs, max_shard_bytes)
-        report = _counter(progress, total_bytes(specs))
+        report = counted(progress, total_bytes(specs))
         for name, shard in shards.items():
             _write_weights(reader, shard, folder / name, report)
         texts = _texts(reader, specs, model) | embedded_files(reader.metadata, where=reader.path)
+        texts = huggingface_files(reader.metadata, texts, where=reader.path)
         if len(shards) > 1:
             texts["model.safetensors.index.json"] = _index(shards)
         for name, content in texts.items():
@@ -120,7 +122,7 @@ def export_safetensors(
         config = _texts(reader, specs, model)["config.json"]
         with AtomicFile(beside, overwrite=overwrite) as file:
             file.write_at(0, config)
-            _write_weights(reader, specs, target, _counter(progress, total_bytes(specs)), overwrite=overwrite)
+            _write_weights(reader, specs, target, counted(progress, total_bytes(specs)), overwrite=overwrite)
     return ExportSummary(
         source=Path(source),
         target=target,
@@ -139,8 +141,7 @@ def _specs(reader: AprReader, dtype: DType | None) -> tuple[TransformerConfig, l
     for entry in reader.tensors.values():
         if model.tie_word_embeddings and entry.name == HEAD:
             continue
-        kept = entry.dtype if entry.dtype in WRITABLE else DType.F16
-        specs.append(TensorSpec(entry.name, kept if dtype is None else dtype, entry.shape))
+        specs.append(TensorSpec(entry.name, kept_type(entry, dtype), entry.shape))
     return model, specs
 
 
@@ -199,18 +200,6 @@ def _index(shards: dict[str, list[TensorSpec]]) -> bytes:
 def _write_text(path: Path, content: bytes) -> None:
     with AtomicFile(path) as file:
         file.write_at(0, content)
-
-
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def report(more: int) -> None:
-        nonlocal done
-        done += more
-        if progress:
-            progress(done, total)
-
-    return report
 
 
 @contextlib.contextmanager

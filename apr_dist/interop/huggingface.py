@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,14 @@ from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import NUMPY_TYPES, widen_bfloat16
 from apr_dist.apr.writer import TensorSpec
-from apr_dist.errors import (
-    DamagedModelFile,
-    ModelFileMissing,
-    TokenizerError,
-    UnsupportedModelFile,
-)
-from apr_dist.gates.architecture import EMBEDDING, HEAD
-from apr_dist.interop.convert import (
-    CHUNK_ELEMENTS,
-    COPY_BYTES,
-    ImportSummary,
-    Progress,
-    encode,
-    summarize,
-    total_bytes,
-)
+from apr_dist.errors import DamagedModelFile, ModelFileMissing, TokenizerError, UnsupportedModelFile
+from apr_dist.gates.architecture import HEAD
+from apr_dist.interop.convert import CHUNK_ELEMENTS, COPY_BYTES, Piece, encode
 from apr_dist.interop.embedding import END_IDS_KEY, embed_tokenizer, tokens_by_id
 from apr_dist.interop.hf_config import metadata_from_config, read_config
-from apr_dist.interop.proven import proven_writer
+from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
-from apr_dist.interop.stored_names import model_names
-from apr_dist.interop.tie import CLAIM, decide_tie
+from apr_dist.interop.stored_names import CLAIM, model_tensors
 from apr_dist.parsing import parse_yaml
 
 _INDEX = "model.safetensors.index.json"
@@ -49,58 +35,68 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    spec: TensorSpec
+class _Stored:
+    """A tensor and the file that holds it."""
+
     file: SafetensorsFile
     tensor: StoredTensor
 
+    def pieces(self, dtype: DType) -> Iterator[Piece]:
+        """Its elements in a type, in order, a piece at a time."""
+        own = self.tensor.dtype
+        if own is dtype:
+            yield from self.file.pieces(self.tensor, COPY_BYTES)
+            return
+        numbers = NUMPY_TYPES[own]
+        for piece in self.file.pieces(self.tensor, CHUNK_ELEMENTS * numbers.itemsize):
+            values: npt.NDArray[Any] = np.frombuffer(piece, numbers)
+            wide = widen_bfloat16(values) if own is DType.BF16 else values.astype(np.float32)
+            yield encode(wide, dtype, name=self.tensor.name, where=self.file.path)
 
-def import_huggingface(
-    source: Path,
-    target: Path,
-    *,
-    dtype: DType | None = None,
-    tie: bool | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> ImportSummary:
+    def float32(self) -> npt.NDArray[np.float32]:
+        """All of its values, flat."""
+        return np.concatenate([np.frombuffer(piece, np.float32) for piece in self.pieces(DType.F32)])
+
+
+def import_huggingface(request: ImportRequest) -> ImportSummary:
     """Write the model of a Hugging Face folder as an APR file, its tokenizer inside.
 
-    Args:
-        source: folder with ``config.json`` and one or many safetensors, or one ``.safetensors`` file
-            with ``config.json`` beside it.
-        target: APR file to make.
-        dtype: element type of every tensor; None keeps each tensor's own.
-        tie: whether the head is the embedding; None follows the configuration and the tensors.
-        overwrite: whether ``target`` may exist.
-        progress: told how far the writing is.
+    The source is a folder with ``config.json`` and one or many safetensors, or one ``.safetensors`` file with
+    ``config.json`` beside it. Where neither configuration nor ``tie`` says so, the head is not the embedding.
 
     Raises:
         ModelFileError: the source is missing, damaged, or something in it is not supported.
         ArchitectureRefused: the configuration and the tensors disagree about the head.
         OutputError: the target cannot be written.
     """
-    folder, weights, located = _locate(Path(source))
+    folder, weights, located = _locate(request.source)
     config = read_config(folder / "config.json")
     values, noted = metadata_from_config(config, where=folder / "config.json")
     with ExitStack() as stack:
-        stored = _plan([stack.enter_context(SafetensorsFile(path)) for path in weights], dtype)
-        claimed = config.get(CLAIM, False)  # what transformers takes where the key is absent
-        plans, tied, notes = _settle(stored, claimed, values["rope_theta"], tie, where=folder)
-        metadata, more = _metadata(folder, config, values | {CLAIM: tied})
-        specs = [plan.spec for plan in plans.values()]
-        done, total = 0, total_bytes(specs)
-        with proven_writer(
-            target, metadata=metadata, tensors=specs, source=Path(source), overwrite=overwrite
-        ) as writer:
-            for plan in plans.values():
-                for piece in _pieces(plan):
-                    writer.append(plan.spec.name, piece)
-                    done += piece.nbytes
-                    if progress:
-                        progress(done, total)
-    notes = (*located, *notes, *noted, *more)
-    return summarize(source, target, "safetensors", specs, tied=tied, notes=notes)
+        files = [stack.enter_context(SafetensorsFile(path)) for path in weights]
+        stored = _all_tensors(files, refuse_f64=request.dtype is None)
+        names, notes = model_tensors(
+            stored,
+            rope_theta=values["rope_theta"],
+            values=lambda name: stored[name].float32(),
+            claimed=config.get(CLAIM, False),  # what transformers takes where the key is absent
+            asked=request.tie,
+            equal=lambda left, right: _same_bytes(stored[left], stored[right]),
+            where=folder,
+        )
+        held = {name: stored[old] for name, old in names.items()}
+        metadata, more = _metadata(folder, config, values | {CLAIM: HEAD not in held})
+        specs = [
+            TensorSpec(name, one.tensor.dtype if request.dtype is None else request.dtype, one.tensor.shape)
+            for name, one in held.items()
+        ]
+        return request.write(
+            ((spec.name, piece) for spec in specs for piece in held[spec.name].pieces(spec.dtype)),
+            metadata=metadata,
+            specs=specs,
+            original_format="safetensors",
+            notes=(*located, *notes, *noted, *more),
+        )
 
 
 def _locate(source: Path) -> tuple[Path, list[Path], tuple[str, ...]]:
@@ -142,77 +138,35 @@ def _shard_names(index: Path) -> list[str]:
     return sorted(names)
 
 
-def _plan(files: list[SafetensorsFile], dtype: DType | None) -> dict[str, _Plan]:
-    plans: dict[str, _Plan] = {}
+def _all_tensors(files: list[SafetensorsFile], *, refuse_f64: bool) -> dict[str, _Stored]:
+    found: dict[str, _Stored] = {}
     for file in files:
         for tensor in file.tensors.values():
-            if tensor.name in plans:
+            if tensor.name in found:
                 raise DamagedModelFile(
-                    f"tensor {tensor.name!r} is also in {plans[tensor.name].file.path.name}",
+                    f"tensor {tensor.name!r} is also in {found[tensor.name].file.path.name}",
                     where=file.path,
                     expected="each tensor in one file",
                     remedy="remove the files that do not belong to the model",
                 )
-            if tensor.dtype is DType.F64 and dtype is None:
+            if tensor.dtype is DType.F64 and refuse_f64:
                 raise UnsupportedModelFile(
                     f"tensor {tensor.name!r} is F64",
                     where=file.path,
                     expected="F32, F16 or BF16",
                     remedy="choose one with --dtype",
                 )
-            spec = TensorSpec(tensor.name, tensor.dtype if dtype is None else dtype, tensor.shape)
-            plans[tensor.name] = _Plan(spec, file, tensor)
-    return plans
+            found[tensor.name] = _Stored(file, tensor)
+    return found
 
 
-def _settle(
-    stored: Mapping[str, _Plan], claimed: Any, rope_theta: float, tie: bool | None, *, where: Path
-) -> tuple[dict[str, _Plan], bool, tuple[str, ...]]:
-    """The model's own tensors under their plain names, and whether the head is the embedding."""
-    names, notes = model_names(
-        stored, rope_theta=rope_theta, values=lambda name: _float32(stored[name]), where=where
-    )
-    plans = {new: _renamed(stored[old], new) for old, new in names.items()}
-    decided = decide_tie(
-        plans,
-        claimed=claimed,
-        asked=tie,
-        equal=lambda: _same_bytes(plans[EMBEDDING], plans[HEAD]),
-        where=where,
-    )
-    if decided.tied and HEAD in plans:
-        head = plans.pop(HEAD)
-        plans |= {EMBEDDING: _renamed(head, EMBEDDING)} if decided.renamed else {}
-    return plans, decided.tied, (*notes, *decided.notes)
-
-
-def _renamed(plan: _Plan, name: str) -> _Plan:
-    return replace(plan, spec=replace(plan.spec, name=name))
-
-
-def _float32(plan: _Plan) -> npt.NDArray[np.float32]:
-    values = _pieces(replace(plan, spec=replace(plan.spec, dtype=DType.F32)))
-    return np.concatenate([np.frombuffer(piece, np.float32) for piece in values])
-
-
-def _same_bytes(left: _Plan, right: _Plan) -> bool:
+def _same_bytes(left: _Stored, right: _Stored) -> bool:
     if (left.tensor.dtype, left.tensor.shape) != (right.tensor.dtype, right.tensor.shape):
         return False
     pairs = zip(
         left.file.pieces(left.tensor, COPY_BYTES), right.file.pieces(right.tensor, COPY_BYTES), strict=True
     )
     return all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in pairs)
-
-
-def _pieces(plan: _Plan) -> Iterator[npt.NDArray[Any] | memoryview]:
-    if plan.tensor.dtype is plan.spec.dtype:
-        yield from plan.file.pieces(plan.tensor, COPY_BYTES)
-        return
-    numbers = NUMPY_TYPES[plan.tensor.dtype]
-    for piece in plan.file.pieces(plan.tensor, CHUNK_ELEMENTS * numbers.itemsize):
-        values: npt.NDArray[Any] = np.frombuffer(piece, numbers)
-        wide = widen_bfloat16(values) if plan.tensor.dtype is DType.BF16 else values.astype(np.float32)
-        yield encode(wide, plan.spec.dtype, name=plan.spec.name, where=plan.file.path)
 
 
 def _metadata(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from apr_dist.apr import legacy
 from apr_dist.apr.files import open_regular
@@ -13,10 +15,11 @@ from apr_dist.data.manifest import TokenizerIdentity
 from apr_dist.errors import NotAModelFile, OutputError, TokenizerError, UsageError
 from apr_dist.interop import gguf_file
 from apr_dist.interop.apr_import import import_apr
-from apr_dist.interop.convert import ImportSummary, Progress
+from apr_dist.interop.convert import Progress
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.huggingface import import_huggingface
 from apr_dist.interop.legacy import import_apr1
+from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.sharded import find_manifest, import_sharded
 from apr_dist.interop.tokenizers import import_any_tokenizer
 
@@ -32,14 +35,9 @@ def import_model(
 ) -> ImportSummary:
     """Write the model at ``source`` as an APR file, its tokenizer inside.
 
-    Args:
-        source: Hugging Face folder, safetensors file with ``config.json`` beside it, GGUF file,
-            APR v2 file, manifest of APR shards (or their folder), or an "APR1" file.
-        target: APR file to make.
-        dtype: element type of every tensor; None keeps the source's, and F16 for what was quantised.
-        tie: whether the head is the embedding; None decides from the source.
-        overwrite: whether ``target`` may exist.
-        progress: told how far the writing is.
+    The source is a Hugging Face folder, a safetensors file with ``config.json`` beside it, a GGUF file, an
+    APR v2 file, a manifest of APR shards (or their folder), or an "APR1" file. The other arguments are those
+    of ``ImportRequest``.
 
     Raises:
         ModelFileError: the source is missing, damaged, or not supported.
@@ -47,28 +45,32 @@ def import_model(
         UsageError: an option that this kind of source does not have.
         OutputError: the target cannot be written.
     """
-    manifest = find_manifest(Path(source)) if Path(source).is_dir() else None
-    if Path(source).is_dir() and manifest is None:
-        return import_huggingface(
-            source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress
-        )
-    head = _head(manifest or Path(source))
+    request = ImportRequest(
+        source=Path(source),
+        target=Path(target),
+        dtype=dtype,
+        tie=tie,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    if request.source.is_dir():
+        manifest = find_manifest(request.source)
+        if manifest is None:
+            return import_huggingface(request)
+        request = replace(request, source=manifest)
+    head = _head(request.source)
     if head[:4] == gguf_file.MAGIC:
-        return import_gguf(source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress)
+        return import_gguf(request)
     if head[:4] == MAGIC:
-        return import_apr(source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress)
+        return import_apr(request)
     if head[:4] == legacy.MAGIC or head[:1] == b"{":
         if dtype is not None or tie is not None:
             raise UsageError(
                 "shards and APR v1 are joined as they are", where=source, expected="no --dtype and no --tie"
             )
-        if head[:1] == b"{":
-            return import_sharded(manifest or Path(source), target, overwrite=overwrite, progress=progress)
-        return import_apr1(source, target, overwrite=overwrite, progress=progress)
+        return import_sharded(request) if head[:1] == b"{" else import_apr1(request)
     if head[8:9] == b"{":
-        return import_huggingface(
-            source, target, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress
-        )
+        return import_huggingface(request)
     raise NotAModelFile(
         f"the file begins with {head[:4]!r}" if head else "the file is empty",
         where=source,
@@ -78,13 +80,7 @@ def import_model(
 
 
 def import_with_tokenizer(
-    source: Path,
-    target: Path,
-    *,
-    dtype: DType | None = None,
-    tie: bool | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    source: Path, target: Path, *, overwrite: bool = False, **options: Any
 ) -> tuple[ImportSummary, Path, TokenizerIdentity | TokenizerError]:
     """As ``import_model``, and the tokenizer in a folder beside it: ``model.tokenizer`` for ``model.apr``.
 
@@ -99,7 +95,7 @@ def import_with_tokenizer(
     new = [path for path in (model, folder) if not os.path.lexists(path)]
     if folder not in new and not overwrite:
         raise OutputError("already exists", where=folder, remedy="pass --force to replace it")
-    summary = import_model(source, model, dtype=dtype, tie=tie, overwrite=overwrite, progress=progress)
+    summary = import_model(source, model, overwrite=overwrite, **options)
     try:
         return summary, folder, import_any_tokenizer(model, folder, overwrite=overwrite)
     except TokenizerError as missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from apr_dist.errors import TokenizerError
 from apr_dist.gates.architecture import CLAIM_KEYS, EMBEDDING, HEAD
 from apr_dist.gates.model_file import prove_model, same_payload
 from apr_dist.gates.result import GateResult
-from apr_dist.interop.convert import Progress
+from apr_dist.interop.convert import Progress, one_by_one
 from apr_dist.model.families import UNKNOWN, family_from_tensor_names, normalize_metadata_family
 
 _HF_CLAIMS = ("hf_architecture", "hf_model_type")
@@ -71,28 +70,24 @@ class FileReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values; large metadata values are replaced by their size."""
-        quality = self.quality
+        held = self.tokenizer
+        kept = (
+            "size_bytes",
+            "version",
+            "checksum",
+            "family_claimed",
+            "family_shown",
+            "tensor_count",
+            "param_count",
+        )
         return {
             "path": str(self.path),
-            "size_bytes": self.size_bytes,
-            "version": self.version,
+            **{key: getattr(self, key) for key in (*kept, "tied")},
             "flags": list(self.flags),
-            "checksum": self.checksum,
-            "family_claimed": self.family_claimed,
-            "family_shown": self.family_shown,
-            "tensor_count": self.tensor_count,
-            "param_count": self.param_count,
             "dtypes": {name: {"tensors": n, "bytes": size} for name, (n, size) in self.dtypes.items()},
-            "tied": self.tied,
-            "tokenizer": self.tokenizer and {"where": self.tokenizer.where, "tokens": self.tokenizer.tokens},
+            "tokenizer": held and {"where": held.where, "tokens": held.tokens},
             "metadata": shortened(self.metadata),
-            "quality": quality
-            and {
-                "score": quality.score,
-                "ship_ready": quality.ship_ready,
-                "breakdown": {part.name: part.points for part in quality.parts},
-                "remedies": [remedy for part in quality.parts for remedy in part.remedies],
-            },
+            "quality": self.quality and self.quality.to_json(),
         }
 
 
@@ -156,7 +151,7 @@ def validate_file(path: Path, *, progress: Progress | None = None) -> Validation
             path=reader.path,
             size_bytes=reader.size_bytes,
             tensor_count=len(reader.tensors),
-            checks=prove_model(reader, progress=progress).results,
+            checks=prove_model(reader, progress=progress and (lambda _, *counts: progress(*counts))).results,
         )
 
 
@@ -199,21 +194,13 @@ def _tokenizer(reader: AprReader) -> TokenizerFacts | None:
     return TokenizerFacts(where=str(beside.parent), tokens=len(facts.effective_vocabulary))
 
 
-def _scanned(reader: AprReader, progress: Progress | None) -> Iterator[str]:
-    """The tensors' names in order; each is reported as scanned when the next one is asked for."""
-    done, total = 0, sum(entry.size_bytes for entry in reader.tensors.values())
-    for name, entry in reader.tensors.items():
-        yield name
-        done += entry.size_bytes
-        if progress:
-            progress(done, total)
-
-
 def _quality(
     reader: AprReader, checksums_valid: bool, tokenizer: TokenizerFacts | None, progress: Progress | None
 ) -> Quality:
     shown = family_from_tensor_names(reader.tensors)
-    bad = next((name for name in _scanned(reader, progress) if count_non_finite(reader, name)), None)
+    bad = next(
+        (name for name in one_by_one(reader.tensors, progress) if count_non_finite(reader, name)), None
+    )
     return score_quality(
         QualityFacts(
             metadata=reader.metadata,

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from apr_dist.apr.legacy import Apr1File
 from apr_dist.apr.writer import TensorSpec
-from apr_dist.gates.architecture import HEAD
-from apr_dist.interop.convert import ImportSummary, Progress, summarize, total_bytes
-from apr_dist.interop.proven import proven_writer
+from apr_dist.interop.request import ImportRequest, ImportSummary
 
 
-def import_apr1(
-    source: Path, target: Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> ImportSummary:
+def import_apr1(request: ImportRequest) -> ImportSummary:
     """Write the tensors and metadata of an "APR1" file as APR v2.
 
     Raises:
@@ -21,29 +15,12 @@ def import_apr1(
         GateRefused: training would refuse the model.
         OutputError: the target cannot be written.
     """
-    unstated: list[str] = []
-    with Apr1File(source) as file:
-        specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in file.tensors.values()]
-        metadata = file.metadata.replace(total_size=None, param_count=None)
-        done, total = 0, total_bytes(specs)
-        with proven_writer(
-            target,
-            metadata=metadata,
-            tensors=specs,
-            source=file.path,
-            overwrite=overwrite,
-            unstated=unstated,
-        ) as writer:
-            for spec in specs:
-                writer.write(spec.name, file.raw(spec.name))
-                done += file.tensors[spec.name].size_bytes
-                if progress:
-                    progress(done, total)
-    return summarize(
-        source,
-        target,
-        "apr-v1",
-        specs,
-        tied=HEAD not in file.tensors,
-        notes=("converted from APR v1", *unstated),
-    )
+    with Apr1File(request.source) as file:
+        return request.write(
+            ((name, file.raw(name)) for name in file.tensors),
+            metadata=file.metadata.replace(total_size=None, param_count=None),
+            specs=[TensorSpec(entry.name, entry.dtype, entry.shape) for entry in file.tensors.values()],
+            original_format="apr-v1",
+            notes=("converted from APR v1",),
+            may_leave_unstated=True,
+        )

@@ -7,7 +7,7 @@ pairs in order. The order of the pieces' scores is the order of the merges.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
@@ -67,38 +67,58 @@ def describe_sentencepiece(
     decoders: list[dict[str, Any]] = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
     if prefixed:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                AddedToken(token, one, kind != TokenType.USER_DEFINED).to_json()
-                for one, (token, kind) in enumerate(kinds)
-                if kind in whole
-            ],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [*([{"type": "Prepend", "prepend": SPACE}] if prefixed else []), replace],
-            },
-            "pre_tokenizer": None,
-            "post_processor": around,
-            "decoder": {"type": "Sequence", "decoders": decoders},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": unknown,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "ignore_merges": False,
-                "vocab": vocabulary,
-                "merges": _merges(kinds, scores),
-            },
+    return tokenizer_json(
+        vocabulary=vocabulary,
+        merges=_merges(kinds, scores),
+        added=[
+            AddedToken(token, one, kind != TokenType.USER_DEFINED)
+            for one, (token, kind) in enumerate(kinds)
+            if kind in whole
+        ],
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [*([{"type": "Prepend", "prepend": SPACE}] if prefixed else []), replace],
         },
-        ensure_ascii=False,
-    ).encode()
+        pre_tokenizer=None,
+        post_processor=around,
+        decoder={"type": "Sequence", "decoders": decoders},
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+
+
+def tokenizer_json(
+    *,
+    vocabulary: Mapping[str, int],
+    merges: Iterable[Sequence[str]],
+    added: Iterable[AddedToken],
+    normalizer: Mapping[str, Any] | None,
+    pre_tokenizer: Mapping[str, Any] | None,
+    post_processor: Mapping[str, Any] | None,
+    decoder: Mapping[str, Any],
+    **model: Any,
+) -> bytes:
+    """A tokenizer.json of a BPE; ``model`` is what its model states other than nothing or false."""
+    plain = {
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+    }
+    bpe = {"type": "BPE", **plain, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **model}
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [token.to_json() for token in added],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": decoder,
+        "model": {**bpe, "vocab": vocabulary, "merges": [list(merge) for merge in merges]},
+    }
+    return json.dumps(description, ensure_ascii=False).encode()
 
 
 def _merges(kinds: Sequence[tuple[str, int]], scores: Sequence[float]) -> list[list[str]]:

@@ -6,7 +6,7 @@ A manifest is JSON beside the shards: ``shards`` (``filename``, ``index``, ``ten
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,8 @@ from apr_dist.apr.metadata import KEYS, AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import DamagedModelFile
-from apr_dist.gates.architecture import HEAD
-from apr_dist.interop.convert import ImportSummary, Progress, summarize
-from apr_dist.interop.proven import proven_writer
+from apr_dist.interop.convert import Piece
+from apr_dist.interop.request import ImportRequest, ImportSummary
 
 _MAX_SHARDS: Final = 10_000
 _ARCHITECTURE_KEYS = list(KEYS)[list(KEYS).index("architecture") :]
@@ -43,10 +42,8 @@ def find_manifest(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def import_sharded(
-    manifest: Path, target: Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> ImportSummary:
-    """Write the model that the shards of ``manifest`` hold as one APR file.
+def import_sharded(request: ImportRequest) -> ImportSummary:
+    """Write the model that the shards of the manifest ``request.source`` hold as one APR file.
 
     Raises:
         DamagedModelFile: the manifest is malformed, or it and the shards, or two shards, disagree.
@@ -54,7 +51,8 @@ def import_sharded(
         GateRefused: training would refuse the model.
         OutputError: the target cannot be written.
     """
-    shards, unstated = _read_manifest(manifest), list[str]()
+    manifest = request.source
+    shards = _read_manifest(manifest)
     with ExitStack() as stack:
         readers = [stack.enter_context(AprReader(manifest.with_name(shard.filename))) for shard in shards]
         for reader, shard in zip(readers, shards, strict=True):
@@ -65,28 +63,23 @@ def import_sharded(
         for reader in readers:
             flags |= reader.header.flags & ~Flag.SHARDED
         entries = [entry for reader in readers for entry in reader.tensors.values()]
-        specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries]
-        done, total = 0, sum(entry.size_bytes for entry in entries)
-        with proven_writer(
-            target,
-            metadata=metadata,
-            tensors=specs,
-            source=manifest,
-            flags=flags,
-            overwrite=overwrite,
-            verbatim=True,
-            unstated=unstated,
-        ) as writer:
+
+        def pieces() -> Iterator[tuple[str, Piece]]:
             for reader in readers:
-                for name, entry in reader.tensors.items():
-                    writer.write(name, reader.raw(name))
+                for name in reader.tensors:
+                    yield name, reader.raw(name)
                     reader.forget(name)
-                    done += entry.size_bytes
-                    if progress:
-                        progress(done, total)
-    tied = HEAD not in {spec.name for spec in specs}
-    notes = (f"joined from {len(shards)} shards", *unstated)
-    return summarize(manifest, target, "apr shards", specs, tied=tied, notes=notes)
+
+        return request.write(
+            pieces(),
+            metadata=metadata,
+            specs=[TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries],
+            original_format="apr shards",
+            notes=(f"joined from {len(shards)} shards",),
+            flags=flags,
+            verbatim=True,
+            may_leave_unstated=True,
+        )
 
 
 def _is_manifest(path: Path) -> bool:

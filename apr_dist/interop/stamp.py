@@ -13,15 +13,59 @@ from apr_dist.apr.layout import TOKENIZER_TEXT, Flag
 from apr_dist.apr.metadata import KEYS, AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.corpus.chat_template import ChatTemplate
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.model_file import prove_model
-from apr_dist.interop.convert import Progress
+from apr_dist.interop.chat_settings import with_template
+from apr_dist.interop.convert import Progress, one_by_one
 from apr_dist.interop.embedding import embed_tokenizer
 
 _UNTYPED = ("tie_word_embeddings", "attention_bias")
 """Keys of an architecture that the format keeps among the custom ones."""
 
 _LICENSES = ("license", "data_license")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a person may state of a file; None is left as it is."""
+
+    architecture: str | None = None
+    """family slug, such as qwen2."""
+    hf_architecture: str | None = None
+    """Hugging Face class name, such as Qwen2ForCausalLM."""
+    hf_model_type: str | None = None
+    """Hugging Face model_type, such as qwen2."""
+    hidden_size: int | None = None
+    """width of the residual stream."""
+    num_layers: int | None = None
+    """number of decoder blocks."""
+    num_heads: int | None = None
+    """query heads."""
+    num_kv_heads: int | None = None
+    """key and value heads."""
+    head_dim: int | None = None
+    """size of a head."""
+    vocab_size: int | None = None
+    """rows of the embedding."""
+    intermediate_size: int | None = None
+    """width inside the MLP."""
+    max_position_embeddings: int | None = None
+    """longest sequence the model was made for, in tokens."""
+    rope_theta: float | None = None
+    """base of the rotary frequencies."""
+    rms_norm_eps: float | None = None
+    """epsilon of the norms."""
+    tie_word_embeddings: bool | None = None
+    """whether the output head is the embedding."""
+    attention_bias: bool | None = None
+    """whether q, k, v and o projections add biases, where the family leaves that open."""
+    license: str | None = None
+    """SPDX expression of the weights' licence."""
+    data_source: str | None = None
+    """what the weights were trained on."""
+    data_license: str | None = None
+    """SPDX expression of that data's licence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +87,7 @@ def stamp_file(
     *,
     changes: Mapping[str, Any],
     tokenizer: Path | None = None,
+    chat_template: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> StampSummary:
@@ -53,6 +98,7 @@ def stamp_file(
         target: APR file to make.
         changes: typed metadata keys (and ``_UNTYPED`` ones) with new values; None is left alone.
         tokenizer: folder whose tokenizer is put into the file.
+        chat_template: Jinja file that becomes the model's chat template.
         overwrite: whether ``target`` may exist.
         progress: told how far the writing is.
 
@@ -60,7 +106,7 @@ def stamp_file(
         UsageError: nothing would change, a key is not a typed one, or a license is no SPDX expression.
         ModelFileError: the source cannot be read.
         GateRefused: training would refuse the file even with the changes.
-        TokenizerError: the folder holds no tokenizer that can be embedded.
+        TokenizerError: the folder holds no tokenizer that can be embedded, or the template is malformed.
         OutputError: the target cannot be written.
     """
     wanted = _checked(changes)
@@ -74,6 +120,10 @@ def stamp_file(
         if tokenizer is not None:
             _check_tokenizer(tokenizer)
             after, notes = embed_tokenizer(after, tokenizer)
+        if chat_template is not None:
+            old_template = after.chat_template
+            after = with_template(after, _read_template(chat_template))
+            changed += (("chat_template", _shown(old_template), _shown(after.chat_template)),)
         if after == before:
             raise UsageError(
                 "there is nothing to change" if not wanted else "the file says all of this already",
@@ -93,6 +143,21 @@ def stamp_file(
     )
 
 
+def _read_template(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(
+            f"the chat template cannot be read ({error})", where=path, expected="a Jinja file in UTF-8"
+        ) from error
+    ChatTemplate(text=text, where=path)  # its checks
+    return text
+
+
+def _shown(template: str | None) -> str | None:
+    return None if template is None else f"{len(template):,} characters"
+
+
 def _check_tokenizer(folder: Path) -> None:
     if not (folder / TOKENIZER_TEXT).is_file():
         raise TokenizerError(
@@ -107,17 +172,13 @@ def _copy(
     reader: AprReader, target: Path, metadata: AprMetadata, overwrite: bool, progress: Progress | None
 ) -> None:
     specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in reader.tensors.values()]
-    done, total = 0, sum(entry.size_bytes for entry in reader.tensors.values())
     flags = reader.header.flags | Flag.ROW_MAJOR
     with AprWriter(
         target, metadata=metadata, tensors=specs, flags=flags, overwrite=overwrite, verbatim=True
     ) as writer:
-        for name, entry in reader.tensors.items():
+        for name in one_by_one(reader.tensors, progress):
             writer.write(name, reader.raw(name))
             reader.forget(name)
-            done += entry.size_bytes
-            if progress:
-                progress(done, total)
 
 
 def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,19 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from apr_dist.apr.layout import TOKENIZER_TEXT
-from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
-from apr_dist.corpus.tokenizer import load_tokenizer
+from apr_dist.corpus.chat_encoding import encode_prompt
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.model_file import prove_model
-from apr_dist.interop.chat import chat_template, render_chat
-from apr_dist.interop.embedding import embedded_files, end_token_ids
+from apr_dist.interop.chat import ModelChat, chat_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.generation import Sampling, stream
 from apr_dist.model.transformer import Decoder
@@ -59,8 +57,7 @@ class TextModel:
         tokenizer: with special tokens read as such.
         tokenizer_from: where it came from.
         end_ids: tokens that end a text, as far as the file says.
-        template: Jinja source of its chat template, if it carries one.
-        special_tokens: special tokens by role, for the template.
+        chat: what makes tokens of conversations.
     """
 
     path: Path
@@ -69,8 +66,7 @@ class TextModel:
     tokenizer: Tokenizer
     tokenizer_from: Path
     end_ids: frozenset[int]
-    template: str | None
-    special_tokens: Mapping[str, str]
+    chat: ModelChat
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt, with the tokens that its tokenizer puts around a text.
@@ -82,24 +78,15 @@ class TextModel:
             raise UsageError("the prompt is empty", where="--prompt", expected="some text to go on from")
         return list(self.tokenizer.encode(prompt).ids)
 
-    def encode_chat(self, prompt: str) -> list[int]:
-        """Ids of a chat in which the user said ``prompt`` and the assistant answers next.
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids of a chat that the assistant answers next.
 
         Raises:
-            UsageError: the prompt is empty, or the model has no chat template.
-            TokenizerError: the template cannot be used.
+            TokenizerError: the model has no chat template.
+            CorpusError: the template refuses the chat.
         """
-        if not prompt:
-            raise UsageError("the prompt is empty", where="--prompt", expected="something to say")
-        if self.template is None:
-            raise UsageError(
-                "the model carries no chat template",
-                where=self.path,
-                expected="a chat template in its metadata or beside its tokenizer",
-                remedy="leave --chat out: a base model goes on with the text it is given",
-            )
-        text = render_chat(self.template, prompt, special_tokens=self.special_tokens, where=self.path)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        template = self.chat.needed(self.path)
+        return [int(one) for one in encode_prompt(messages, template, self.chat.tokenizer)]
 
     def room(self, prompt_ids: Sequence[int], wanted: int | None) -> int:
         """How many tokens to generate: those wanted, or up to the default as far as there are positions.
@@ -120,18 +107,23 @@ class TextModel:
         return min(DEFAULT_NEW_TOKENS, free) if wanted is None else wanted
 
     def speak(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop: Sequence[str] = ()
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop: Sequence[str] = (), chat: bool = False
     ) -> Iterator[Piece]:
         """Generate after a prompt, piece by piece; a piece with ``finish`` is the last.
+
+        With ``chat``, what ends a turn under the chat template ends it as well.
 
         Neither the token that ends a text nor a stop text is part of what is said.
 
         Raises:
             UsageError: see `model.generation.stream`.
         """
+        ends = self.end_ids
+        if chat:
+            ends |= self.chat.needed(self.path).stop_ids(self.chat.tokenizer)
         said = Utterance(self.tokenizer, stop)
-        for token in stream(self.decoder, prompt_ids, replace(sampling, stop_ids=self.end_ids)):
-            if token in self.end_ids:
+        for token in stream(self.decoder, prompt_ids, replace(sampling, stop_ids=ends)):
+            if token in ends:
                 yield Piece(text=said.rest(), token=token, finish=Finish.END_TOKEN)
                 return
             text, stopped = said.add(token)
@@ -198,18 +190,16 @@ def open_text_model(path: Path, *, tokenizer: Path | None = None, device: str = 
     with AprReader(path) as reader:
         proven = prove_model(reader, with_digest=True)
         metadata, digest = reader.metadata, reader.digest()
-        speaking, source, files = _tokenizer(metadata, path, tokenizer)
+        chat = chat_of(metadata, path, tokenizer)
         decoder = load_decoder(reader, proven.config, device=device)
-    roles = {role: token for role, token in (metadata.special_tokens or {}).items() if isinstance(token, str)}
     return TextModel(
         path=path,
         digest=digest,
         decoder=decoder,
-        tokenizer=speaking,
-        tokenizer_from=source,
-        end_ids=_end_ids(metadata, speaking, roles),
-        template=chat_template(metadata.chat_template, files, where=source),
-        special_tokens=roles,
+        tokenizer=_speaking(chat.tokenizer_json, chat.tokenizer_from),
+        tokenizer_from=chat.tokenizer_from,
+        end_ids=chat.end_ids,
+        chat=chat,
     )
 
 
@@ -237,26 +227,6 @@ def load_decoder(reader: AprReader, config: TransformerConfig, *, device: str = 
     return decoder.eval()
 
 
-def _tokenizer(
-    metadata: AprMetadata, path: Path, folder: Path | None
-) -> tuple[Tokenizer, Path, dict[str, bytes]]:
-    """The tokenizer that was named, else the one inside, else the one beside; and the files around it."""
-    if folder is None and isinstance(metadata.custom.get(TOKENIZER_TEXT), str):
-        files = embedded_files(metadata, where=path)
-        return _speaking(files[TOKENIZER_TEXT], path), path, files
-    source = folder or path.with_suffix(".tokenizer")
-    if folder is None and not source.is_dir():
-        raise TokenizerError(
-            "there is no tokenizer inside the file or beside it",
-            where=path,
-            expected=f"an embedded one, or the folder {source.name}",
-            remedy=f"apr-dist tokenize import-hf FOLDER -o {source}, with the folder the tokenizer is in",
-        )
-    load_tokenizer(source)  # its checks: whole, of a known kind, unchanged since its import
-    files = {file.name: file.read_bytes() for file in source.iterdir() if file.suffix in (".json", ".jinja")}
-    return _speaking(files[TOKENIZER_TEXT], source), source, files
-
-
 def _speaking(content: bytes, where: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(content.decode())
@@ -265,8 +235,3 @@ def _speaking(content: bytes, where: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _end_ids(metadata: AprMetadata, tokenizer: Tokenizer, roles: Mapping[str, str]) -> frozenset[int]:
-    named = tokenizer.token_to_id(roles["eos_token"]) if "eos_token" in roles else None
-    return frozenset({*end_token_ids(metadata), *(() if named is None else (named,))})

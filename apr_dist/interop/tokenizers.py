@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +25,7 @@ from apr_dist.errors import TokenizerError
 from apr_dist.interop.gguf_file import GgufFile
 from apr_dist.interop.post_processor import post_processor
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS, PreTokenizer
-from apr_dist.interop.sentencepiece_bpe import AddedToken, TokenType, describe_sentencepiece
+from apr_dist.interop.sentencepiece_bpe import AddedToken, TokenType, describe_sentencepiece, tokenizer_json
 
 
 def import_any_tokenizer(
@@ -104,19 +103,12 @@ def tokenizer_json_from_gguf(path: Path) -> tuple[bytes, dict[str, str]]:
         )
     name = str(fields.get("pre", "default"))
     if name not in PRE_TOKENIZERS:
-        raise TokenizerError(
-            f"its pre-tokenizer {name!r} is not known",
-            where=path,
-            expected=f"one of {', '.join(PRE_TOKENIZERS)}",
-            remedy="import the model's tokenizer.json instead",
+        raise _unusable(
+            path, f"its pre-tokenizer {name!r} is not known", f"one of {', '.join(PRE_TOKENIZERS)}"
         )
     if fields.get("add_space_prefix", False) is True:
-        raise TokenizerError(
-            "its byte-level tokenizer puts a space before a text",
-            where=path,
-            expected="tokenizer.ggml.add_space_prefix false",
-            remedy="import the model's tokenizer.json instead",
-        )
+        what = "its byte-level tokenizer puts a space before a text"
+        raise _unusable(path, what, "tokenizer.ggml.add_space_prefix false")
     last_normal = max((one for one, kind in enumerate(types) if kind == TokenType.NORMAL), default=-1)
     whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
     content = _describe(
@@ -146,15 +138,16 @@ def _ends(
         stated, index = fields.get(f"add_{name}_token"), fields.get(f"{name}_token_id")
         known = isinstance(index, int) and 0 <= index < len(tokens)
         if stated is True and not known:
-            raise TokenizerError(
-                f"it begins or ends texts with a token ({name}) that it does not name",
-                where=path,
-                expected=f"tokenizer.ggml.{name}_token_id",
-                remedy="import the model's tokenizer.json instead",
-            )
+            what = f"it begins or ends texts with a token ({name}) that it does not name"
+            raise _unusable(path, what, f"tokenizer.ggml.{name}_token_id")
         put = known and (default if stated is None else stated is True)
         found.append((tokens[int(str(index))], int(str(index))) if put else None)
     return post_processor(found[0], found[1])
+
+
+def _unusable(path: Path, what: str, expected: str) -> TokenizerError:
+    remedy = "import the model's tokenizer.json instead"
+    return TokenizerError(what, where=path, expected=expected, remedy=remedy)
 
 
 def _gguf_tokenizer_fields(path: Path) -> dict[str, object]:
@@ -245,13 +238,9 @@ def tokenizer_json_from_tiktoken(path: Path) -> tuple[bytes, dict[str, str]]:
     """
     ranks = _read_ranks(path)
     if len(ranks) != _QWEN_BASE_ENTRIES or sorted(ranks.values()) != list(range(_QWEN_BASE_ENTRIES)):
-        raise TokenizerError(
-            f"it holds {len(ranks)} entries",
-            where=path,
-            expected=f"the Qwen vocabulary of {_QWEN_BASE_ENTRIES} entries (a .tiktoken file does not say "
-            "which pattern and special tokens belong to it)",
-            remedy="import the model's tokenizer.json instead",
-        )
+        expected = f"the Qwen vocabulary of {_QWEN_BASE_ENTRIES} entries (a .tiktoken file does not say which"
+        expected += " pattern and special tokens belong to it)"
+        raise _unusable(path, f"it holds {len(ranks)} entries", expected)
     alphabet = byte_alphabet()
 
     def spelled(raw: bytes) -> str:
@@ -317,27 +306,13 @@ def _describe(
 ) -> bytes:
     """A tokenizer.json for a byte-level BPE."""
     level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": pre_tokenizer.ignore_merges,
-        "vocab": vocabulary,
-        "merges": [list(merge) for merge in merges],
-    }
-    description = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [token.to_json() for token in added],
-        "normalizer": {"type": "NFC"} if pre_tokenizer.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(pre_tokenizer.steps)},
-        "post_processor": around,
-        "decoder": {"type": "ByteLevel", **level},
-        "model": model,
-    }
-    return json.dumps(description, ensure_ascii=False).encode()
+    return tokenizer_json(
+        vocabulary=vocabulary,
+        merges=merges,
+        added=added,
+        normalizer={"type": "NFC"} if pre_tokenizer.nfc else None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": list(pre_tokenizer.steps)},
+        post_processor=around,
+        decoder={"type": "ByteLevel", **level},
+        ignore_merges=pre_tokenizer.ignore_merges,
+    )

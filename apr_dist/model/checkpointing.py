@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -12,38 +11,28 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import apr_dist.model.kernels.cpu_attention  # noqa: F401  (defines its operator)
+from apr_dist.choices import ActivationCheckpointing
 from apr_dist.model.host_copies import HostInputs
 
 
-class Checkpointing(StrEnum):
-    """How much of a block is computed twice.
-
-    ``off``: nothing. ``full``: everything but the block's input. ``selective``: attention and every
-    second matrix product are kept, the rest is computed again. ``full-offload``: as ``full``, and the input
-    waits in host memory.
-    """
-
-    OFF = "off"
-    FULL = "full"
-    SELECTIVE = "selective"
-    FULL_OFFLOAD = "full-offload"
-
-
 def run_checkpointed(
-    mode: Checkpointing, compute: Callable[..., Tensor], *args: Any, inputs: HostInputs | None = None
+    mode: ActivationCheckpointing,
+    compute: Callable[..., Tensor],
+    *args: Any,
+    inputs: HostInputs | None = None,
 ) -> Tensor:
     """``compute(*args)``, keeping for the backward pass only what the mode keeps.
 
     With ``inputs`` what is kept is in host memory.
     """
-    if mode is Checkpointing.OFF or not torch.is_grad_enabled():
+    if mode is ActivationCheckpointing.OFF or not torch.is_grad_enabled():
         return compute(*args)
     options: dict[str, Any] = {}
-    if mode is Checkpointing.SELECTIVE:
+    if mode is ActivationCheckpointing.SELECTIVE:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _every_second())
     if inputs is not None:
         with torch.autograd.graph.saved_tensors_hooks(_packing(inputs), _unpacking(inputs)):
-            return run_checkpointed(Checkpointing.FULL, compute, *args)
+            return run_checkpointed(ActivationCheckpointing.FULL, compute, *args)
     result: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **options)
     return result
 

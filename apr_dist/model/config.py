@@ -212,11 +212,6 @@ _INTEGER_KEYS = (
 _NUMBER_KEYS = ("rope_theta", "rms_norm_eps")
 
 
-def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """See `TransformerConfig.parameter_shapes`."""
-    return config.parameter_shapes()
-
-
 def preset(name: str) -> TransformerConfig:
     """The published configuration of that name (see ``PRESETS``).
 

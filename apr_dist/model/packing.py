@@ -38,6 +38,13 @@ class Boundaries:
         edges = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
         return Boundaries(edges, (batch, length))
 
+    def positions(self) -> Tensor:
+        """Place of each token within its document, int64 ``[batch, seq]``; nothing waits for the device."""
+        batch, length = self.shape
+        places = torch.arange(batch * length, dtype=torch.int32, device=self.edges.device)
+        document = torch.searchsorted(self.edges, places, right=True) - 1
+        return (places - self.edges[document]).long().view(self.shape)
+
     def row(self, index: int) -> Boundaries:
         """Those of one row, as a batch of one; waits for the device."""
         length = self.shape[1]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apr_dist.choices import ActivationCheckpointing
 from apr_dist.model.attention import Attention, LayerCache
-from apr_dist.model.checkpointing import Checkpointing, run_checkpointed
+from apr_dist.model.checkpointing import run_checkpointed
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.host_copies import HostInputs
 from apr_dist.model.kernels.loss import cross_entropy_of
@@ -38,7 +39,7 @@ class DecoderBlock(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
-        self.checkpointing = Checkpointing.OFF
+        self.checkpointing = ActivationCheckpointing.OFF
         self.inputs_on_host: HostInputs | None = None
 
     def forward(
@@ -88,17 +89,20 @@ class Backbone(Computed):
 
         Args:
             input_ids: the tokens.
-            position_ids: ``[1 or batch, seq]``; by default counted on from what the caches hold.
+            position_ids: ``[1 or batch, seq]``; by default counted from where each document begins, or on
+                from what the caches hold.
             document_ids: ``[batch, seq]``, runs of equal ids are documents that see only themselves; or
                 where documents begin, which on CUDA saves a wait.
             caches: one per block, for generating.
             tied: where the embedding's gradient meets the head's.
         """
+        if isinstance(document_ids, Tensor):
+            document_ids = Boundaries.from_ids(document_ids)
+        if position_ids is None and document_ids is not None and not caches:
+            position_ids = document_ids.positions()
         if position_ids is None:
             first = caches[0].length if caches else 0
             position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
-        if isinstance(document_ids, Tensor):
-            document_ids = Boundaries.from_ids(document_ids)
         x = self.embed_tokens(input_ids, tied=tied) if tied else self.embed_tokens(input_ids)
         rotation = self.rotary(position_ids)
         attend = self.kernels_for(x, compiled=self.compiled).attention(
@@ -196,11 +200,11 @@ class Decoder(Computed):
             if isinstance(module, Computed):
                 module.kernels = kernels
 
-    def set_checkpointing(self, mode: Checkpointing) -> None:
+    def set_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """Choose what every block keeps for its backward pass."""
-        inputs = HostInputs() if mode is Checkpointing.FULL_OFFLOAD else None
+        inputs = HostInputs() if mode is ActivationCheckpointing.FULL_OFFLOAD else None
         for layer in self.model.layers:
-            layer.checkpointing = Checkpointing(mode)  # type: ignore[assignment]
+            layer.checkpointing = mode  # type: ignore[assignment]
             layer.inputs_on_host = inputs  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:

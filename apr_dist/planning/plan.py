@@ -24,6 +24,7 @@ from apr_dist.parallel.storage import Storage
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE, named
 from apr_dist.planning.fitting import Rungs, fit
 from apr_dist.planning.memory import Load, Memory, estimate
+from apr_dist.planning.stopping import StopTime, stop_time
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.opening import check_folder
 from apr_dist.runs.resume import find_resume_point
@@ -32,11 +33,12 @@ from apr_dist.training.schedule import Schedule, schedule_of
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A speed someone gives: tokens a second over all processes, or MFU of a peak per device."""
+    """Speeds someone gives: tokens a second over all processes, or MFU of a peak per device; of the disk."""
 
     tokens_per_s: float | None = None
     mfu: float | None = None
     peak_flops: float | None = None
+    disk_bytes_per_s: float | None = None
 
     def tokens_per_second(self, flops_per_token: int, world_size: int) -> float | None:
         """Tokens a second of the whole run, or None when nothing was given."""
@@ -63,6 +65,7 @@ class Plan:
         refusal: the gate that said no, if one did.
         warnings: what will hurt, one sentence each.
         wall_s: seconds of training steps at the given speed.
+        stop: what finishing a step and saving take when the run is told to stop.
         memory_bytes: memory of one device, where it was given.
     """
 
@@ -77,6 +80,7 @@ class Plan:
     refusal: AprDistError | None
     warnings: list[str]
     wall_s: float | None
+    stop: StopTime
     memory_bytes: int | None = None
 
     @property
@@ -102,7 +106,14 @@ class Plan:
         return self.tokens / self.model.parameter_count()
 
 
-def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes: int | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    rate: Rate,
+    memory_bytes: int | None = None,
+    grace_s: float | None = None,
+) -> Plan:
     """Ask every gate that can be asked now, and work out the rest from dimensions.
 
     Args:
@@ -110,6 +121,7 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes:
         world_size: processes that will run.
         rate: the speed that is expected.
         memory_bytes: memory of one device, to tell what fits.
+        grace_s: seconds between SIGTERM and SIGKILL, to tell whether they suffice.
 
     Raises:
         AprDistError: the model itself cannot be known, so there is nothing to plan.
@@ -120,6 +132,13 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes:
     flops = flops_per_token(model, config.seq_length)
     speed = rate.tokens_per_second(flops, world_size)
     tokens = config.num_steps * config.batch_size * config.seq_length
+    stop = stop_time(
+        config,
+        parameters=model.parameter_count(),
+        tokens_per_s=speed,
+        grace_s=grace_s,
+        disk_bytes_per_s=rate.disk_bytes_per_s,
+    )
     return Plan(
         config=config,
         model=model,
@@ -130,7 +149,8 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes:
         schedule=schedule_of(config),
         gates=found.results,
         refusal=refusal,
-        warnings=found.warnings,
+        warnings=[*found.warnings, *([stop.warning] if stop.warning else [])],
+        stop=stop,
         wall_s=tokens / speed if speed else None,
         memory_bytes=memory_bytes,
     )
@@ -163,7 +183,8 @@ def _despite(config: TrainConfig, refusal: AprDistError) -> Preflight:
         except AprDistError:
             raise refusal from None
     found.data = _data(config)
-    found.results, found.warnings = [], warnings_of(config, found.model_config, found.data)
+    found.results = []
+    found.warnings += warnings_of(config, found.model_config, found.data)
     return found
 
 

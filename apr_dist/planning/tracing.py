@@ -22,7 +22,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from apr_dist.choices import KernelChoice, Precision, Strategy
 from apr_dist.config import TrainConfig
-from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.cuda import CudaKernels
@@ -77,7 +76,7 @@ def trace(model: TransformerConfig, config: TrainConfig) -> Traced:
         runtime = _runtime(config)
         decoder = build_decoder(model, runtime)
         decoder.use_kernels(SETS[KernelChoice.CUDA])
-        decoder.set_checkpointing(Checkpointing(config.compute.activation_checkpointing.value))
+        decoder.set_checkpointing(config.compute.activation_checkpointing)
         options = config.optimizer
         optimizer = build_optimizer(
             decoder,

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from apr_dist.atomic_files import write_atomically
+from apr_dist.config.reading import read_tree
 from apr_dist.contracts.evidence import read_verdict, sha256_of, sign
 from apr_dist.errors import OutputError, UsageError
 from apr_dist.gates.losses import PLAUSIBLE_SHARE, random_start_gates
@@ -32,11 +35,12 @@ MAX_WALL_S, WALL_TOKENS = 3600.0, 4096
 
 _FINETUNE = "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-"
 _AGREES = "FALSIFY-APR-DIST-TRAINER-036"
-_RESOURCE_ERRORS = re.compile(
-    r"out of memory|memoryerror|cannot allocate memory|can't allocate memory|too many open files"
-    r"|no space left on device|resource temporarily unavailable|can't start new thread|cuda error",
-    re.IGNORECASE,
+_RESOURCE_WORDS = (
+    *("out of memory", "memoryerror", "cannot allocate memory", "can't allocate memory", "cuda error"),
+    *("too many open files", "no space left on device", "can't start new thread"),
+    "resource temporarily unavailable",
 )
+_RESOURCE_ERRORS = re.compile("|".join(_RESOURCE_WORDS), re.IGNORECASE)
 _SIGNED_FACTS = (
     *("init_digest", "data_fingerprint", "val_data_fingerprint", "tokenizer_sha256", "config_digest"),
     *("code_digest", "tool_version", "weights_digest"),
@@ -74,7 +78,7 @@ def judge(folder: Path, *, steps: int | None = CONTRACT_STEPS) -> Judged:
         )
     gates = (
         *_end_gates(run, steps),
-        *_checkpoint_gates(run),
+        _checkpoint_gate(run),
         *_loss_gates(run),
         _log_gate(run),
         _agreement_gate(run),
@@ -111,10 +115,12 @@ def keep_evidence(judged: Judged, folder: Path, *, force: bool) -> list[Path]:
     """
     _make_room(folder, force=force)
     run, files, verdict = judged.run, RunFolder(judged.run.folder), RunFolder(folder).verdict
-    names = {key: Path(value.name) for key, value in run.config if isinstance(value, Path)}
+    names = {key: value.name for key, value in run.config if isinstance(value, Path)}
+    # As the run wrote it: its digest covers the names that keys had then.
+    config = {**read_tree(files.config), **names, "resume": "never"}
     contents = {
         files.metrics.name: files.metrics.read_bytes(),
-        files.config.name: run.config.model_copy(update={**names, "resume": "never"}).to_yaml().encode(),
+        files.config.name: yaml.safe_dump(config, sort_keys=False).encode(),
         **{path.name: path.read_bytes() for path in sorted(run.folder.glob("report-*.png"))},
     }
     for name, content in contents.items():
@@ -128,49 +134,28 @@ def _end_gates(run: FinishedRun, steps: int | None) -> list[GateResult]:
     done, wall = len(run.train_losses), float(run.facts.get("wall_seconds") or math.inf)
     tokens = run.config.batch_size * run.config.seq_length
     code = run.verdict.get("exit_code")
-    ended = GateResult(
-        id=_FINETUNE + "001",
-        gate="the run ended well",
-        measured=f"{run.verdict.get('status')}, exit code {code}, log {run.logged_exit_code}",
-        required="exit code 0 in verdict and log",
-        passed=code == 0 and run.logged_exit_code == 0 and run.verdict.get("status") != Status.ABORTED,
-    )
+    said = f"{run.verdict.get('status')}, exit code {code}, log {run.logged_exit_code}"
+    well = code == 0 and run.logged_exit_code == 0 and run.verdict.get("status") != Status.ABORTED
+    ended = GateResult(_FINETUNE + "001", "the run ended well", said, "exit code 0 in verdict and log", well)
     if steps is None:
         return [ended]
+    took = f"{wall:,.0f} s for {done} steps of {tokens:,} tokens on {run.facts.get('device')}"
+    limit = f"{MAX_WALL_S:,.0f} s: {CONTRACT_STEPS} steps of {WALL_TOKENS:,} tokens on an RTX 4090"
+    fast = wall <= MAX_WALL_S and done >= CONTRACT_STEPS and tokens >= WALL_TOKENS
     return [
         ended,
-        GateResult(
-            id=_FINETUNE + "005",
-            gate="steps of the run",
-            measured=str(done),
-            required=f"at least {steps}",
-            passed=done >= steps,
-        ),
-        GateResult(
-            id=_FINETUNE + "002",
-            gate="wall time",
-            measured=f"{wall:,.0f} s for {done} steps of {tokens:,} tokens on {run.facts.get('device')}",
-            required=f"{MAX_WALL_S:,.0f} s: {CONTRACT_STEPS} steps of {WALL_TOKENS:,} tokens on an RTX 4090",
-            passed=wall <= MAX_WALL_S and done >= CONTRACT_STEPS and tokens >= WALL_TOKENS,
-            ship_blocking=False,
-        ),
+        GateResult(_FINETUNE + "005", "steps of the run", str(done), f"at least {steps}", done >= steps),
+        GateResult(_FINETUNE + "002", "wall time", took, limit, fast, ship_blocking=False),
     ]
 
 
-def _checkpoint_gates(run: FinishedRun) -> list[GateResult]:
+def _checkpoint_gate(run: FinishedRun) -> GateResult:
     found = run.checkpoint
     measured = run.refusal or "nothing"
     if found is not None:
         measured = f"APR v2, {found.size_bytes / 1e6:,.1f} MB, {found.tensors} tensors, checksums match"
-    return [
-        GateResult(
-            id=_FINETUNE + "004",
-            gate="checkpoint opens",
-            measured=measured,
-            required="right magic, every checksum right",
-            passed=found is not None,
-        )
-    ]
+    required = "right magic, every checksum right"
+    return GateResult(_FINETUNE + "004", "checkpoint opens", measured, required, found is not None)
 
 
 def _loss_gates(run: FinishedRun) -> list[GateResult]:
@@ -196,46 +181,32 @@ def _random_gates(run: FinishedRun, vocab_size: int) -> list[GateResult]:
 
 
 def _missing(number: str, gate: str, required: str) -> GateResult:
-    return GateResult(
-        id=_FINETUNE + number, gate=gate, measured="not measured", required=required, passed=False
-    )
+    return GateResult(_FINETUNE + number, gate, "not measured", required, passed=False)
 
 
 def _plausible_throughout(run: FinishedRun) -> GateResult:
     train = run.train_losses
     later = [line for line in run.kind("evaluation") if line["step"] in train]
     shares = [(line["val_loss"] or math.nan) / train[line["step"]] for line in later]
-    return GateResult(
-        id=_FINETUNE + "007",
-        gate="every validation loss is plausible",
-        measured=f"{min(shares):.3f} of the training loss at the lowest" if shares else "not measured",
-        required=f"at least {PLAUSIBLE_SHARE}",
-        passed=bool(shares) and all(share >= PLAUSIBLE_SHARE for share in shares),
-    )
+    measured = f"{min(shares):.3f} of the training loss at the lowest" if shares else "not measured"
+    passed = bool(shares) and all(share >= PLAUSIBLE_SHARE for share in shares)
+    gate = "every validation loss is plausible"
+    return GateResult(_FINETUNE + "007", gate, measured, f"at least {PLAUSIBLE_SHARE}", passed)
 
 
 def _log_gate(run: FinishedRun) -> GateResult:
     errors = [line for line in run.log.splitlines() if _RESOURCE_ERRORS.search(line)]
     said = errors[0][:120] if errors else f"none in {len(run.log.splitlines())} lines"
-    return GateResult(
-        id=_FINETUNE + "006",
-        gate="no resource error in the log",
-        measured=said if run.log else "there is no log",
-        required="no lack of memory, files, threads or disk",
-        passed=bool(run.log) and not errors,
-        ship_blocking=False,
-    )
+    said = said if run.log else "there is no log"
+    gate, required = "no resource error in the log", "no lack of memory, files, threads or disk"
+    passed = bool(run.log) and not errors
+    return GateResult(_FINETUNE + "006", gate, said, required, passed, ship_blocking=False)
 
 
 def _agreement_gate(run: FinishedRun) -> GateResult:
     found = contradictions(run)
-    return GateResult(
-        id=_AGREES,
-        gate="what the run left agrees with itself",
-        measured="; ".join(found[:3]) or "verdict, metrics, configuration, log and checkpoint agree",
-        required="no contradiction",
-        passed=not found,
-    )
+    said = "; ".join(found[:3]) or "verdict, metrics, configuration, log and checkpoint agree"
+    return GateResult(_AGREES, "what the run left agrees with itself", said, "no contradiction", not found)
 
 
 def _run_gates(run: FinishedRun) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import FinalCheckpoint
 from apr_dist.config import TrainConfig
+from apr_dist.config.reading import read_tree
+from apr_dist.config.schema import digests_of_saved
 from apr_dist.config.text import load_config
-from apr_dist.errors import ModelFileError, UsageError
+from apr_dist.errors import ModelFileError
 from apr_dist.gates.losses import Agreement, evaluation_gates, final_gates, step_zero_gates
 from apr_dist.gates.result import GateResult
-from apr_dist.parsing import parse_json
+from apr_dist.report.run_folder import no_run, read_object, read_text
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.verdict import Status
 
@@ -54,6 +56,7 @@ class FinishedRun:
         folder: the run folder.
         config: the resolved configuration it trained with.
         verdict: verdict.json.
+        config_digests: what config.yaml was identified by, in this version or an earlier one.
         lines: every line of metrics.jsonl.
         log: train.log; empty where it is missing.
         checkpoint: None where it does not open.
@@ -63,6 +66,7 @@ class FinishedRun:
     folder: Path
     config: TrainConfig
     verdict: Mapping[str, Any]
+    config_digests: Collection[str]
     lines: Sequence[Mapping[str, Any]]
     log: str
     checkpoint: Checkpoint | None
@@ -131,23 +135,24 @@ def read_finished_run(folder: Path) -> FinishedRun:
         UsageError: a file is missing, malformed, or of a run without evaluations.
     """
     files = RunFolder(folder)
-    verdict, metrics = _json(files.verdict, _text(files.verdict)), files.metrics
-    lines = [_json(metrics, line) for line in _text(metrics).splitlines()]
+    verdict, metrics = read_object(files.verdict, read_text(files.verdict)), files.metrics
+    lines = [read_object(metrics, line) for line in read_text(metrics).splitlines()]
     if not isinstance(verdict.get("facts"), dict) or not isinstance(verdict.get("gates"), list):
-        raise _not_a_run(files.verdict, "it has no gates and facts")
+        raise no_run(files.verdict, "it has no gates and facts")
     log = files.log
     checkpoint, refusal = _checkpoint(files.checkpoint)
     run = FinishedRun(
         folder=folder,
         config=load_config(folder),
         verdict=verdict,
+        config_digests=digests_of_saved(read_tree(files.config)),
         lines=lines,
         log=log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "",
         checkpoint=checkpoint,
         refusal=refusal,
     )
     if not run.val_losses:
-        raise _not_a_run(metrics, "it has no evaluation")
+        raise no_run(metrics, "it has no evaluation")
     return run
 
 
@@ -169,7 +174,7 @@ def _about_the_end(run: FinishedRun) -> Iterator[str]:
         yield f"verdict.json says exit code {run.verdict.get('exit_code')}, the log {run.logged_exit_code}"
     if bool(run.verdict.get("synthetic")) != run.config.synthetic:
         yield "verdict.json and config.yaml disagree on synthetic"
-    if run.facts.get("config_digest") != run.config.digest():
+    if run.facts.get("config_digest") not in run.config_digests:
         yield "config.yaml is not the configuration of verdict.json"
 
 
@@ -247,29 +252,3 @@ def _checkpoint(path: Path) -> tuple[Checkpoint | None, str | None]:
             ), None
     except ModelFileError as error:
         return None, error.what
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _not_a_run(path, f"it cannot be read ({error})") from error
-
-
-def _json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise _not_a_run(path, f"it is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise _not_a_run(path, f"it holds a {type(found).__name__}")
-    return found
-
-
-def _not_a_run(path: Path, what: str) -> UsageError:
-    return UsageError(
-        what,
-        where=path,
-        expected="the folder of a run that came to a verdict",
-        remedy="give the --run-dir of a finished run",
-    )

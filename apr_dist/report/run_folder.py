@@ -12,6 +12,7 @@ from apr_dist.config.reading import read_tree
 from apr_dist.errors import UsageError
 from apr_dist.parsing import parse_json
 from apr_dist.runs.folder import RunFolder
+from apr_dist.runs.resume import flat
 
 STEP_PARTS = {"forward_ms": "forward", "backward_ms": "backward", "update_ms": "update"}
 UNDIVIDED = "forward, backward, update"
@@ -114,11 +115,10 @@ def _read(folder: Path, name: str) -> Run:
     run = RunFolder(folder)
     metrics, verdict, config = run.metrics, run.verdict, run.config
     if not metrics.is_file() and not verdict.is_file():
-        raise UsageError(
+        raise no_run(
+            folder,
             f"neither {metrics.name} nor {verdict.name} is there",
-            where=folder,
             expected="the folder a run wrote into",
-            remedy="give the --run-dir of a run",
         )
     lines = _json_lines(metrics) if metrics.is_file() else []
     return Run(
@@ -128,48 +128,53 @@ def _read(folder: Path, name: str) -> Run:
         evaluations=[line for line in lines if line.get("kind") == "evaluation"],
         others=[line for line in lines if line.get("kind") not in ("step", "evaluation")],
         verdict=_verdict(verdict) if verdict.is_file() else None,
-        values=dict(_flat(read_tree(config), "")) if config.is_file() else {},
+        values={key: str(value) for key, value in flat(read_tree(config)).items()}
+        if config.is_file()
+        else {},
     )
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     # A run that was killed, or still writes, leaves its last line unfinished.
-    whole = _text(path).split("\n")[:-1]
-    return [_json(path, line) for line in whole if line]
+    whole = read_text(path).split("\n")[:-1]
+    return [read_object(path, line) for line in whole if line]
 
 
-def _json(path: Path, text: str) -> dict[str, Any]:
+def read_object(path: Path, text: str) -> dict[str, Any]:
+    """The JSON object in a text of the file at ``path``.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         found = parse_json(text)
     except ValueError as error:
-        raise UsageError(f"not JSON ({error})", where=path, expected="what a run writes there") from error
+        raise no_run(path, f"it is not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise UsageError(
-            f"it holds a JSON {type(found).__name__}", where=path, expected="objects, as a run writes there"
-        )
+        raise no_run(path, f"it holds a JSON {type(found).__name__}")
     return found
 
 
 def _verdict(path: Path) -> dict[str, Any]:
-    found = _json(path, _text(path))
+    found = read_object(path, read_text(path))
     missing = [key for key in ("status", "detail", "exit_code", "gates", "facts") if key not in found]
     if missing:
-        raise UsageError(f"{', '.join(missing)} is missing", where=path, expected="what a run writes there")
+        raise no_run(path, f"{', '.join(missing)} is missing")
     return found
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file of a run.
+
+    Raises:
+        UsageError: it cannot be read as text.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"it cannot be read ({error})", where=path, expected="text that a run wrote"
-        ) from error
+        raise no_run(path, f"it cannot be read ({error})") from error
 
 
-def _flat(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
-    rows = []
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        rows += _flat(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", str(value))]
-    return rows
+def no_run(path: Path, what: str, *, expected: str = "what a run writes there") -> UsageError:
+    """The error of a file, or a folder, that no run left so."""
+    return UsageError(what, where=path, expected=expected, remedy="give the --run-dir of a run")

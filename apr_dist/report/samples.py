@@ -15,6 +15,7 @@ import psutil
 
 from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
+from apr_dist.data.flags import ids_of
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import AprDistError
 from apr_dist.interop.text_model import TextModel, open_text_model
@@ -145,7 +146,7 @@ def _beginnings(manifest: Manifest) -> Iterator[np.ndarray]:
         ends = np.append(starts, ids.size)[1:]
         for first, end in zip(starts.tolist(), ends.tolist(), strict=True):
             if end - first > _PROMPT_TOKENS:
-                yield ids[first : first + _PROMPT_TOKENS]
+                yield ids_of(ids[first : first + _PROMPT_TOKENS])
 
 
 def _goes_on(speaker: TextModel, prompt: str) -> str:

@@ -1,8 +1,9 @@
-"""The verdict as a table of text, for the end of a run."""
+"""The verdict as a table of text, for the end of a run; and any table as text."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Collection, Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -24,28 +25,40 @@ def verdict_lines(verdict: Verdict, *, width: int = 118) -> list[str]:
     return [*lines, f"{verdict.status}: {verdict.detail}; {end} (exit code {int(verdict.exit_code)})"]
 
 
-def _table(verdict: Verdict, width: int) -> list[str]:
-    table = Table(title=None, show_lines=False, pad_edge=False)
-    for heading in ("gate", "measured", "required", "result", "falsifier"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "result")
-    for gate in verdict.gates:
-        falsifier = gate.id.removeprefix("FALSIFY-")
-        table.add_row(gate.gate, gate.measured, gate.required, _result(gate), falsifier)
+def table_lines(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, width: int = 110, whole: Collection[str] = ()
+) -> list[str]:
+    """A table without colours, as lines; columns of the headings in ``whole`` are never wrapped."""
+    table = Table(pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading in whole)
+    for row in rows:
+        table.add_row(*row)
     buffer = io.StringIO()
-    Console(file=buffer, width=width, color_system=None, legacy_windows=False).print(table)
+    Console(file=buffer, width=width, color_system=None, legacy_windows=False).print(table, markup=False)
     return buffer.getvalue().rstrip().splitlines()
 
 
+def _table(verdict: Verdict, width: int) -> list[str]:
+    rows = [
+        (gate.gate, gate.measured, gate.required, _result(gate), gate.id.removeprefix("FALSIFY-"))
+        for gate in verdict.gates
+    ]
+    headings = ("gate", "measured", "required", "result", "falsifier")
+    return table_lines(headings, rows, width=width, whole=("result",))
+
+
 def _stacked(verdict: Verdict) -> list[str]:
-    lines = []
-    for gate in verdict.gates:
-        lines += [
+    return [
+        line
+        for gate in verdict.gates
+        for line in (
             f"{_result(gate)}: {gate.gate}",
             f"  measured {gate.measured}",
             f"  required {gate.required}",
-        ]
-        lines += [f"  {gate.id}"]
-    return lines
+            f"  {gate.id}",
+        )
+    ]
 
 
 def _result(gate: GateResult) -> str:

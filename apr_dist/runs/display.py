@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any, TextIO
 
 SMOOTHING = 0.9
@@ -22,6 +23,8 @@ SMOOTHING = 0.9
 NOT_AVAILABLE = "n/a"
 _RECENT_STEPS = 50
 _LONGEST_WARNING = 400
+_FIRST_WORD_S = 1.0
+_WORDS_APART_S = 5.0
 
 
 @dataclass
@@ -98,6 +101,9 @@ class Display:
     def evaluating(self, done: int, of: int) -> None:
         """Show how far an evaluation is, in batches."""
 
+    def working(self, what: str, done: int, of: int) -> None:
+        """Show how far a long piece of work is, such as loading the weights; may come from any thread."""
+
     @contextmanager
     def training(self, pace: Pace) -> Iterator[None]:
         """The block in which steps are made."""
@@ -115,6 +121,7 @@ class PlainDisplay(Display):
         super().__init__()
         self._stream, self._prefix = stream, prefix
         self._pace: Pace | None = None
+        self._told: dict[str, float] = {}
 
     def __call__(self, line: str) -> None:
         """Write one line."""
@@ -133,6 +140,14 @@ class PlainDisplay(Display):
     def evaluating(self, done: int, of: int) -> None:
         """Write how far a long evaluation is."""
         self(f"  evaluating: {done} of {of} batches")
+
+    def working(self, what: str, done: int, of: int) -> None:
+        """Write how far the work is once it has taken a second, then every five."""
+        now = monotonic()
+        due = self._told.setdefault(what, now + _FIRST_WORD_S)
+        if now >= due:
+            self._told[what] = now + _WORDS_APART_S
+            self(f"  {what}: {100 * done // max(of, 1)} %")
 
     @contextmanager
     def training(self, pace: Pace) -> Iterator[None]:

@@ -19,6 +19,16 @@ from apr_dist.atomic_files import flush_folder, temporary_beside, writing_to
 from apr_dist.parallel.state_index import INDEX_NAME
 
 
+class _Inside:
+    """A path of one name inside a folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: StepFolder | RunFolder, _: object) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True)
 class StepFolder:
     """One saved step."""
@@ -30,20 +40,12 @@ class StepFolder:
         """Optimizer steps done when it was saved."""
         return int(self.path.name)
 
-    @property
-    def checkpoint(self) -> Path:
-        """The model, an APR file."""
-        return self.path / "checkpoint.apr"
-
-    @property
-    def index(self) -> Path:
-        """The names and digests of the optimizer files."""
-        return self.path / INDEX_NAME
-
-    @property
-    def state(self) -> Path:
-        """The marker of a finished folder, written last."""
-        return self.path / "state.json"
+    checkpoint = _Inside("checkpoint.apr")
+    """The model, an APR file."""
+    index = _Inside(INDEX_NAME)
+    """The names and digests of the optimizer files."""
+    state = _Inside("state.json")
+    """The marker of a finished folder, written last."""
 
     def remove(self) -> None:
         """Delete the folder, marker first, so that a crash never leaves a marked part of it."""
@@ -57,60 +59,28 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def checkpoint(self) -> Path:
-        """The model the run hands over."""
-        return self.path / "checkpoint.apr"
-
-    @property
-    def checkpoint_facts(self) -> Path:
-        """Losses and digests of that model."""
-        return self.path / "checkpoint.metadata.json"
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON line per step, evaluation and event."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """Everything the run printed."""
-        return self.path / "train.log"
-
-    @property
-    def verdict(self) -> Path:
-        """How the run ended, and its gates."""
-        return self.path / "verdict.json"
-
-    @property
-    def history(self) -> Path:
-        """The identity of the run and of the runs it continues."""
-        return self.path / "run.json"
-
-    @property
-    def trackers(self) -> Path:
-        """What tells this run from an equal one in a tracker."""
-        return self.path / "trackers.json"
-
-    @property
-    def lock(self) -> Path:
-        """Locked by the process that trains into this folder."""
-        return self.path / "run.lock"
-
-    @property
-    def steps(self) -> Path:
-        """The folder of step folders."""
-        return self.path / "steps"
-
-    @property
-    def set_aside(self) -> Path:
-        """Abandoned step folders and what belongs to them, numbered."""
-        return self.path / "set-aside"
+    checkpoint = _Inside("checkpoint.apr")
+    """The model the run hands over."""
+    checkpoint_facts = _Inside("checkpoint.metadata.json")
+    """Losses and digests of that model."""
+    config = _Inside("config.yaml")
+    """The resolved configuration."""
+    metrics = _Inside("metrics.jsonl")
+    """One JSON line per step, evaluation and event."""
+    log = _Inside("train.log")
+    """Everything the run printed."""
+    verdict = _Inside("verdict.json")
+    """How the run ended, and its gates."""
+    history = _Inside("run.json")
+    """The identity of the run and of the runs it continues."""
+    trackers = _Inside("trackers.json")
+    """What tells this run from an equal one in a tracker."""
+    lock = _Inside("run.lock")
+    """Locked by the process that trains into this folder."""
+    steps = _Inside("steps")
+    """The folder of step folders."""
+    set_aside = _Inside("set-aside")
+    """Abandoned step folders and what belongs to them, numbered."""
 
     def step(self, step: int) -> StepFolder:
         """The folder of one step, whether it exists or not."""

@@ -23,16 +23,17 @@ class StepMetrics:
 
     Attributes:
         step: 1-based number of the step.
-        train_loss: mean loss over all tokens of the global batch, before the update, in nats.
+        train_loss: mean loss over the targets of the global batch, before the update, in nats.
         grad_norm: global norm of the gradient before clipping.
         lr: the rate the optimizer used.
-        tokens_per_sec: target tokens of the global batch over the step's wall time.
+        tokens_per_sec: tokens of the global batch, targets or not, over the step's wall time.
         gpu_util_pct: utilisation of this rank's GPU in percent; 0 on CPU.
         wall_ms: wall time of the step in milliseconds.
         data_wait_ms: time the host waited for the batch.
         forward_ms: part of it that this rank spent in forward and loss, over all its micro-batches.
         backward_ms: part of it in their backward, with what ranks exchange meanwhile.
         update_ms: part of it in gradient norm, clipping and optimizer.
+        targets: tokens of the global batch that the loss counts.
         tokens_seen: target tokens trained on so far, this step included.
         data_epoch: passes over the training data begun so far, less one; of a mixture, over the source
             with most.
@@ -54,6 +55,7 @@ class StepMetrics:
     forward_ms: float
     backward_ms: float
     update_ms: float
+    targets: int
     tokens_seen: int
     data_epoch: int
     data_epochs: Mapping[str, int]

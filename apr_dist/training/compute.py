@@ -9,8 +9,8 @@ import torch
 
 from apr_dist.choices import Compile, Documents, Precision
 from apr_dist.config import TrainConfig
+from apr_dist.config.sections import ComputeSection
 from apr_dist.errors import UsageError
-from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.host_memory import keep_freed_memory
 from apr_dist.model.kernels.choice import choose_kernels, kernels_on
 from apr_dist.model.kernels.plain import Kernels
@@ -18,8 +18,8 @@ from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
 
 
-def set_up_compute(model: Decoder, config: TrainConfig, device: torch.device) -> None:
-    """Make the decoder compute as ``compute`` says; compiled code is made at the first call.
+def set_up_compute(model: Decoder, options: ComputeSection, device: torch.device) -> None:
+    """Make the decoder compute as the section says; compiled code is made at the first call.
 
     What a block checkpoints is inside what is compiled, and both are inside the block's call, around
     which FSDP2 and ZeRO-3 gather its weights: any of them goes with any other.
@@ -27,10 +27,9 @@ def set_up_compute(model: Decoder, config: TrainConfig, device: torch.device) ->
     Raises:
         UsageError: kernels or compiling were asked for that cannot be had here.
     """
-    options = config.compute
     compiled = options.compile is Compile.BLOCK
     model.use_kernels(choose_kernels(options.kernels, device, compiled=compiled))
-    model.set_checkpointing(Checkpointing(options.activation_checkpointing.value))
+    model.set_checkpointing(options.activation_checkpointing)
     model.z_loss = options.z_loss
     if compiled:
         _assert_can_compile(device)
@@ -39,13 +38,13 @@ def set_up_compute(model: Decoder, config: TrainConfig, device: torch.device) ->
 
 def set_up_machine(config: TrainConfig, runtime: Runtime) -> str:
     """Let a CPU process keep the memory it frees, and say in one line where and how the run computes."""
-    how = _kernels(config, runtime.device).describe(z_loss=config.compute.z_loss)
+    how = _kernels(config.compute, runtime.device).describe(z_loss=config.compute.z_loss)
     if runtime.device.type == "cpu":
         kept = "kept" if keep_freed_memory() else "returned"
         how += f", freed memory {kept}, {runtime.cpu_threads} thread(s) each"
     if config.optimizer.state_bits == 8:
         how += ", AdamW's state in 8 bits"
-    if described := describe_compute(config, runtime.device):
+    if described := _choices(config, runtime.device):
         how += f", {described}"
     return (
         f"{runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"
@@ -53,7 +52,7 @@ def set_up_machine(config: TrainConfig, runtime: Runtime) -> str:
     )
 
 
-def describe_compute(config: TrainConfig, device: torch.device) -> str:
+def _choices(config: TrainConfig, device: torch.device) -> str:
     """The choices that are not the default, for one line; empty when there is none."""
     options = config.compute
     dtype = torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32
@@ -65,14 +64,14 @@ def describe_compute(config: TrainConfig, device: torch.device) -> str:
     if options.z_loss:
         parts.append(f"z-loss {options.z_loss:g}")
     if config.loader.documents is Documents.ISOLATE:
-        parts.append(f"documents isolated by {_kernels(config, device).isolation(device, dtype)}")
+        parts.append(f"documents isolated by {_kernels(config.compute, device).isolation(device, dtype)}")
     return ", ".join(parts)
 
 
-def _kernels(config: TrainConfig, device: torch.device) -> Kernels:
+def _kernels(options: ComputeSection, device: torch.device) -> Kernels:
     """The set that computes the run; what is compiled on the CPU is the plain one's."""
-    compiled = config.compute.compile is Compile.BLOCK
-    return choose_kernels(config.compute.kernels, device, compiled=compiled) or kernels_on(device)
+    compiled = options.compile is Compile.BLOCK
+    return choose_kernels(options.kernels, device, compiled=compiled) or kernels_on(device)
 
 
 def _assert_can_compile(device: torch.device) -> None:

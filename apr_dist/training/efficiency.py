@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from apr_dist.choices import Documents, Precision
-from apr_dist.config import TrainConfig
+from apr_dist.choices import Precision
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
 from apr_dist.parallel.runtime import Runtime
@@ -59,18 +58,28 @@ class Efficiency:
         return f"MFU = {work} x tokens/s / {peak}"
 
 
-def efficiency_of(model: TransformerConfig, config: TrainConfig, runtime: Runtime) -> Efficiency:
-    """The figures of a run on this rank's kind of device."""
+def efficiency_of(
+    model: TransformerConfig, runtime: Runtime, *, seq_length: int, precision: Precision, isolated: bool
+) -> Efficiency:
+    """What a token costs on this rank's kind of device.
+
+    Args:
+        model: architecture.
+        runtime: this rank's view of the processes.
+        seq_length: tokens a sequence is trained on.
+        precision: of the products.
+        isolated: whether documents of a sequence do not see each other.
+    """
     cuda = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name(runtime.device) if cuda else "this processor"
-    dtype = torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32
+    dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
     return Efficiency(
-        flops_per_token=flops_per_token(model, config.seq_length),
+        flops_per_token=flops_per_token(model, seq_length),
         peak_flops=peak_flops(name, dtype) if cuda else None,
         devices=runtime.world_size,
         device_name=name,
-        precision=config.parallel.precision,
-        isolated=config.loader.documents is Documents.ISOLATE,
+        precision=precision,
+        isolated=isolated,
     )
 
 

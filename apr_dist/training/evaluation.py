@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from apr_dist.data.documents import Documents, loss_mask
+from apr_dist.data.flags import input_ids, not_targets
 from apr_dist.errors import DataError
 from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.model.packing import Boundaries
@@ -33,6 +34,10 @@ class HeldOut(Protocol):
     def fingerprint(self) -> str:
         """Identity of the data they are from."""
 
+    @property
+    def flagged(self) -> bool:
+        """Whether words carry flags (`data.flags`)."""
+
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Token ids, each int32 [batch, seq + 1]; as many batches on every rank."""
 
@@ -55,20 +60,28 @@ def split_sequences(
     device: torch.device,
     ignored_ids: Sequence[int] = (),
     documents: Documents | None = None,
+    *,
+    flagged: bool = False,
 ) -> Batch:
     """[batch, seq + 1] token ids to inputs and targets, each [batch, seq], on the device.
 
     Ids travel as 32-bit; targets widen to int64 only where they are used. Those among ``ignored_ids``
-    become -100, which no loss counts.
+    become -100, which no loss counts, and so do those that ``flagged`` words say are no targets; without
+    ``documents`` conversations are kept apart by their flags.
     """
     moved = tokens.to(device, non_blocking=True)
-    targets = moved[:, 1:].long()
+    inputs, targets = moved[:, :-1], moved[:, 1:]
+    if flagged:
+        ignored = not_targets(targets)
+        inputs, targets = input_ids(inputs), input_ids(targets).long().masked_fill(ignored, IGNORE_INDEX)
+        documents = documents or Documents.of_flagged(tokens)
+    targets = targets.long()
     if ignored_ids:
         targets = targets.where(loss_mask(targets, ignored_ids=ignored_ids), IGNORE_INDEX)
     boundaries = None
     if documents is not None:
         boundaries = Boundaries(send(documents.cu_seqlens, device), (targets.shape[0], targets.shape[1]))
-    return Batch(moved[:, :-1], targets, boundaries)
+    return Batch(inputs, targets, boundaries)
 
 
 def _nothing_to_count(batch: Batch) -> Batch:
@@ -96,7 +109,8 @@ def evaluate(
 
     Args:
         model: the decoder, not its distributed wrapper.
-        batches: token ids, each [batch, seq + 1], or batches that are on the device already.
+        batches: token ids, each [batch, seq + 1], or batches that are on the device already; ``flagged``
+            ones carry flags in their words.
         runtime: this rank's view of the run.
         progress: called about every five seconds with (batches done, batches in all).
         ignored_ids: targets that do not count.
@@ -108,14 +122,14 @@ def evaluate(
     """
     started, told = time.perf_counter(), time.perf_counter()
     total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
-    was_training = model.training
+    was_training, flagged = model.training, bool(getattr(batches, "flagged", False))
     model.eval()
     try:
         with torch.no_grad(), runtime.accelerator.autocast():
             for done, tokens in enumerate(batches, start=1):
                 batch = tokens
                 if not isinstance(batch, Batch):
-                    batch = split_sequences(batch, runtime.device, ignored_ids)
+                    batch = split_sequences(batch, runtime.device, ignored_ids, flagged=flagged)
                 if not len(batch.inputs):
                     batch = _nothing_to_count(batch)
                 loss_sum, count = model(batch.inputs, batch.targets, document_ids=batch.document_ids)
@@ -131,5 +145,5 @@ def evaluate(
         model.train(was_training)
     loss_sum, count = runtime.sum(total).tolist()
     if not count:
-        raise DataError("there is no held-out sequence to evaluate", expected="at least one whole sequence")
+        raise DataError("there is no held-out target to evaluate", expected="at least one whole sequence")
     return Evaluation(loss=loss_sum / count, tokens=int(count), wall_s=time.perf_counter() - started)

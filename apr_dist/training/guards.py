@@ -27,10 +27,10 @@ def check_targets(*, step: int, targets: int) -> None:
     if targets:
         return
     raise DataError(
-        f"every target of step {step} is one of loader.ignored_ids",
+        f"step {step} has no target that counts: each is one of loader.ignored_ids, or flagged as none",
         where="training shards",
         expected="at least one target that counts in each global batch",
-        remedy="name fewer ids, or raise --batch-size",
+        remedy="name fewer ids, raise --batch-size, or encode conversations with another --train-on",
     )
 
 

@@ -215,7 +215,7 @@ class Opening:
 
     def _open_engine(self) -> None:
         config, runtime, options = self.config, self.runtime, self.config.optimizer
-        set_up_compute(self.model, config, runtime.device)
+        set_up_compute(self.model, config.compute, runtime.device)
         optimizer = build_optimizer(
             self.model,
             lr=config.peak_lr,
@@ -236,7 +236,13 @@ class Opening:
             micro_batch=config.micro_batch(runtime.world_size),
             grad_clip=options.grad_clip,
         )
-        self.efficiency = efficiency_of(self.start.model_config, config, runtime)
+        self.efficiency = efficiency_of(
+            self.start.model_config,
+            runtime,
+            seq_length=config.seq_length,
+            precision=config.parallel.precision,
+            isolated=config.loader.documents is Documents.ISOLATE,
+        )
         self._guard = StepGuard(
             config.guards,
             batch_size=config.batch_size,

@@ -27,6 +27,7 @@ class StepRecorder:
         runtime: this rank's view of the processes.
         progress: where the run is; counted on here.
         train_data: whose passes over each source are told.
+        positions: tokens of a global batch, targets or not.
         guard: says whether a step happened.
         go_on: lets steps change weights again after one that was skipped.
         efficiency: what a token costs.
@@ -40,6 +41,7 @@ class StepRecorder:
         runtime: Runtime,
         progress: Progress,
         train_data: TrainingData,
+        positions: int,
         guard: StepGuard,
         go_on: Callable[[], None],
         efficiency: Efficiency,
@@ -48,7 +50,7 @@ class StepRecorder:
     ) -> None:
         self._runtime, self._progress, self._train_data = runtime, progress, train_data
         self._guard, self._go_on, self._efficiency = guard, go_on, efficiency
-        self._metrics, self._display = metrics, display
+        self._metrics, self._display, self._positions = metrics, display, positions
 
     def judge(self, taken: Taken, gpu_util_pct: float) -> StepMetrics | None:
         """Record a step that happened and return its line; or that it was skipped, or why it ends the run.
@@ -77,7 +79,7 @@ class StepRecorder:
         state.train_loss = taken.train_loss
         state.grad_norm_max = max(state.grad_norm_max, taken.grad_norm)
         self._count_passes(taken.step + 1)
-        speed = taken.targets / taken.wall_s
+        speed = self._positions / taken.wall_s
         line = StepMetrics(
             step=taken.step + 1,
             train_loss=taken.train_loss,
@@ -90,6 +92,7 @@ class StepRecorder:
             forward_ms=taken.forward_s * 1e3,
             backward_ms=taken.backward_s * 1e3,
             update_ms=taken.update_s * 1e3,
+            targets=taken.targets,
             tokens_seen=state.tokens_seen,
             data_epoch=max(state.data_epochs.values()),
             data_epochs=dict(state.data_epochs),

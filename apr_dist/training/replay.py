@@ -118,7 +118,7 @@ def replay(run_dir: Path, *, step: int | None, device: str | None, say: Callable
         for _ in session.steps(until=wanted - 1):
             pass
         taken = session.stepper.measure(wanted - 1)
-        text = _reader_of_text(config)
+        text = _reader_of_text(config.tokenizer, config.init)
         return Replayed(
             step=wanted,
             begun_from=str(folder.checkpoint if folder else config.init or f"seed {config.seed}"),
@@ -190,9 +190,9 @@ def _row(batch: Batch, index: int) -> Batch:
     return Batch(batch.inputs[one], batch.targets[one], None if ids is None else ids.row(index))
 
 
-def _reader_of_text(config: TrainConfig) -> Callable[[torch.Tensor], str | None]:
+def _reader_of_text(tokenizer: Path | None, init: Path | None) -> Callable[[torch.Tensor], str | None]:
     loaded: LoadedTokenizer | None = None
-    candidates = [config.tokenizer, config.init.with_suffix(".tokenizer") if config.init else None]
+    candidates = [tokenizer, init.with_suffix(".tokenizer") if init else None]
     for folder in filter(None, candidates):
         with contextlib.suppress(AprDistError, OSError):
             loaded = load_tokenizer(folder)

@@ -72,12 +72,13 @@ class Session(Opening):
     def make_stepper(self, engine: Engine, feed: BatchFeed) -> Stepper:
         """What takes this session's steps, over an engine and a feed."""
         config = self.config
+        uncounted = config.loader.ignored_ids or self.data.train.flagged
         return Stepper(
             engine=engine,
             runtime=self.runtime,
             feed=feed,
             lr_at=lambda step: self.schedule.lr_at(step) if self._fixed_lr is None else self._fixed_lr,
-            global_tokens=None if config.loader.ignored_ids else config.batch_size * config.seq_length,
+            global_tokens=None if uncounted else config.batch_size * config.seq_length,
             notes=self._notes,
             limits=self._guard.limits,
         )
@@ -91,6 +92,7 @@ class Session(Opening):
             runtime=self.runtime,
             progress=self.progress,
             train_data=self.data.train,
+            positions=self.config.batch_size * self.config.seq_length,
             guard=self._guard,
             go_on=self.stepper.go_on,
             efficiency=self.efficiency,

@@ -40,8 +40,12 @@ class TrainingData(Protocol):
     def batch(self, k: int) -> list[Tensor]:
         """This rank's micro-batches of global batch ``k``."""
 
-    def documents(self, k: int) -> list[Documents]:
-        """Where documents begin in the inputs of each of them."""
+    @property
+    def flagged(self) -> bool:
+        """Whether words carry flags (`data.flags`)."""
+
+    def documents(self, k: int, *, plain: bool = True) -> list[Documents]:
+        """Where documents begin in the inputs of each of them; not ``plain``: conversations alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ class BatchFeed:
         data: global batches by number.
         device: where they go.
         ignored_ids: targets that do not count in the loss.
-        isolate: keep documents apart.
+        isolate: keep documents of plain text apart; conversations always are.
     """
 
     def __init__(
@@ -129,10 +133,13 @@ class BatchFeed:
 
     def _sent(self, k: int) -> list[Batch]:
         rows = self._data.batch(k)
-        apart = self._data.documents(k) if self._isolate else [None] * len(rows)
+        flagged = self._data.flagged
+        apart: Sequence[Documents | None] = [None] * len(rows)
+        if self._isolate or flagged:
+            apart = self._data.documents(k, plain=self._isolate)
         with torch.cuda.stream(self._stream):  # of no effect without a stream
             return [
-                split_sequences(row, self._device, self._ignored_ids, one)
+                split_sequences(row, self._device, self._ignored_ids, one, flagged=flagged)
                 for row, one in zip(rows, apart, strict=True)
             ]
 

@@ -83,6 +83,66 @@ pub fn populate(shards: &ShardSet, rows: &[Row], span: usize) -> Result<()> {
     Ok(())
 }
 
+/// The bit of a token that begins a conversation, in a flagged shard; see `apr_dist/data/flags.py`.
+pub const BEGINS: u32 = 1 << 30;
+
+/// Tokens that are looked at together: few conversations begin, so most of these hold none that does.
+const LOOKED_AT: usize = 64;
+
+/// Adds where conversations begin in one row's inputs, counted from `base` on; every row begins one.
+fn mark_begins<T: Copy>(inputs: &[T], base: usize, begins: impl Fn(T) -> bool, edges: &mut Vec<i32>) {
+    let mut push = |place: usize| edges.push(i32::try_from(place).unwrap_or(i32::MAX));
+    push(base);
+    for (number, part) in inputs.chunks(LOOKED_AT).enumerate() {
+        if part.iter().fold(false, |any, &token| any | begins(token)) {
+            let first = number * LOOKED_AT;
+            let places = (first..).zip(part).filter(|&(place, &token)| place > 0 && begins(token));
+            places.for_each(|(place, _)| push(base + place));
+        }
+    }
+}
+
+/// Where conversations begin in the flattened inputs of the rows in `batch`, each `width` tokens of `kind`,
+/// and their end; a row's last token is only a target.
+#[must_use]
+pub fn edges(batch: &[u8], width: usize, kind: Width) -> Vec<i32> {
+    let (mut edges, length) = (Vec::new(), width - 1);
+    let rows = match kind {
+        Width::Narrow => {
+            let rows = bytemuck::cast_slice::<u8, u32>(batch).chunks_exact(width);
+            let count = rows.len();
+            let begins = |token: u32| token & BEGINS != 0;
+            rows.enumerate()
+                .for_each(|(row, tokens)| mark_begins(&tokens[..length], row * length, begins, &mut edges));
+            count
+        }
+        Width::Wide => {
+            let rows = bytemuck::cast_slice::<u8, i64>(batch).chunks_exact(width);
+            let count = rows.len();
+            let begins = |token: i64| token & i64::from(BEGINS) != 0;
+            rows.enumerate()
+                .for_each(|(row, tokens)| mark_begins(&tokens[..length], row * length, begins, &mut edges));
+            count
+        }
+    };
+    edges.push(i32::try_from(rows * length).unwrap_or(i32::MAX));
+    edges
+}
+
+/// As [`edges`], of views whose neighbouring rows share a token.
+pub fn view_edges(views: &[View], width: usize) -> Result<Vec<i32>> {
+    let (mut edges, mut base, length) = (Vec::new(), 0, width - 1);
+    for view in views {
+        let tokens = view.copied()?;
+        for inputs in tokens[..tokens.len() - 1].chunks_exact(length) {
+            mark_begins(inputs, base, |token| token & BEGINS != 0, &mut edges);
+            base += length;
+        }
+    }
+    edges.push(i32::try_from(base).unwrap_or(i32::MAX));
+    Ok(edges)
+}
+
 fn count_bytes(shards: &ShardSet, words: usize) {
     let bytes = words * size_of::<u32>();
     shards.counters.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -230,5 +290,26 @@ mod tests {
         assert_eq!(views(&set, &[Row { shard: 0, start: 0 }], 9).unwrap().len(), 1);
         let rows = [Row { shard: 0, start: 0 }, Row { shard: 0, start: 4 }];
         assert_eq!(views(&set, &rows, 5).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn conversations_are_found_in_gathered_rows_of_both_widths_and_in_views() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut content: Vec<u32> = (0..901).map(|n| n | 1 << 31).collect();
+        for place in [0, 7, 100, 163, 164, 300, 899] {
+            content[place] |= BEGINS;
+        }
+        std::fs::write(folder.path().join("0.bin"), bytemuck::cast_slice::<u32, u8>(&content)).unwrap();
+        let facts = vec![ShardFacts { folder: 0, file: "0.bin".into(), words: 901, xxh3: None }];
+        let set = ShardSet::new(vec![folder.path().into()], facts, Options::default()).unwrap();
+        let rows: Vec<Row> = (0..9).map(|row| Row { shard: 0, start: row * 100 }).collect();
+        let expected = [0, 7, 100, 163, 164, 200, 300, 400, 500, 600, 700, 800, 899, 900];
+        let (mut narrow, mut wide) = (vec![0_u32; 9 * 101], vec![0_i64; 9 * 101]);
+        gather(&set, &rows, 101, &mut narrow).unwrap();
+        gather_wide(&set, &rows, 101, &mut wide).unwrap();
+        assert_eq!(edges(bytemuck::cast_slice(&narrow), 101, Width::Narrow), expected);
+        assert_eq!(edges(bytemuck::cast_slice(&wide), 101, Width::Wide), expected);
+        let blocks: Vec<Row> = (0..3).map(|block| Row { shard: 0, start: block * 300 }).collect();
+        assert_eq!(view_edges(&views(&set, &blocks, 301).unwrap(), 101).unwrap(), expected);
     }
 }

@@ -325,6 +325,13 @@ impl View {
         self.shard.check_size()
     }
 
+    /// A copy of the tokens; one that is truncated meanwhile is an error.
+    pub fn copied(&self) -> Result<Vec<u32>> {
+        let mut tokens = vec![0; self.len];
+        self.shard.read(self.start as u64, &mut tokens, Place::NOWHERE)?;
+        Ok(tokens)
+    }
+
     /// Address of the first token. Null only for shards without a map, which give no views.
     #[must_use]
     pub fn pointer(&self) -> *const u32 {

@@ -38,6 +38,8 @@ pub struct Line {
     pub index_xxh3_64: Option<Hex<1>>,
     /// xxh3-64 of the sidecar of document fingerprints.
     pub fingerprints_xxh3_64: Option<Hex<1>>,
+    /// Of a flagged shard: tokens that are targets.
+    pub targets: Option<u64>,
 }
 
 /// A number of 16 lower-case hexadecimal digits a word.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from apr_dist.model.config import TransformerConfig, parameter_shapes
+from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 
@@ -36,7 +36,7 @@ def random_weights(config: TransformerConfig, *, seed: int = 0) -> dict[str, np.
     """f32 values for every parameter, none of them special: norms are not one, biases not zero."""
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in config.parameter_shapes().items():
         values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.1)
         weights[name] = values + np.float32(1.0) if name.endswith("norm.weight") else values
     return weights

@@ -12,7 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
@@ -61,7 +60,7 @@ def two_steps(config: TransformerConfig, load: Load) -> None:
         model = Decoder(config)
     model.to_empty(device="cpu")
     model.reset_buffers()
-    model.set_checkpointing(Checkpointing(load.checkpointing.value))
+    model.set_checkpointing(load.checkpointing)
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0.0, 0.02)

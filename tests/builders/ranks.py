@@ -19,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.choices import Strategy
+from apr_dist.choices import ActivationCheckpointing, Strategy
 from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import NumericalInstability, OutputError, WeightsRefused
-from apr_dist.model.checkpointing import Checkpointing
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.exchange import Exchange
@@ -150,7 +149,7 @@ def one_step(
 def compiled_steps(config: TransformerConfig, strategy: Strategy, size: int) -> dict[str, Any]:
     """Losses and norms as they are, and compiled with each kind of checkpointing; graphs by step."""
     found: dict[str, Any] = {}
-    for name, mode in (("as it is", "off"), *((mode.value, mode.value) for mode in Checkpointing)):
+    for name, mode in (("as it is", "off"), *((mode.value, mode.value) for mode in ActivationCheckpointing)):
         compute = {"activation_checkpointing": mode}
         with open_case(config, strategy, size, seed=5, compute=compute) as session:
             if name != "as it is":

@@ -5,31 +5,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants.editing import Edit, edits, has_scope
+
 
 @dataclass(frozen=True)
 class Change:
-    """One change of one place.
+    """One operation of one function, made another.
 
     Attributes:
         falsifier: the id whose bound tests must turn red.
         what: the change in words.
-        file: the file, relative to the repository.
-        old: the text there now; it occurs once.
-        new: the text put in its place.
-        also: other falsifiers that rest on the same line, whose tests may turn red as well.
+        file: the file, relative to the repository. A function that moved is found where it is now.
+        scope: the function, class or value it is in, by its qualified name; empty for a whole file.
+        old: the operation there now (``editing.edits`` says in which forms); it occurs once.
+        new: what takes its place.
+        also: other falsifiers that rest on the same operation, whose tests may turn red as well.
     """
 
     falsifier: str
     what: str
     file: str
+    scope: str
     old: str
     new: str
     also: tuple[str, ...] = ()
 
-    def count(self, root: Path) -> int:
-        """How often the text to change is there."""
-        path = root / self.file
-        return path.read_text(encoding="utf-8").count(self.old) if path.exists() else 0
+    def path(self, root: Path) -> Path:
+        """The file under ``root`` that the function is in: the one named, or the only other one."""
+        named = root / self.file
+        if (
+            named.suffix != ".py"
+            or not self.scope
+            or (named.exists() and has_scope(_text(named), self.scope))
+        ):
+            return named
+        others = [path for path in (root / "apr_dist").rglob("*.py") if has_scope(_text(path), self.scope)]
+        return others[0] if len(others) == 1 else named
+
+    def edits(self, root: Path) -> list[Edit]:
+        """Every place the operation has there."""
+        path = self.path(root)
+        return edits(_text(path), path.suffix, self.scope, self.old, self.new) if path.exists() else []
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 INIT, ARCH, FINETUNE = (

@@ -81,6 +81,21 @@ class GgufForm:
     keys: Mapping[str, Key] = field(default_factory=dict)
 
 
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings", "rope_theta", "rms_norm_eps", "tie_word_embeddings"),
+)
+
+
+def sizes(*values: int | float | bool, **more: Any) -> dict[str, Any]:
+    """A published configuration as fields of ``TransformerConfig``.
+
+    In this order: vocabulary, hidden size, layers, heads, KV heads, size of a head, inner size of the MLP,
+    positions, theta, epsilon, and whether the head is tied; ``more`` by name.
+    """
+    return dict(zip(_SIZES, values, strict=True)) | more
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilyDefinition:
     """Everything that one family is.

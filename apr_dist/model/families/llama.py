@@ -1,6 +1,6 @@
 """Llama 1 to 3, and what has its shape (SmolLM2, TinyLlama, and others of the model type llama)."""
 
-from apr_dist.model.families._definition import FamilyDefinition, GgufForm, read
+from apr_dist.model.families._definition import FamilyDefinition, GgufForm, read, sizes
 from apr_dist.model.families._gguf import BLOCK, OUTPUT_BIAS, QKV_BIASES, TOP_LEVEL
 
 _WEIGHTS = r"model\.layers\.[^\n]*(self_attn\.q_proj|mlp\.gate_proj)\.weight"
@@ -43,44 +43,8 @@ FAMILY = FamilyDefinition(
     pre_tokenizers=("llama-bpe", "smollm"),
     optional_attention_bias=True,
     presets={
-        "llama-370m": {
-            "vocab_size": 50_257,
-            "hidden_size": 1024,
-            "num_layers": 24,
-            "num_heads": 16,
-            "num_kv_heads": 4,
-            "head_dim": 64,
-            "intermediate_size": 2816,
-            "max_position_embeddings": 4096,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-        },
-        "smollm2-135m": {
-            "vocab_size": 49_152,
-            "hidden_size": 576,
-            "num_layers": 30,
-            "num_heads": 9,
-            "num_kv_heads": 3,
-            "head_dim": 64,
-            "intermediate_size": 1536,
-            "max_position_embeddings": 8192,
-            "rope_theta": 1e5,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-        },
-        "llama-2-7b": {
-            "vocab_size": 32_000,
-            "hidden_size": 4096,
-            "num_layers": 32,
-            "num_heads": 32,
-            "num_kv_heads": 32,
-            "head_dim": 128,
-            "intermediate_size": 11_008,
-            "max_position_embeddings": 4096,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-        },
+        "llama-370m": sizes(50_257, 1024, 24, 16, 4, 64, 2816, 4096, 1e4, 1e-5, True),
+        "smollm2-135m": sizes(49_152, 576, 30, 9, 3, 64, 1536, 8192, 1e5, 1e-5, True),
+        "llama-2-7b": sizes(32_000, 4096, 32, 32, 32, 128, 11_008, 4096, 1e4, 1e-5, False),
     },
 )

@@ -1,6 +1,6 @@
 """Mistral 7B: Llama's block, whose attention may be limited to a window over all layers."""
 
-from apr_dist.model.families._definition import FamilyDefinition, GgufForm, read
+from apr_dist.model.families._definition import FamilyDefinition, GgufForm, read, sizes
 from apr_dist.model.families._gguf import BLOCK, TOP_LEVEL
 
 FAMILY = FamilyDefinition(
@@ -32,19 +32,8 @@ FAMILY = FamilyDefinition(
     pre_tokenizers=("tekken", "llama-bpe"),
     sliding_window=True,
     presets={
-        "mistral-7b": {
-            "vocab_size": 32_000,
-            "hidden_size": 4096,
-            "num_layers": 32,
-            "num_heads": 32,
-            "num_kv_heads": 8,
-            "head_dim": 128,
-            "intermediate_size": 14_336,
-            "max_position_embeddings": 32_768,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-            "sliding_window": 4096,
-        }
+        "mistral-7b": sizes(
+            *(32_000, 4096, 32, 32, 8, 128, 14_336, 32_768, 1e4, 1e-5, False), sliding_window=4096
+        )
     },
 )

@@ -1,29 +1,12 @@
 """Qwen2 and Qwen2.5, the Coder models included: Llama's block with biases on q, k and v."""
 
-from typing import Any
-
-from apr_dist.model.families._definition import FamilyDefinition, GgufForm, irrelevant
+from apr_dist.model.families._definition import FamilyDefinition, GgufForm, irrelevant, sizes
 from apr_dist.model.families._gguf import BLOCK, QKV_BIASES, TOP_LEVEL
 from apr_dist.model.families._huggingface import WINDOW_KEYS
 
-
-def _size(
-    hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, positions: int
-) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": hidden // heads,
-        "intermediate_size": inner,
-        "max_position_embeddings": positions,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": hidden < 2048,
-    }
-
+_HALF_B = sizes(151_936, 896, 24, 14, 2, 64, 4864, 32_768, 1e6, 1e-6, True)
+_ONE_AND_A_HALF_B = sizes(151_936, 1536, 28, 12, 2, 128, 8960, 32_768, 1e6, 1e-6, True)
+_SEVEN_B = sizes(152_064, 3584, 28, 28, 4, 128, 18_944, 131_072, 1e6, 1e-6, False)
 
 FAMILY = FamilyDefinition(
     slug="qwen2",
@@ -55,12 +38,12 @@ FAMILY = FamilyDefinition(
     pre_tokenizers=("qwen2",),
     qkv_bias=True,
     presets={
-        "qwen2.5-0.5b": _size(896, 24, 14, 2, 4864, 151_936, 32_768),
-        "qwen2.5-coder-0.5b": _size(896, 24, 14, 2, 4864, 151_936, 32_768),
-        "qwen2.5-1.5b": _size(1536, 28, 12, 2, 8960, 151_936, 32_768),
-        "qwen2.5-coder-1.5b": _size(1536, 28, 12, 2, 8960, 151_936, 32_768),
-        "qwen2.5-3b": {**_size(2048, 36, 16, 2, 11_008, 151_936, 32_768), "tie_word_embeddings": True},
-        "qwen2.5-7b": _size(3584, 28, 28, 4, 18_944, 152_064, 131_072),
-        "qwen2.5-coder-7b": _size(3584, 28, 28, 4, 18_944, 152_064, 32_768),
+        "qwen2.5-0.5b": _HALF_B,
+        "qwen2.5-coder-0.5b": _HALF_B,
+        "qwen2.5-1.5b": _ONE_AND_A_HALF_B,
+        "qwen2.5-coder-1.5b": _ONE_AND_A_HALF_B,
+        "qwen2.5-3b": sizes(151_936, 2048, 36, 16, 2, 128, 11_008, 32_768, 1e6, 1e-6, True),
+        "qwen2.5-7b": _SEVEN_B,
+        "qwen2.5-coder-7b": _SEVEN_B | {"max_position_embeddings": 32_768},
     },
 )

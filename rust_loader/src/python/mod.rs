@@ -15,7 +15,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
-use crate::batch::{Buffer, Pool, Width, views};
+use crate::batch::{Buffer, Pool, Width, edges, views};
 use crate::error::Result;
 use crate::options::Options;
 use crate::set::ShardSet;
@@ -171,6 +171,15 @@ impl Core {
 
     fn gather_into(&self, rows: &[Row], out: &mut [u8]) -> Result<()> {
         self.element.gather(&self.shards, rows, self.stream.width(), out)
+    }
+
+    fn width(&self) -> usize {
+        to_usize(self.stream.width())
+    }
+
+    /// Where conversations begin in a batch of flagged shards; of others nothing is looked at.
+    fn edges(&self, batch: &[u8], flagged: bool) -> Vec<i32> {
+        if flagged { edges(batch, self.width(), self.element) } else { Vec::new() }
     }
 
     fn viewed(&self, rows: &[Row], rows_per_view: u64) -> Result<Vec<View>> {

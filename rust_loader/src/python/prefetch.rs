@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::dlpack::Foreign;
 use super::{Core, TokenStream};
-use crate::batch::Buffer;
+use crate::batch::{Buffer, view_edges};
 use crate::error::Result;
 use crate::filler::{Course, Filler};
 use crate::ring::{Popped, Ring};
@@ -34,7 +35,9 @@ enum Made {
 #[pyclass(frozen)]
 pub struct Prefetcher {
     core: Arc<Core>,
-    ring: Ring<Made>,
+    ring: Ring<(Made, Vec<i32>)>,
+    /// Where conversations begin in the batch that was handed out last.
+    edges: Mutex<Vec<i32>>,
     count: u64,
     rows_per_view: Option<u64>,
     buffers: Option<Mutex<Option<Sender<Foreign>>>>,
@@ -43,7 +46,8 @@ pub struct Prefetcher {
 #[pymethods]
 impl Prefetcher {
     #[new]
-    #[pyo3(signature = (stream, *, first, count, stride, depth, batches=None, rows_per_view=None, buffers=None))]
+    #[pyo3(signature = (stream, *, first, count, stride, depth, batches=None, rows_per_view=None, buffers=None,
+                        flagged=false))]
     #[allow(clippy::too_many_arguments, reason = "keywords, named at every call")]
     fn new(
         stream: &TokenStream,
@@ -54,6 +58,7 @@ impl Prefetcher {
         batches: Option<u64>,
         rows_per_view: Option<u64>,
         buffers: Option<Vec<Bound<'_, PyAny>>>,
+        flagged: bool,
     ) -> PyResult<Self> {
         let core = Arc::clone(&stream.core);
         let step = rows_per_view.unwrap_or(1).max(1);
@@ -65,19 +70,25 @@ impl Prefetcher {
             send(&sender, Foreign::from_capsule(&capsule, core.element_bits())?)?;
         }
         let theirs = Arc::clone(&core);
-        let make = move |rows: &[Row]| match rows_per_view {
-            Some(_) => Ok(Made::Views(theirs.viewed(rows, step)?)),
-            None => Ok(Made::Buffer(theirs.gathered(rows)?)),
+        let make = move |rows: &[Row]| {
+            if rows_per_view.is_some() {
+                let views = theirs.viewed(rows, step)?;
+                let edges = if flagged { view_edges(&views, theirs.width())? } else { Vec::new() };
+                return Ok((Made::Views(views), edges));
+            }
+            let mut buffer = theirs.gathered(rows)?;
+            let edges = theirs.edges(buffer.elements(), flagged);
+            Ok((Made::Buffer(buffer), edges))
         };
         let theirs = Arc::clone(&core);
         let ring = if external {
-            Ring::start(depth, move || fill_foreign(&receiver, &mut filler, &theirs))
+            Ring::start(depth, move || fill_foreign(&receiver, &mut filler, &theirs, flagged))
         } else {
             Ring::start(depth, move || filler.next(&make))
         };
         let ring = ring.map_err(|error| PyOSError::new_err(format!("no prefetch thread: {error}")))?;
         let buffers = external.then(|| Mutex::new(Some(sender)));
-        Ok(Self { core, ring, count, rows_per_view, buffers })
+        Ok(Self { core, ring, edges: Mutex::default(), count, rows_per_view, buffers })
     }
 
     /// The next batch: one capsule, a list of views, or True when the oldest buffer was filled; None
@@ -96,7 +107,8 @@ impl Prefetcher {
                 None => return Ok(None),
             }
         }
-        let Some(made) = self.wait(py)? else { return Ok(None) };
+        let Some((made, edges)) = self.wait(py)? else { return Ok(None) };
+        *self.edges.lock().unwrap_or_else(PoisonError::into_inner) = edges;
         let batch = match made {
             Made::Buffer(buffer) => {
                 self.core.buffer_memory(buffer, self.count).into_capsule(py)?.into_bound(py)
@@ -106,6 +118,12 @@ impl Prefetcher {
         };
         self.core.shards.counters.latencies.record(begun.elapsed());
         Ok(Some(batch))
+    }
+
+    /// Where conversations begin in the inputs of the latest batch, and its end: i32 in native order.
+    fn edges<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
+        PyBytes::new(py, bytemuck::cast_slice(&edges))
     }
 
     /// Minor and major page faults of the prefetch thread so far.
@@ -119,7 +137,7 @@ impl Prefetcher {
 }
 
 impl Prefetcher {
-    fn wait(&self, py: Python<'_>) -> PyResult<Option<Made>> {
+    fn wait(&self, py: Python<'_>) -> PyResult<Option<(Made, Vec<i32>)>> {
         let mut popped = self.ring.pop(Duration::ZERO)?;
         if matches!(popped, Popped::Pending) {
             self.core.shards.counters.waits.fetch_add(1, Ordering::Relaxed);
@@ -158,11 +176,16 @@ impl Drop for Prefetcher {
     }
 }
 
-fn fill_foreign(receiver: &Receiver<Foreign>, filler: &mut Filler, core: &Core) -> Option<Result<Made>> {
+fn fill_foreign(
+    receiver: &Receiver<Foreign>,
+    filler: &mut Filler,
+    core: &Core,
+    flagged: bool,
+) -> Option<Result<(Made, Vec<i32>)>> {
     let mut buffer = receiver.recv().ok()?;
     filler.next(|rows| {
         core.gather_into(rows, buffer.bytes())?;
-        Ok(Made::Filled)
+        Ok((Made::Filled, core.edges(buffer.bytes(), flagged)))
     })
 }
 

@@ -20,6 +20,7 @@ type Fields = (
     Option<u64>,
     Option<String>,
     Option<String>,
+    Option<u64>,
 );
 
 #[pyclass(frozen)]
@@ -58,6 +59,7 @@ impl ShardTable {
             line.documents,
             line.index_xxh3_64.map(|hash| hash.to_string()),
             line.fingerprints_xxh3_64.map(|hash| hash.to_string()),
+            line.targets,
         ))
     }
 
