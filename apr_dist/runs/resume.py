@@ -70,9 +70,14 @@ class ResumePoint:
     changed: bool
 
 
+_SAME = {("memory.weights", "split"): "f32"}
+"""Values that stand for another one: what is saved and trained is the same bit for bit."""
+
+
 def binding(config: TrainConfig) -> dict[str, Any]:
     """The settings that a resumed run must share with the run that was saved, by dotted key."""
-    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if not _is_free(key)}
+    settings = flat(config.model_dump(mode="json")).items()
+    return {key: _SAME.get((key, str(value)), value) for key, value in settings if not _is_free(key)}
 
 
 def find_resume_point(
