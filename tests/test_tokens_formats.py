@@ -251,6 +251,31 @@ def test_a_row_that_is_not_utf8_is_named_and_the_others_are_read(tmp_path: Path,
     assert found == ["in", (Problem.MISSING_KEY, 2), (Problem.MISSING_KEY, 3)]
 
 
+@needs_pyarrow
+def test_columns_of_other_types_are_text_or_said_by_their_type(tmp_path: Path) -> None:
+    import pyarrow  # noqa: PLC0415  (an optional extra)
+    from pyarrow import parquet  # noqa: PLC0415
+
+    deep = pyarrow.array([{"b": {"text": "x"}}])
+    columns = {
+        "dictionary": (pyarrow.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        "view": (pyarrow.array(["a", "b"]).cast(pyarrow.string_view()), ["a", "b"]),
+        "fixed": (pyarrow.array([b"ab", b"\xff\xfe"], pyarrow.binary(2)), ["ab", (Problem.BAD_LINE, 2)]),
+        "lists": (pyarrow.array([["a"], ["b"]]), [(Problem.BAD_LINE, 1), (Problem.BAD_LINE, 2)]),
+        "numbers": (pyarrow.array([1, 2]), [(Problem.BAD_LINE, 1), (Problem.BAD_LINE, 2)]),
+        "none": (pyarrow.array([], pyarrow.string()), []),
+    }
+    for name, (column, expected) in columns.items():
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
+        assert read_all(tmp_path / f"{name}.parquet") == expected, name
+    parquet.write_table(pyarrow.table({"a": deep}), tmp_path / "deep.parquet")
+    assert read_all(tmp_path / "deep.parquet", text_key="a.b.text") == ["x"]
+    parquet.write_table(pyarrow.table({"a.b": ["dotted"]}), tmp_path / "dotted.parquet")
+    assert read_all(tmp_path / "dotted.parquet", text_key="a.b") == ["dotted"]
+    (bad, *_) = list(CorpusReader(list_sources([tmp_path / "numbers.parquet"]).files))
+    assert "'text' is a int, not text (keys: text)" in str(bad[1])
+
+
 def test_a_path_that_is_not_utf8_is_encoded_and_escaped(tmp_path: Path, tokenizer: Path) -> None:
     folder = tmp_path / "caf\udce9"
     folder.mkdir()

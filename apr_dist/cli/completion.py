@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from apr_dist.config import TrainConfig, flag_of, leaves
 from apr_dist.config.reading import words_of
@@ -48,22 +49,24 @@ def flags_of(verb: str, function: Callable[..., Any]) -> list[Flag]:
 
 
 def _of_signature(function: Callable[..., Any]) -> Iterable[Flag]:
-    """What the parser of verbs makes of keyword-only parameters."""
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            continue
-        kind, *notes = (
-            get_args(parameter.annotation) if _is_annotated(parameter.annotation) else [parameter.annotation]
-        )
-        aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]
-        named = next((note.name for note in notes if getattr(note, "name", None)), name)
-        no = "no-" if parameter.default is True else ""
-        names = (*aliases, f"--{no}{named.replace('_', '-')}")
-        yield Flag(names, takes=kind is not bool, choices=_choices(kind))
+    """What the parser of verbs makes of keyword-only parameters; a dataclass stands for its fields."""
+    for name, one in inspect.signature(function, eval_str=True).parameters.items():
+        if one.kind is inspect.Parameter.KEYWORD_ONLY:
+            yield from _of_parameter(name, one.annotation, one.default)
 
 
-def _is_annotated(annotation: object) -> bool:
-    return get_origin(annotation) is Annotated
+def _of_parameter(name: str, annotation: Any, default: object) -> Iterable[Flag]:
+    kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            yield from _of_parameter(field.name, hints[field.name], field.default)
+        return
+    aliases = [alias for note in notes for alias in getattr(note, "aliases", None) or ()]
+    named = next((note.name for note in notes if getattr(note, "name", None)), name)
+    no = "no-" if default is True else ""
+    names = (*aliases, f"--{no}{named.replace('_', '-')}")
+    yield Flag(names, takes=kind is not bool, choices=_choices(kind))
 
 
 def _choices(kind: object) -> tuple[str, ...]:

@@ -53,6 +53,6 @@ def meant_by(words: Sequence[str], verbs: Sequence[str]) -> str | None:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str | None:
-    """The only word that ``word`` begins, else the one it most resembles; None if there is none."""
-    begun = [one for one in known if word and one.startswith(word)]
-    return begun[0] if len(begun) == 1 else nearest(word, known)
+    """The first word that ``word`` begins, else the one it most resembles; None if there is none."""
+    begun = [one for one in known if len(word) > 2 and one.startswith(word)]
+    return begun[0] if begun else nearest(word, known)
