@@ -28,6 +28,7 @@ from apr_dist.config.sections import (
     EvaluationSection,
     GuardsSection,
     LoaderSection,
+    MemorySection,
     OptimizerSection,
     ParallelSection,
     Section,
@@ -90,6 +91,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     guards: GuardsSection = GuardsSection()
     parallel: ParallelSection = ParallelSection()
+    memory: MemorySection = MemorySection()
     compute: ComputeSection = ComputeSection()
 
     @field_validator("resume_allow")

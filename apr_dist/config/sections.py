@@ -14,6 +14,7 @@ from apr_dist.choices import (
     Compile,
     Documents,
     FinalCheckpoint,
+    GradientStorage,
     KernelChoice,
     Mode,
     Offload,
@@ -26,6 +27,7 @@ from apr_dist.choices import (
     SpikeOf,
     StrategyChoice,
     VerifyShards,
+    WeightStorage,
 )
 
 
@@ -233,7 +235,8 @@ class ParallelSection(Section):
     )
     offload: Offload = Field(
         Offload.NONE,
-        description="what lies in host memory: none, optimizer (ZeRO) or optimizer+parameters (zero3, FSDP2)",
+        description="what lies in host memory: none, optimizer (single, ddp, ZeRO), optimizer+parameters"
+        " (zero3, FSDP2)",
     )
     precision: Precision = Field(Precision.F32, description="compute type: f32 or bf16 autocast")
     cpu_threads: int | None = Field(
@@ -242,6 +245,19 @@ class ParallelSection(Section):
     timeout_s: float = Field(1800.0, gt=0, description="longest a collective may wait, in seconds")
     hang_s: float = Field(
         600.0, gt=0, description="a run in which no process has moved for this many seconds is ended"
+    )
+
+
+class MemorySection(Section):
+    """How many bits a trained matrix and its gradient take; what each costs is in docs/memory.md."""
+
+    weights: WeightStorage = Field(
+        WeightStorage.F32,
+        description="f32; split (bf16 and the low 16 bits: exact f32); bf16 (rounded stochastically);"
+        " bf16-nearest",
+    )
+    gradients: GradientStorage = Field(
+        GradientStorage.F32, description="f32, or bf16 with sums over micro-batches rounded stochastically"
     )
 
 
@@ -271,7 +287,7 @@ class ComputeSection(Section):
     activation_checkpointing: ActivationCheckpointing = Field(
         ActivationCheckpointing.OFF,
         description="what a block computes twice to keep less: off, selective (all but attention and every"
-        " second product), full",
+        " second product), full, full-offload (its input waits in host memory)",
     )
     z_loss: float = Field(
         0.0,

@@ -34,12 +34,14 @@ from apr_dist.gates.data import (
     check_unread,
 )
 from apr_dist.gates.documents import check_documents
+from apr_dist.gates.host_memory import check_host_memory
 from apr_dist.gates.model_file import Progress, named, prove_model
 from apr_dist.gates.named_sets import check_sets_differ
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
 from apr_dist.gates.warnings import DataFacts, left_out_of, warnings_of
 from apr_dist.model.config import PRESETS, TransformerConfig, preset
+from apr_dist.parallel.launch import read_launch
 from apr_dist.parsing import parse_json
 
 
@@ -114,6 +116,13 @@ def run_preflight(
             check_documents(config.loader.documents, config.compute, (), synthetic=True)
         else:
             _check_data(found, config, say, own_data=own_data)
+        if read_weights:  # a plan may be made on another machine than the run
+            check_host_memory(
+                found.model_config,
+                config,
+                world_size=world_size,
+                processes=min(read_launch().local_world_size or 1, world_size),
+            )
         found.warnings += warnings_of(config, found.model_config, found.data)
         stack.pop_all()
     return found

@@ -6,13 +6,22 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from apr_dist.choices import TRACKER_OPTIONS, TRACKERS, Compile, Device, KernelChoice, ScheduleKind
+from apr_dist.choices import (
+    TRACKER_OPTIONS,
+    TRACKERS,
+    ActivationCheckpointing,
+    Compile,
+    Device,
+    KernelChoice,
+    ScheduleKind,
+)
 from apr_dist.config import TrainConfig, nearest
-from apr_dist.config.sections import OptimizerSection, TrackingSection
+from apr_dist.config.sections import ComputeSection, OptimizerSection, TrackingSection
 from apr_dist.errors import UsageError
 from apr_dist.gates.data import check_batch
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.state_bits import check_installed
+from apr_dist.parallel.storage import Storage
 from apr_dist.parallel.strategy import check_strategy
 
 _MODULES: Mapping[str, tuple[str, ...]] = {"tensorboard": ("tensorboard", "tensorboardX")}
@@ -43,9 +52,13 @@ def check_settings(config: TrainConfig, *, world_size: int) -> None:
         world=world_size,
         per_machine=launch.local_world_size if launch.world_size == world_size else None,
         shard_size=options.shard_size,
-        offload=options.offload,
+        storage=Storage(
+            weights=config.memory.weights, gradients=config.memory.gradients, offload=options.offload
+        ),
+        precision=options.precision,
         state_bits=config.optimizer.state_bits,
     )
+    check_compute(config.compute)
     check_batch(batch_size=config.batch_size, micro_batch=config.micro_batch_size, world_size=world_size)
     if config.init is not None and config.model != TrainConfig.model_fields["model"].default:
         raise UsageError(
@@ -153,6 +166,22 @@ def check_tracking(options: TrackingSection, names: Sequence[str]) -> None:
                 expected=f"one of {', '.join(able)} in --track",
                 remedy=f"leave --tracking.{key} out, or add --track {able[-1]}",
             )
+
+
+def check_compute(options: ComputeSection) -> None:
+    """Block inputs are moved to host memory between compiled calls, which see no hook inside.
+
+    Raises:
+        UsageError: both were asked for.
+    """
+    offloads = options.activation_checkpointing is ActivationCheckpointing.FULL_OFFLOAD
+    if offloads and options.compile is Compile.BLOCK:
+        raise UsageError(
+            "--compute.activation-checkpointing full-offload and --compute.compile block do not go together",
+            where="--compute.activation-checkpointing",
+            expected="blocks that are not compiled, or inputs that stay on the device",
+            remedy="use --compute.activation-checkpointing full, or --compute.compile off",
+        )
 
 
 def check_decay(options: OptimizerSection, *, num_steps: int, warmup: int) -> None:

@@ -18,6 +18,7 @@ from apr_dist.choices import ActivationCheckpointing
 from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import run_checkpointed
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.host_copies import HostInputs
 from apr_dist.model.kernels.loss import cross_entropy_of
 from apr_dist.model.kernels.plain import Attend, Kernels, compute_dtype
 from apr_dist.model.kernels.tied_gradient import TiedGradient
@@ -39,6 +40,7 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.checkpointing = ActivationCheckpointing.OFF
+        self.inputs_on_host: HostInputs | None = None
 
     def forward(
         self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None
@@ -54,7 +56,8 @@ class DecoderBlock(nn.Module):
         self._run = torch.compile(self._run, **options)  # type: ignore[method-assign]
 
     def _run(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
-        return run_checkpointed(self.checkpointing, self._compute, x, rotation, attend, cache)
+        given = (x, rotation, attend, cache)
+        return run_checkpointed(self.checkpointing, self._compute, *given, inputs=self.inputs_on_host)
 
     def _compute(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, attend, cache)
@@ -201,8 +204,10 @@ class Decoder(Computed):
 
     def set_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """Choose what every block keeps for its backward pass."""
+        inputs = HostInputs() if mode is ActivationCheckpointing.FULL_OFFLOAD else None
         for layer in self.model.layers:
             layer.checkpointing = mode  # type: ignore[assignment]
+            layer.inputs_on_host = inputs  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block as one graph (``torch.compile``'s options); a graph break is an error.

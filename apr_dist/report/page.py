@@ -86,6 +86,15 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     _, memory = run.series("memory_bytes")
     if memory:
         rows.append(("peak memory", f"{max(memory) / 1e9:,.2f} GB"))
+    if facts.get("updates_lost"):
+        lost = facts["updates_lost"]
+        rows.append(
+            (
+                "updates lost",
+                f"{lost['below_half_ulp']:.2%} below half a unit in the last place,"
+                f" {lost['unchanged']:.2%} changed nothing",
+            )
+        )
     if "wall_seconds" in facts:
         rows.append(("wall time", f"{facts['wall_seconds']:,.1f} s"))
     if "strategy" in facts:

@@ -227,6 +227,8 @@ class Opening:
             alone=runtime.strategy is Strategy.SINGLE,
             offloaded=runtime.strategy.zero_stage > 0 and runtime.offload is not Offload.NONE,
             state_bits=options.state_bits,
+            runtime=runtime,
+            seed=config.seed,
         )
         self.schedule = schedule_of(config)
         self.engine = prepare(
@@ -308,6 +310,8 @@ def join(config: TrainConfig) -> Runtime:
         shard_size=options.shard_size,
         offload=options.offload,
         state_bits=config.optimizer.state_bits,
+        weights=config.memory.weights,
+        gradients=config.memory.gradients,
     )
 
 

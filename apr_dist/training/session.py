@@ -16,9 +16,11 @@ import torch
 
 from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError, DataError
+from apr_dist.gates.updates import refuse_lost_updates
 from apr_dist.model.sending import send
 from apr_dist.parallel.engine import Engine
 from apr_dist.parallel.live_weights import read_weight, write_weight
+from apr_dist.parallel.lost_updates import UpdateSample
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.checkpoint import perplexity
 from apr_dist.runs.metrics import StepMetrics
@@ -65,6 +67,7 @@ class Session(Opening):
             super().__init__(config, proven, around, stack)
             self.stepper = self.make_stepper(self.engine, self.make_feed())
             self._open_recorder()
+            self.sample = UpdateSample(self.model, self.engine.optimizer, self.runtime)
             self._stack = stack.pop_all()
 
     def make_stepper(self, engine: Engine, feed: BatchFeed) -> Stepper:
@@ -167,8 +170,14 @@ class Session(Opening):
         state, final = self.progress, self.config.num_steps
         HERE.enter(Phase.TRAINING, step=state.step)
         compare = state.step in (0, final - 1)
+        sampled = self._is_evaluated(state.step + 1) and self.sample.can_measure
         try:
+            if sampled:
+                self.sample.look()
             self.stepper.take(state.step, compare=compare, more=state.step + 1 < final)
+            if sampled:
+                lost = self.sample.compare()
+                state.updates_lost = None if lost is None else lost.to_json()
         except AprDistError:
             self._read_figures()  # of the steps before, which are done
             raise
@@ -176,6 +185,9 @@ class Session(Opening):
         if compare or state.step == last or self.stepper.waiting >= self.log_every:
             return self._read_figures()
         return []
+
+    def _is_evaluated(self, step: int) -> bool:
+        return step % self.config.eval_every == 0 or step == self.config.num_steps
 
     def _read_figures(self) -> list[StepMetrics]:
         """Record the steps taken since the last time.
@@ -239,9 +251,14 @@ class Session(Opening):
                 "val_ppl": perplexity(result.loss),
                 "tokens": result.tokens,
                 "wall_ms": (result.wall_s + sum(one.wall_s for one in further.values())) * 1e3,
+                "updates_lost": state.updates_lost,
                 **_losses_by_name(further),
             },
         )
+        if state.updates_lost is not None:
+            refuse_lost_updates(
+                state.updates_lost["below_half_ulp"], self.config.memory.weights, step=state.step
+            )
         check(result)
         state.evaluations.append(result)
         state.evaluated_at = state.step
