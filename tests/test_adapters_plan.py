@@ -17,7 +17,8 @@ from apr_dist.config.sections import AdapterSection
 from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
-from apr_dist.planning.memory import Load, State, estimate, shards
+from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.state import State, shards
 
 if TYPE_CHECKING:
     from builders.runs import Inputs

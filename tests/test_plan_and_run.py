@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from builders.runs import Inputs
 
 INIT = ("--init", "{init}")
+BF16 = ("--parallel.precision", "bf16")
 
 REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
-    "one process cannot offload": (
+    "one process keeps its parameters": (
         1,
-        (*INIT, "--parallel.offload", "optimizer"),
-        "parallel.offload is optimizer under strategy single",
+        (*INIT, "--parallel.offload", "optimizer+parameters"),
+        "parallel.offload is optimizer+parameters under strategy single",
     ),
     "ddp has nothing to offload": (
         2,
@@ -30,8 +31,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     ),
     "two processes are ddp by themselves": (
         2,
-        (*INIT, "--parallel.offload", "optimizer"),
-        "parallel.offload is optimizer under strategy ddp",
+        (*INIT, "--parallel.offload", "optimizer+parameters"),
+        "parallel.offload is optimizer+parameters under strategy ddp",
     ),
     "zero1 keeps its parameters": (
         2,
@@ -59,6 +60,39 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         2,
         (*INIT, "--parallel.strategy", "zero2", "--optimizer.state-bits", "8"),
         "optimizer.state_bits is 8 under strategy zero2",
+    ),
+    "split weights in f32": (
+        1,
+        (*INIT, "--memory.weights", "split"),
+        "memory.weights is split and parallel.precision is f32",
+    ),
+    "split weights under zero1": (
+        2,
+        (*INIT, *BF16, "--parallel.strategy", "zero1", "--memory.weights", "split"),
+        "memory.weights is split under strategy zero1, whose engine keeps f32 masters of its own",
+    ),
+    "bf16 gradients under zero3": (
+        2,
+        (*INIT, *BF16, "--parallel.strategy", "zero3", "--memory.gradients", "bf16"),
+        "memory.gradients is bf16 under strategy zero3",
+    ),
+    "bf16 gradients under fsdp2": (
+        2,
+        (*INIT, *BF16, "--parallel.strategy", "fsdp2", "--memory.gradients", "bf16"),
+        "memory.gradients is bf16 under strategy fsdp2",
+    ),
+    "split weights that are offloaded under fsdp2": (
+        2,
+        (
+            *(*INIT, *BF16, "--parallel.strategy", "fsdp2", "--memory.weights", "split"),
+            *("--parallel.offload", "optimizer+parameters"),
+        ),
+        "memory.weights is split under strategy fsdp2 with optimizer+parameters offloaded",
+    ),
+    "compiled blocks whose inputs leave": (
+        1,
+        (*INIT, "--compute.activation-checkpointing", "full-offload", "--compute.compile", "block"),
+        "full-offload and --compute.compile block do not go together",
     ),
     "a decay of another schedule": (
         1,

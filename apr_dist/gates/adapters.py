@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from apr_dist.apr.reader import AprReader
-from apr_dist.choices import AdapterKind, Strategy
+from apr_dist.choices import AdapterKind, GradientStorage, Offload, Strategy, WeightStorage
 from apr_dist.config import TrainConfig
 from apr_dist.config.sections import AdapterSection
 from apr_dist.errors import DistributedError, UnsupportedModelFile, UsageError, WeightsRefused
@@ -57,12 +57,25 @@ def check_adapter_settings(config: TrainConfig, strategy: Strategy) -> None:
             expected="fsdp2, which shards base and adapter alike, or any other strategy",
             remedy="use --parallel.strategy fsdp2",
         )
+    _refuse_storage(config, strategy)
     if find_spec("peft") is None:
         raise UsageError(
             "adapters are peft's layers, and peft is not installed",
             where="--adapter.kind",
             expected="its package in this environment",
             remedy="pip install 'apr-dist[adapters]'",
+        )
+
+
+def _refuse_storage(config: TrainConfig, strategy: Strategy) -> None:
+    """An adapter is small and kept in f32; what it is beside is stored as ``adapter.base`` says."""
+    stored, streams = config.memory, config.parallel.offload is Offload.OPTIMIZER and not strategy.zero_stage
+    if streams or (stored.weights, stored.gradients) != (WeightStorage.F32, GradientStorage.F32):
+        raise UsageError(
+            "memory.weights, memory.gradients and an offload without ZeRO are for weights that are trained",
+            where="--parallel.offload" if streams else "--memory.weights",
+            expected="an adapter in f32, on the device",
+            remedy="leave it out, and use --adapter.base.bits 16 for the frozen weights",
         )
 
 

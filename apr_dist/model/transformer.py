@@ -20,6 +20,7 @@ from apr_dist.model.adapters import Adapter
 from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import run_checkpointed
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.host_copies import HostInputs
 from apr_dist.model.kernels.loss import cross_entropy_of
 from apr_dist.model.kernels.plain import Attend, Kernels, compute_dtype
 from apr_dist.model.kernels.tied_gradient import TiedGradient
@@ -42,6 +43,7 @@ class DecoderBlock(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.checkpointing = ActivationCheckpointing.OFF
         self.draws = False
+        self.inputs_on_host: HostInputs | None = None
 
     def forward(
         self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None
@@ -57,8 +59,10 @@ class DecoderBlock(nn.Module):
         self._run = torch.compile(self._run, **options)  # type: ignore[method-assign]
 
     def _run(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
-        options = (x, rotation, attend, cache)
-        return run_checkpointed(self.checkpointing, self._compute, *options, draws=self.draws)
+        given = (x, rotation, attend, cache)
+        return run_checkpointed(
+            self.checkpointing, self._compute, *given, inputs=self.inputs_on_host, draws=self.draws
+        )
 
     def _compute(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, attend, cache)
@@ -152,6 +156,7 @@ class Decoder(Computed):
         position_ids: Tensor | None = None,
         document_ids: Tensor | Boundaries | None = None,
         caches: list[LayerCache] | None = None,
+        last: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or with targets the summed loss; the head is only ever used inside this call.
 
@@ -161,6 +166,7 @@ class Decoder(Computed):
             position_ids: ``[1 or batch, seq]``; counted from 0 (or the caches' length) when absent.
             document_ids: as `Backbone.forward`.
             caches: see `empty_caches`; the tokens are appended to what they hold.
+            last: logits of the last position alone, ``[batch, 1, vocab]``.
 
         Returns:
             without targets logits ``[batch, seq, vocab]``; with targets ``(loss sum in nats, f32;
@@ -170,7 +176,7 @@ class Decoder(Computed):
         tied = TiedGradient() if targets is not None and self._gives_one_gradient(input_ids) else None
         hidden = self.model(input_ids, position_ids, document_ids, caches, tied=tied)
         if targets is None:
-            return self.logits(hidden)
+            return self.logits(hidden[:, -1:] if last else hidden)
         if isinstance(self.lm_head, Head):
             loss = self.lm_head(hidden, targets, z_loss=self.z_loss)
         elif self.lm_head is not None:  # what wraps the head knows no targets
@@ -211,8 +217,10 @@ class Decoder(Computed):
 
     def set_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """Choose what every block keeps for its backward pass."""
+        inputs = HostInputs() if mode is ActivationCheckpointing.FULL_OFFLOAD else None
         for layer in self.model.layers:
             layer.checkpointing = mode  # type: ignore[assignment]
+            layer.inputs_on_host = inputs  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block as one graph (``torch.compile``'s options); a graph break is an error.

@@ -28,6 +28,7 @@ from apr_dist.model.transformer import Decoder, initial_weight
 from apr_dist.parallel.pieces import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import reshard
+from apr_dist.parallel.split_weights import split_of
 
 ARRIVAL = "FALSIFY-APR-DIST-TRAINER-001"
 """Falsifier of every refusal that a weight in the network is not the weight in the file."""
@@ -165,8 +166,8 @@ def _stream(
             values = source(name, whole_shape(parameter)) if source is not None else None
             if values is not None:
                 given[name] = expected[name] = _digest(values)
-                if parameter.dtype is not values.dtype:
-                    values = values.to(parameter.dtype)
+                if is_rounded(parameter):
+                    values = values.bfloat16().float()
                     expected[name] = _digest(values)
             fill(parameter, values, runtime)
             del values
@@ -175,6 +176,11 @@ def _stream(
     prove_weights(model, runtime.broadcast_json(expected), runtime, told)
     digests: dict[str, str] = runtime.broadcast_json(given)
     return digests
+
+
+def is_rounded(parameter: torch.Tensor) -> bool:
+    """Whether the parameter's bf16 values are all there is of it."""
+    return parameter.dtype is torch.bfloat16 and split_of(parameter) is None
 
 
 def _from_file(reader: AprReader) -> Source:

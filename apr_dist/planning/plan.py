@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from apr_dist.choices import Device, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.training_set import open_training_set, parts_of
-from apr_dist.errors import AprDistError
+from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.adapters import adapter_of
 from apr_dist.gates.preflight import Preflight, model_from_name, prove_model_file, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.warnings import DataFacts, warnings_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import flops_per_token
+from apr_dist.parallel.storage import Storage
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE, named
+from apr_dist.planning.fitting import Rungs, fit
 from apr_dist.planning.memory import Load, Memory, estimate
 from apr_dist.planning.stopping import StopTime, stop_time
 from apr_dist.runs.folder import RunFolder
@@ -146,7 +149,7 @@ def make_plan(
         world_size=world_size,
         flops_per_token=flops,
         data=found.data,
-        memory=_memory(found, config, world_size),
+        memory=_memory(model, config, world_size),
         schedule=schedule_of(config),
         gates=found.results,
         refusal=refusal,
@@ -192,17 +195,47 @@ def _despite(config: TrainConfig, refusal: AprDistError) -> Preflight:
 
 
 def _data(config: TrainConfig) -> DataFacts | None:
-    if config.synthetic or config.val_dataset is None:
+    if config.synthetic or not config.held_out:
         return None
     try:
         parts = parts_of(open_training_set(config.dataset, config.loader.mixture))
-        return DataFacts.of(parts, Manifest.load(config.val_dataset), seq_length=config.seq_length)
+        held_out = Manifest.load(next(iter(config.held_out.values())))
+        return DataFacts.of(parts, held_out, seq_length=config.seq_length)
     except AprDistError:
         return None  # the gates have said so already
 
 
-def _memory(found: Preflight, config: TrainConfig, world: int) -> dict[Strategy, Memory]:
-    chosen = named(config.parallel.strategy, world)
+def _has_liger() -> bool:
+    return find_spec("liger_kernel") is not None
+
+
+def fitting(made: Plan, *, card: int, host: int | None, step_s: float) -> Rungs:
+    """The rungs of the memory ladder that fit one card with the least slowdown; see ``fitting``.
+
+    Raises:
+        UsageError: nothing fits, or the run has several processes.
+    """
+    if made.world_size != 1:
+        raise UsageError(
+            f"--fit and {made.world_size} processes",
+            where="command line",
+            expected="one process on one card",
+            remedy="leave --processes out, or use --simulate for several cards",
+        )
+    model = made.model
+    return fit(
+        lambda config: next(iter(_memory(model, config, 1).values())),
+        made.config,
+        card=card,
+        host=host,
+        step_s=step_s,
+    )
+
+
+def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[Strategy, Memory]:
+    chosen, adapter = named(config.parallel.strategy, world), None
+    with contextlib.suppress(AprDistError):  # a refusal says so
+        adapter = adapter_of(config.adapter, model)
     several = [one for one in Strategy if one is not Strategy.SINGLE]
     micro = config.micro_batch(world)
     load = Load(
@@ -214,18 +247,20 @@ def _memory(found: Preflight, config: TrainConfig, world: int) -> dict[Strategy,
         checkpointing=config.compute.activation_checkpointing,
         copies=config.checkpoint.background,
         trains_meanwhile=config.save_period < config.num_steps,
+        liger=config.device is Device.CUDA and not config.compute.z_loss and _has_liger(),
     )
     shard = config.parallel.shard_size or min(world, GPUS_PER_MACHINE)
     return {
         one: estimate(
-            found.model_config,
+            model,
             load,
             strategy=one,
             world_size=world,
             shard_size=shard,
             offload=config.parallel.offload,
             state_bits=config.optimizer.state_bits,
-            adapter=found.adapter,
+            storage=Storage(weights=config.memory.weights, gradients=config.memory.gradients),
+            adapter=adapter,
         )
         for one in dict.fromkeys([chosen, *(several if world > 1 else [])])
     }

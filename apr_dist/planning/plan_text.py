@@ -137,6 +137,8 @@ def _memory_table(plan: Plan) -> Iterator[str]:
     for part, (name, what) in PARTS.items():
         if size := getattr(one, part):
             yield f"    {name:<20}{size / _GIB:>8.2f}  {what}"
+    for name, size in one.host_parts.items():
+        yield f"    {name:<20}{size / _GIB:>8.2f}  in host memory"
     if others:
         yield "  with another strategy"
     for other in others:

@@ -8,7 +8,6 @@ here does: FSDP2 gathers in the compute type, ZeRO in f32, and gradients are alw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,8 +15,10 @@ from apr_dist.choices import Precision, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
+from apr_dist.parallel.storage import Storage
+from apr_dist.parallel.stored_bytes import F32, trained_count
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE
-from apr_dist.planning.memory import F32, Load, Memory, estimate, trained_shapes
+from apr_dist.planning.memory import Load, Memory, estimate
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MOST_LAYERS = 1 << 14
@@ -84,7 +85,6 @@ def _simulated(
 
     asked = config.adapter
     everywhere = asked.model_copy(update={"layers": ()})
-    adapter = adapter_of(asked, model)
 
     def memory(layers: int) -> Memory:
         scaled = replace(model, num_layers=layers)
@@ -96,6 +96,7 @@ def _simulated(
             shard_size=shard_size,
             offload=config.parallel.offload,
             state_bits=config.optimizer.state_bits,
+            storage=Storage(weights=config.memory.weights, gradients=config.memory.gradients),
             adapter=adapter_of(asked if layers == model.num_layers else everywhere, scaled),
         )
 
@@ -108,7 +109,7 @@ def _simulated(
         sent_bytes=sent_bytes(
             model.parameter_count(),
             strategy,
-            trained=sum(map(math.prod, trained_shapes(model, adapter).values())),
+            trained=trained_count(model, adapter_of(asked, model)),
             gpus=gpus,
             shard_size=shard_size,
             micro_batches=micro_batches,
