@@ -138,6 +138,11 @@ def test_a_log_shows_how_far_a_long_start_is(
         assert found == sorted(set(found))
         assert 0 <= found[0] <= found[-1] <= 100
     assert "loading weights" not in (tmp_path / "run" / "train.log").read_text()
+    assert run_here(*flags, "--run-dir", str(tmp_path / "run"), "--resume", "auto") == 0
+    resumed = capsys.readouterr().out
+    shares_read = list(map(int, re.findall(r"  comparing the saved step with its digests: (\d+) %", resumed)))
+    assert shares_read
+    assert shares_read == sorted(shares_read)
 
 
 def test_progress_of_a_start_is_written_after_a_second_then_every_five(

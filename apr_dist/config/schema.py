@@ -126,6 +126,15 @@ class TrainConfig(Section):
         )
 
     @property
+    def held_out(self) -> dict[str, Path]:
+        """Folders of held-out shards by name, the one that counts first; empty without any."""
+        sets = dict(self.evaluation.sets)
+        if not sets:
+            return {} if self.val_dataset is None else {"validation": self.val_dataset}
+        first = self.evaluation.counts if self.evaluation.counts in sets else next(iter(sets))
+        return {first: sets[first], **sets}
+
+    @property
     def save_period(self) -> int:
         """Steps between saves: those given, else as many as between evaluations."""
         return self.save_every or self.eval_every
@@ -183,9 +192,13 @@ def digests_of_saved(tree: Mapping[str, Any]) -> set[str]:
 
 def _digest(tree: Mapping[str, Any], left_out: Sequence[str]) -> str:
     facts = {key: value for key, value in tree.items() if key not in left_out}
-    facts["loader"] = {key: value for key, value in facts.get("loader", {}).items() if key != "mixture"}
+    for section, places in _PLACES.items():
+        facts[section] = {key: value for key, value in facts.get(section, {}).items() if key not in places}
     return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+
+_PLACES = {"loader": ("mixture",), "evaluation": ("sets", "counts", "prompts", "answer_tokens")}
+"""Keys of sections that are left out as well: where data lie, and what is shown of a run."""
 
 _COUNTED: tuple[tuple[str, ...], ...] = ((), ("save_every",), ("save_every", "log_every"))
 """Keys that are left out of a digest and that this version, then earlier ones, counted all the same."""

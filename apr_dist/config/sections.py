@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -90,6 +91,19 @@ def _weights_from_text(value: object) -> object:
     return found
 
 
+def _paths_from_text(value: object) -> object:
+    """``name=path,name=path``, as a flag gives named folders, as the mapping a file gives."""
+    if value is None:
+        return {}
+    if not isinstance(value, str):
+        return value
+    pairs = [part.strip().partition("=") for part in value.split(",")]
+    found = {name: path for name, _, path in pairs}
+    if len(found) < len(pairs) or not all(found.values()):
+        raise ValueError("name=path, separated by commas, each name once")
+    return found
+
+
 def _ids_from_text(value: object) -> object:
     """``0,2``, as a flag gives ids, as the list a file gives."""
     if value is None:
@@ -148,6 +162,19 @@ class LoaderSection(Section):
 class EvaluationSection(Section):
     """The held-out measurement."""
 
+    sets: Annotated[
+        Mapping[Annotated[str, Field(pattern=r"^[\w.-]+$")], Path], BeforeValidator(_paths_from_text)
+    ] = Field(
+        {}, description="in place of val_dataset: held-out folders by name, all measured at every evaluation"
+    )
+    counts: str | None = Field(
+        None,
+        description="with sets: the name of the one that targets and best checkpoints go by; none: first",
+    )
+    prompts: Path | None = Field(
+        None, description="file of prompts that the model answers at every evaluation: lines, or JSON lines"
+    )
+    answer_tokens: int = Field(64, gt=0, description="longest answer to a prompt, in tokens")
     max_sequences: int | None = Field(
         None, gt=0, description="size of the fixed sample of the held-out part; none: all of it"
     )

@@ -7,7 +7,7 @@ other come before all of them; whether the run folder is free is asked after the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import ShuffleOrder
 from apr_dist.config import TrainConfig
+from apr_dist.corpus.prompts import read_prompts
 from apr_dist.corpus.tokenizer import identify, load_tokenizer
 from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
@@ -25,10 +26,17 @@ from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
 from apr_dist.gates.conversations import check_conversations, template_digest
-from apr_dist.gates.data import check_disjoint, check_shared_documents, check_splits, check_unread
+from apr_dist.gates.data import (
+    check_disjoint,
+    check_sequences,
+    check_shared_documents,
+    check_splits,
+    check_unread,
+)
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.host_memory import check_host_memory
 from apr_dist.gates.model_file import Progress, named, prove_model
+from apr_dist.gates.named_sets import check_sets_differ
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
 from apr_dist.gates.warnings import DataFacts, left_out_of, warnings_of
@@ -93,6 +101,8 @@ def run_preflight(
         AprDistError: the first gate's refusal; the file is closed again.
     """
     check_settings(config, world_size=world_size)
+    if config.evaluation.prompts is not None:
+        read_prompts(config.evaluation.prompts)  # its checks
     with ExitStack() as stack:
         path = resume_from or config.init
         if path:
@@ -211,7 +221,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         check_documents(config.loader.documents, config.compute, (), synthetic=False)
         return
     missing = "--dataset" if config.dataset is None and not config.loader.mixture else "--val-dataset"
-    if missing == "--dataset" or config.val_dataset is None:
+    if missing == "--dataset" or not config.held_out:
         raise UsageError(
             f"{missing} is not given",
             where="command line",
@@ -219,27 +229,23 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
             remedy="apr-dist tokenize encode-corpus --val-fraction 0.05 makes both",
             falsifier="INV-TRAIN-010",
         )
-    training, held_out = (
-        open_training_set(config.dataset, config.loader.mixture),
-        Manifest.load(config.val_dataset),
-    )
+    training = open_training_set(config.dataset, config.loader.mixture)
+    sets = {name: Manifest.load(path) for name, path in config.held_out.items()}
+    check_sets_differ(sets)
+    held_out = next(iter(sets.values()))
     order = config.loader
     block = order.block_sequences if order.shuffle is ShuffleOrder.BLOCK else 1
     check_shares(training, global_batch=config.batch_size, block=block)
-    parts, everything = parts_of(training), (*parts_of(training), held_out)
+    parts, everything = parts_of(training), (*parts_of(training), *sets.values())
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
     check_documents(order.documents, config.compute, parts, synthetic=False)
     found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
-    for part in everything:
+    for number, part in enumerate(everything):
         length, limit = config.seq_length, order.max_unread
-        part_block = 1 if part is held_out else block
+        part_block = block if number < len(parts) else 1
         if text := check_unread(part, seq_length=length, block=part_block, limit=limit):
             found.warnings.append(text)
-    for part in parts:
-        check_disjoint(part, held_out)
-    check_splits(parts, held_out, allowed=order.any_split)
-    shared, warning = check_shared_documents(parts, held_out, limit=config.evaluation.max_shared)
-    found.warnings += [warning] if warning else []
+    shared = _check_apart(found, config, parts, sets)
     rows = found.model_config.vocab_size
     _note(found, say, _check_tokenizer(found, config, parts, rows))
     conversations, unknown = check_conversations(
@@ -263,8 +269,26 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     if isinstance(training, Mixture):
         found.provenance["data_sources"] = training.describe()
     found.provenance["val_data_fingerprint"] = held_out.fingerprint
+    if config.evaluation.sets:
+        found.provenance["validation_sets"] = {name: one.fingerprint for name, one in sets.items()}
     found.provenance["evaluation"] = _evaluation_identity(held_out, config)
     found.recorded_val_loss = _recorded_loss(found)
+
+
+def _check_apart(
+    found: Preflight, config: TrainConfig, parts: Sequence[Manifest], sets: Mapping[str, Manifest]
+) -> str:
+    """Nothing of any validation set is trained on; returns what was found, the one that counts first."""
+    said: list[str] = []
+    for name, one in sets.items():
+        check_sequences(one, seq_length=config.seq_length)
+        for part in parts:
+            check_disjoint(part, one)
+        check_splits(parts, one, allowed=config.loader.any_split)
+        shared, warning = check_shared_documents(parts, one, limit=config.evaluation.max_shared)
+        said.append(f"{name}: {shared}" if said else shared)
+        found.warnings += [warning] if warning else []
+    return "; ".join(said)
 
 
 def _evaluation_identity(held_out: Manifest, config: TrainConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from apr_dist.choices import (
     TRACKER_OPTIONS,
@@ -14,7 +15,7 @@ from apr_dist.choices import (
     KernelChoice,
     ScheduleKind,
 )
-from apr_dist.config import TrainConfig
+from apr_dist.config import TrainConfig, nearest
 from apr_dist.config.sections import ComputeSection, OptimizerSection, TrackingSection
 from apr_dist.errors import UsageError
 from apr_dist.gates.data import check_batch
@@ -41,6 +42,7 @@ def check_settings(config: TrainConfig, *, world_size: int) -> None:
     """
     check_trackers(config.trackers)
     check_tracking(config.tracking, config.trackers)
+    check_held_out(config)
     check_installed(config.optimizer.state_bits)
     check_decay(config.optimizer, num_steps=config.num_steps, warmup=config.warmup)
     check_kernels(config)
@@ -100,6 +102,53 @@ def check_trackers(names: Sequence[str]) -> None:
                 expected="its package in this environment",
                 remedy=f"pip install {_EXTRA.get(name, name)}",
             )
+
+
+def check_held_out(config: TrainConfig) -> None:
+    """Named validation sets stand alone, differ, and one of them counts; prompts can be answered.
+
+    Raises:
+        UsageError: naming the set or the key.
+    """
+    options, sets = config.evaluation, config.evaluation.sets
+    if sets and config.val_dataset is not None:
+        raise UsageError(
+            "evaluation.sets and val_dataset both name held-out shards",
+            where="--val-dataset",
+            expected="one of them",
+            remedy=f"give it a name among the sets: --evaluation.sets validation={config.val_dataset},...",
+        )
+    if options.counts is not None and options.counts not in sets:
+        close = nearest(options.counts, list(sets))
+        raise UsageError(
+            f"evaluation.counts is {options.counts} and no set has that name",
+            where="--evaluation.counts",
+            expected=f"one of {', '.join(sets)}" if sets else "names in evaluation.sets",
+            remedy=f"use {close}" if close else "name a set, or leave it out",
+        )
+    seen: dict[Path, str] = {}
+    for name, path in sets.items():
+        if (other := seen.setdefault(path.resolve(), name)) != name:
+            raise UsageError(
+                f"the validation sets {other} and {name} are the same folder, {path}",
+                where="--evaluation.sets",
+                expected="a folder for each name",
+                remedy="leave one of them out",
+            )
+    if options.prompts is not None and config.synthetic:
+        raise UsageError(
+            "evaluation.prompts is set in a run on made-up tokens",
+            where="--evaluation.prompts",
+            expected="a run on text",
+            remedy="leave the prompts out, or --synthetic",
+        )
+    if options.prompts is not None and config.compute.compile is not Compile.OFF:
+        raise UsageError(
+            f"evaluation.prompts is set with compute.compile {config.compute.compile}",
+            where="--evaluation.prompts",
+            expected="blocks that are not compiled, which take a text of any length",
+            remedy="use --compute.compile off, or leave the prompts out",
+        )
 
 
 def check_tracking(options: TrackingSection, names: Sequence[str]) -> None:

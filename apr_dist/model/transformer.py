@@ -143,6 +143,7 @@ class Decoder(Computed):
         position_ids: Tensor | None = None,
         document_ids: Tensor | Boundaries | None = None,
         caches: list[LayerCache] | None = None,
+        last: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or with targets the summed loss; the head is only ever used inside this call.
 
@@ -152,6 +153,7 @@ class Decoder(Computed):
             position_ids: ``[1 or batch, seq]``; counted from 0 (or the caches' length) when absent.
             document_ids: as `Backbone.forward`.
             caches: see `empty_caches`; the tokens are appended to what they hold.
+            last: logits of the last position alone, ``[batch, 1, vocab]``.
 
         Returns:
             without targets logits ``[batch, seq, vocab]``; with targets ``(loss sum in nats, f32;
@@ -161,7 +163,7 @@ class Decoder(Computed):
         tied = TiedGradient() if targets is not None and self._gives_one_gradient(input_ids) else None
         hidden = self.model(input_ids, position_ids, document_ids, caches, tied=tied)
         if targets is None:
-            return self.logits(hidden)
+            return self.logits(hidden[:, -1:] if last else hidden)
         if isinstance(self.lm_head, Head):
             loss = self.lm_head(hidden, targets, z_loss=self.z_loss)
         elif self.lm_head is not None:  # what wraps the head knows no targets

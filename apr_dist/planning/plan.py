@@ -189,11 +189,12 @@ def _despite(config: TrainConfig, refusal: AprDistError) -> Preflight:
 
 
 def _data(config: TrainConfig) -> DataFacts | None:
-    if config.synthetic or config.val_dataset is None:
+    if config.synthetic or not config.held_out:
         return None
     try:
         parts = parts_of(open_training_set(config.dataset, config.loader.mixture))
-        return DataFacts.of(parts, Manifest.load(config.val_dataset), seq_length=config.seq_length)
+        held_out = Manifest.load(next(iter(config.held_out.values())))
+        return DataFacts.of(parts, held_out, seq_length=config.seq_length)
     except AprDistError:
         return None  # the gates have said so already
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
@@ -188,6 +189,9 @@ def _loss(axes: Axes, run: Run, colour: str, style: str) -> bool:
         x, y = zip(*found, strict=True)
         label = f"{_short(run)}: validation"
         axes.plot(x, y, color=colour, linestyle="none", marker="o", markersize=4.5, label=label)
+    for marker, (name, (at, losses)) in zip(cycle("sD^vPX"), run.set_losses().items(), strict=False):
+        label = f"{_short(run)}: {name}"
+        axes.plot(at, losses, ":", color=colour, linewidth=0.9, marker=marker, markersize=4, label=label)
     return bool(steps or found)
 
 

@@ -211,7 +211,8 @@ def _agreement_gate(run: FinishedRun) -> GateResult:
 
 def _run_gates(run: FinishedRun) -> list[dict[str, Any]]:
     """The run's own gates, without paths."""
-    paths = [run.config.init, run.config.dataset, run.config.val_dataset, run.config.tokenizer, run.folder]
+    named = run.config
+    paths = [named.init, named.dataset, *named.held_out.values(), named.tokenizer, run.folder]
     gates = []
     for gate in run.verdict["gates"]:
         measured = str(gate.get("measured"))

@@ -22,6 +22,7 @@ from apr_dist.runs.display import (
     NOT_AVAILABLE,
     Display,
     Pace,
+    answer_texts,
     duration,
     evaluation_text,
     figures_of,
@@ -129,6 +130,9 @@ class LiveDisplay(Display):
             if self._picture is not None:
                 self._picture.evaluation(line)
             self(evaluation_text(line))
+        elif line["kind"] == "answers":
+            for said in answer_texts(line):
+                self(said)
 
     def evaluating(self, done: int, of: int) -> None:
         """Say in the picture how far an evaluation is."""

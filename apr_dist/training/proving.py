@@ -108,7 +108,7 @@ def _prove(config: TrainConfig, world_size: int, around: Around) -> Proven:
     refuse_launched_precision(config.parallel.precision)
     if lock is not None:
         lock.take()
-    point = find_resume_point(config, run, display.warn)
+    point = find_resume_point(config, run, display.warn, display.working)
     found = run_preflight(
         config,
         world_size=world_size,

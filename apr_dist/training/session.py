@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -25,8 +25,9 @@ from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.checkpoint import perplexity
 from apr_dist.runs.metrics import StepMetrics
 from apr_dist.runs.progress import Evaluation
+from apr_dist.training.answers import answer_all
 from apr_dist.training.efficiency import gpu_utilisation
-from apr_dist.training.evaluation import evaluate
+from apr_dist.training.evaluation import HeldOut, evaluate
 from apr_dist.training.garbage import collect
 from apr_dist.training.guards import check_targets
 from apr_dist.training.opening import Opening
@@ -239,14 +240,8 @@ class Session(Opening):
         collect()
         state, number = self.progress, len(self.progress.evaluations)
         with HERE.during(Phase.EVALUATION, step=state.step):
-            result = evaluate(
-                self.engine.evaluated,
-                self.data.held_out,
-                self.runtime,
-                progress=self.display.evaluating,
-                ignored_ids=self.config.loader.ignored_ids,
-                stop=lambda: bool(first_signal(self.runtime.sum(self.signals()).tolist())),
-            )
+            result = self._measured(self.data.held_out)
+            further = {name: self._measured(one) for name, one in self.data.further.items()}
         self.metrics.event(
             "evaluation",
             {
@@ -255,8 +250,9 @@ class Session(Opening):
                 "val_loss": result.loss if result.is_finite else None,
                 "val_ppl": perplexity(result.loss),
                 "tokens": result.tokens,
-                "wall_ms": result.wall_s * 1e3,
+                "wall_ms": (result.wall_s + sum(one.wall_s for one in further.values())) * 1e3,
                 "updates_lost": state.updates_lost,
+                **_losses_by_name(further),
             },
         )
         if state.updates_lost is not None:
@@ -266,7 +262,32 @@ class Session(Opening):
         check(result)
         state.evaluations.append(result)
         state.evaluated_at = state.step
+        self._answer_prompts()
         return result
+
+    def _measured(self, held_out: HeldOut) -> Evaluation:
+        return evaluate(
+            self.engine.evaluated,
+            held_out,
+            self.runtime,
+            progress=self.display.evaluating,
+            ignored_ids=self.config.loader.ignored_ids,
+            stop=self._asked_to_stop,
+        )
+
+    def _answer_prompts(self) -> None:
+        """Record what the present weights answer to the prompts of the run, if it has any."""
+        if self.questions is None:
+            return
+        with HERE.during(Phase.EVALUATION, step=self.progress.step):
+            line = answer_all(
+                self.questions, self.model, self.engine.evaluated, self.runtime, stop=self._asked_to_stop
+            )
+        self.metrics.event("answers", {"step": self.progress.step, **line})
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal came to any rank; a collective."""
+        return bool(first_signal(self.runtime.sum(self.signals()).tolist()))
 
     def save(self) -> None:
         """Save model, optimizer and progress as a step folder; written in the background where it fits.
@@ -279,3 +300,10 @@ class Session(Opening):
             self.saver.save(self.model, self.engine.optimizer, self.progress)
         wall_ms = (time.perf_counter() - began) * 1e3
         self.metrics.event("save", {"step": self.progress.step, "wall_ms": wall_ms})
+
+
+def _losses_by_name(further: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """What an evaluation line says of the named sets that do not count; nothing without any."""
+    if not further:
+        return {}
+    return {"val_losses": {name: one.loss if one.is_finite else None for name, one in further.items()}}

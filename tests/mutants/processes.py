@@ -117,8 +117,8 @@ MUTANTS: tuple[Change, ...] = (
         "digests of a step folder are not compared",
         "apr_dist/runs/saved_state.py",
         "_compare",
-        "not file.is_file() or file_digest(file) != digest",
-        "not file.is_file()",
+        "file_digest(file, counted) != digests[name]",
+        "file_digest(file, counted) == ''",
     ),
     Change(
         CHECKPOINT + "007",
