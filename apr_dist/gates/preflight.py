@@ -258,7 +258,8 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     check_shares(training, global_batch=config.batch_size, block=block)
     parts, everything = parts_of(training), (*parts_of(training), *sets.values())
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
-    check_documents(order.documents, config.compute, parts, synthetic=False)
+    chats = tuple(part for part in everything if part.flagged)
+    check_documents(order.documents, config.compute, (*parts, *chats), synthetic=False)
     found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
     for number, part in enumerate(everything):
         length, limit = config.seq_length, order.max_unread
