@@ -14,6 +14,7 @@ from typing import Any
 
 from apr_dist.choices import ActivationCheckpointing, Offload, Precision, Strategy
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Norms
 from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
 from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
 from apr_dist.parallel.strategy import possible_offloads
@@ -310,13 +311,18 @@ def layer_bytes(model: TransformerConfig, load: Load) -> int:
     hidden, inner = model.hidden_size, model.intermediate_size
     attention = 2 * model.query_size + 2 * model.kv_size
     normed = model.query_size + model.kv_size if model.qk_norm else 0
+    normed += 2 * hidden if model.norms is Norms.BOTH else 0
+    # Capped scores are held: the hyperbolic tangents and the softmax.
+    scores = 2 * model.num_heads * load.seq_length if model.attn_logit_softcapping else 0
     # Two residual inputs in f32; then what linear maps, attention and the MLP keep.
     width = load.compute_bytes
     # On the CPU a norm's output is computed again; on a GPU autocast casts it for each map that reads it.
     linear_inputs = (2 if load.precision is Precision.F32 else 5) * hidden if load.cuda else 0
     gates = 4 * inner if load.cuda else 2 * inner
     per_token = (
-        F32 * 2 * hidden + width * (linear_inputs + attention + normed + gates) + F32 * model.num_heads
+        F32 * 2 * hidden
+        + width * (linear_inputs + attention + normed + gates)
+        + F32 * (model.num_heads + scores)
     )
     return load.tokens * per_token
 
