@@ -1,5 +1,6 @@
 # Everything a fresh clone needs: Python 3.11+, Rust, make, git, a C compiler, a package index.
 #   make demo    set up, then fine-tune a real pretrained model from an APR file
+#   make chat    set up, then fine-tune the same model on conversations and let it answer
 #   make test    set up, then run the whole suite
 #   make check   set up, then formatter, linters, types, layers, contracts, Rust tests
 #   make evidence  set up, then fine-tune that model for 500 steps, judge the run, keep the evidence
@@ -32,7 +33,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo evidence test mutate bench-quick faults fuzz families gemma sanitize docs wheel check format clean
+.PHONY: setup demo chat evidence test mutate bench-quick faults fuzz families gemma sanitize docs wheel check format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -75,6 +76,25 @@ demo: $(DEMO)/shards/validation/manifest.json
 	@echo "opening the checkpoint again: its step-0 validation loss must be the loss the run ended with"
 	$(BIN)/python apr_dist/train.py --init $(DEMO)/run/checkpoint.apr --tokenizer $(DEMO)/smollm2.tokenizer \
 	    $(DEMO_DATA) --run-dir $(DEMO)/reopened --overwrite --num-steps 0
+
+# --- the same on conversations ---------------------------------------------------------------------
+
+$(BUILD)/chat-wheel: $(BUILD)/installed
+	@$(INSTALL) --constraint constraints.txt --no-deps chitchat-dataset
+	@touch $@
+
+CHATS := $(DEMO)/chats
+
+$(CHATS)/validation/manifest.json: $(DEMO)/smollm2.apr $(BUILD)/chat-wheel docs/examples/chitchat.py
+	$(BIN)/python docs/examples/chitchat.py | $(BIN)/apr-dist tokenize encode-chat --corpus - \
+	    --model $(DEMO)/smollm2.apr --output $(CHATS) --seq-length 256 --too-long split \
+	    --limit-tokens 400000 --val-fraction 0.1 --force
+
+chat: $(CHATS)/validation/manifest.json
+	$(BIN)/apr-dist tokenize preview $(CHATS)/train --count 2
+	$(BIN)/python apr_dist/train.py --init $(DEMO)/smollm2.apr --dataset $(CHATS)/train \
+	    --val-dataset $(CHATS)/validation --config configs/chat.yaml --run-dir $(DEMO)/chat-run --overwrite
+	$(BIN)/apr-dist generate $(DEMO)/chat-run/checkpoint.apr --chat --prompt "Hello! How was your day?"
 
 EVIDENCE := contracts/evidence/smollm2-135m-500-steps
 EVIDENCE_RUN := $(BUILD)/evidence/run

@@ -79,8 +79,28 @@ class Offload(StrEnum):
     OPTIMIZER_AND_PARAMETERS = "optimizer+parameters"
 
 
+class WeightStorage(StrEnum):
+    """How a trained matrix is stored.
+
+    ``split`` is its bf16 rounding and the 16 bits that rounding lost, together the exact f32; ``bf16`` is
+    rounded stochastically after each update, ``bf16-nearest`` to the nearest.
+    """
+
+    F32 = "f32"
+    SPLIT = "split"
+    BF16 = "bf16"
+    BF16_NEAREST = "bf16-nearest"
+
+
+class GradientStorage(StrEnum):
+    """How the gradient of a trained matrix is stored between its backward and the update."""
+
+    F32 = "f32"
+    BF16 = "bf16"
+
+
 class Precision(StrEnum):
-    """Compute type of forward and backward; weights and optimizer state stay f32."""
+    """Compute type of forward and backward; how weights are stored is ``memory.weights``."""
 
     F32 = "f32"
     BF16 = "bf16"
@@ -152,6 +172,7 @@ class ActivationCheckpointing(StrEnum):
     OFF = "off"
     SELECTIVE = "selective"
     FULL = "full"
+    FULL_OFFLOAD = "full-offload"
 
 
 class ProgressStyle(StrEnum):

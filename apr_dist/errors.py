@@ -102,10 +102,8 @@ class AprDistError(Exception):
 
     @property
     def page(self) -> str | None:
-        """Where the documentation tells the cause and the cure; None without a falsifier."""
-        if self.falsifier is None:
-            return None
-        return f"docs/how-to/when-a-gate-says-no.md#{self.falsifier.lower()}"
+        """The command that explains the cause and the fix, wherever the program is installed; or None."""
+        return None if self.falsifier is None else f"apr-dist explain {self.falsifier}"
 
     def to_fields(self) -> dict[str, str | None]:
         """The error as plain fields, so that one rank can tell the others (no pickle)."""

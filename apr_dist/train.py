@@ -6,11 +6,13 @@ imported only after rank 0's gates have spoken, so that a refusal takes a second
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # Run as a script, Python puts this folder first on the path, where our `data`, `model` or `config`
 # would answer for any library of that name. The folder above holds only the package itself.
@@ -52,7 +54,11 @@ def run(invocation: Invocation, watch: Watch) -> ExitCode:
     display = open_display(config.progress, rank=launch.rank, synthetic=config.synthetic)
     if launch.rank == 0:
         display = RunLog(display, prefix="[SYNTHETIC] " if config.synthetic else "")
-    with hear_libraries(display), RunLock(RunFolder(config.run_dir), display.warn) as lock:
+    with (
+        contextlib.closing(display),
+        hear_libraries(display),
+        RunLock(RunFolder(config.run_dir), display.warn) as lock,
+    ):
         return _run(config, display, launch, Around(display=display, watch=watch, lock=lock))
 
 
@@ -80,7 +86,7 @@ def _run(config: TrainConfig, display: Display, launch: Launch, around: Around) 
     return verdict.exit_code
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
     """Run, and turn whatever happened into one paragraph on stderr and an exit code for every rank."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -95,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watch, signals = Watch(rank=rank).start(), AtOnce()
     with signals:
         try:
-            return int(run(parse_command_line(arguments), watch))
+            return int(run(parse_command_line(arguments, prog=prog), watch))
         except SystemExit:
             raise
         except BaseException as error:  # the front door: no bare traceback leaves it
@@ -128,10 +134,11 @@ def _print_error(error: AprDistError, rank: int) -> None:
     place = f" on rank {rank}, at step {HERE.step} while {HERE.phase}" if rank else ""
     print(f"error{place}: {error}", file=sys.stderr, flush=True)
     if error.page:
-        print(f"cause and cure: {error.page}", file=sys.stderr, flush=True)
+        print(f"see: {error.page}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``, after the process group was left."""
     for number in SIGNALS:  # a launcher stops its workers when the first of them has ended
         signal.signal(number, signal.SIG_IGN)
     # Without PyTorch loaded there is no process group to leave.
@@ -143,4 +150,4 @@ def _leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    _leave(main())
+    leave(main())

@@ -1,4 +1,4 @@
-"""APR beside safetensors: load, verify and write a model of about 500 MB; import beside a plain copy.
+"""APR beside safetensors: load, verify and write a model of about 500 MB; import; what reading back costs.
 
 Everything in one run on one machine, the two sides of a row alternating; the figure is the ratio of
 the medians. Run it as ``python benchmarks/bench_files.py [--megabytes 500] [--rounds 5] [--json PATH]``.
@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,24 +28,57 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.atomic_files import AtomicFile
+from apr_dist.interop.gguf_export import export_gguf
+from apr_dist.interop.hf_export import export_huggingface
 from apr_dist.interop.importing import import_model
 from apr_dist.interop.inspection import validate_file
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 
 ROWS, COLUMNS = 4096, 1024
+METADATA = {
+    "architecture": "llama",
+    "hf_architecture": "LlamaForCausalLM",
+    "hf_model_type": "llama",
+    "hidden_size": COLUMNS,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+    "vocab_size": ROWS,
+    "intermediate_size": ROWS,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "rope_type": 2,
+    "tie_word_embeddings": True,
+}
 
 
-def make_tensors(megabytes: int) -> dict[str, torch.Tensor]:
+def make_model(megabytes: int) -> tuple[AprMetadata, dict[str, torch.Tensor]]:
+    """A Llama of about that size in F16, with random weights."""
     generator = torch.Generator().manual_seed(0)
-    count = max(1, megabytes * 1_000_000 // (2 * ROWS * COLUMNS))
-    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(count)]
-    return {name: torch.randn(ROWS, COLUMNS, generator=generator).to(torch.float16) for name in names}
+    layer_bytes = 2 * (4 * COLUMNS * COLUMNS + 3 * ROWS * COLUMNS)
+    layers = max(1, (megabytes * 1_000_000 - 2 * ROWS * COLUMNS) // layer_bytes)
+    metadata = AprMetadata.from_mapping(METADATA | {"num_layers": layers})
+    shapes = TransformerConfig.from_metadata(
+        metadata.to_mapping(), family=Family.LLAMA, where="benchmark", tie_word_embeddings=True
+    ).parameter_shapes()
+    return metadata, {
+        name: torch.randn(shape, generator=generator).to(torch.float16) for name, shape in shapes.items()
+    }
 
 
-def write_apr(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_apr(path: Path, metadata: AprMetadata, tensors: dict[str, torch.Tensor]) -> None:
     specs = [TensorSpec(name, DType.F16, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with AprWriter(path, metadata=AprMetadata(), tensors=specs, overwrite=True) as writer:
+    with AprWriter(path, metadata=metadata, tensors=specs, overwrite=True) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor.numpy())
+
+
+def export_unproven(source: Path, target: Path) -> None:
+    """The same GGUF file, which takes its name without having been read back."""
+    with mock.patch("apr_dist.interop.gguf_export.check_read_back"):
+        export_gguf(source, target, overwrite=True)
 
 
 def write_bare(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -123,15 +157,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    tensors = make_tensors(arguments.megabytes)
+    metadata, tensors = make_model(arguments.megabytes)
     results: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        apr, other = folder / "x.apr", folder / "model.safetensors"
-        (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+        apr, other = folder / "x.apr", folder / "hf" / "model.safetensors"
+        write_apr(apr, metadata, tensors)
+        export_huggingface(apr, folder / "hf")
         pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "write, checksummed and fsynced / save_file, fsynced": (
-                lambda: write_apr(apr, tensors),
+                lambda: write_apr(apr, metadata, tensors),
                 lambda: write_safetensors(other, tensors),
             ),
             "write, no checksum, fsynced / save_file, fsynced": (
@@ -151,6 +186,10 @@ def main() -> None:
             "import from Hugging Face / copy of the bytes, fsynced": (
                 lambda: import_model(other, folder / "y.apr", overwrite=True),
                 lambda: copy_file(other, folder / "copy"),
+            ),
+            "export to GGUF, read back / the same, not read back": (
+                lambda: export_gguf(apr, folder / "proven.gguf", overwrite=True),
+                lambda: export_unproven(apr, folder / "unproven.gguf"),
             ),
         }
         for label, (ours, theirs) in pairs.items():

@@ -25,6 +25,7 @@ IN_WHEEL = (
     "apr_dist/py.typed",
     "apr_dist/_rust_loader.abi3.so",
     "apr_dist/_rust_loader.pyi",
+    "apr_dist/contracts/carried/apr-dist-trainer-v1.yaml",
     "licenses/LICENSE",
 )
 IN_SDIST = (
@@ -114,6 +115,8 @@ def _use(wheel: Path, folder: Path) -> None:
     _run([verb, "plan", *flags], cwd=folder)
     _run([python, "-m", "apr_dist.train", *flags], cwd=folder)
     _run([verb, "validate", "run/checkpoint.apr"], cwd=folder)
+    explained = _run([verb, "explain", "FALSIFY-APR-DIST-TRAINER-004"], cwd=folder)
+    assert "parameters are missing" in explained, explained
     absent = _run([verb, "contracts", "validate"], cwd=folder, wanted=(2,))
     assert "expected a checkout" in absent.lower(), absent
 

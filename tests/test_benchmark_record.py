@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -177,3 +178,23 @@ def test_a_record_that_a_stall_stretched_is_not_written(
     assert recorded_ratios.guard(lambda: stalled, record, record=True) == 2
     assert f"{STEP} stalled" in capsys.readouterr().err
     assert record.read_bytes() == before
+
+
+def test_the_benchmark_of_files_runs_and_prints_what_reading_back_an_export_costs(tmp_path: Path) -> None:
+    script = BENCHMARKS / "bench_files.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--megabytes",
+        "1",
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("export to GGUF, read back")]
+    seconds = json.loads((tmp_path / "out").read_text())["seconds"][
+        "export to GGUF, read back / the same, not read back"
+    ]
+    assert f"ratio {seconds['ours'][0] / seconds['theirs'][0]:5.2f}" in row

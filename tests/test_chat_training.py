@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from builders.chat_rows import Turns, build_rows, made_up
+from builders.chat_rows import END, Turns, build_rows, made_up
 from builders.kernels import KernelCase
 from builders.models import tiny_config, tiny_decoder
 from builders.runs import metrics, run_here
@@ -98,7 +98,9 @@ def chats(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Man
         for _ in range(count):
             size, share = draw.randint(12, 32), draw.choice([0.1, 0.5, 1.0])
             is_target = [False] * 8 + [draw.random() < share for _ in range(size - 9)] + [True]
-            turns.append(Turns(ids[place : place + size], np.array(is_target)))
+            piece = ids[place : place + size].copy()
+            piece[-1] = END
+            turns.append(Turns(piece, np.array(is_target)))
             place += size
         facts = {"split": name, "tokenizer": known.tokenizer}
         made.append(build_rows(folder / name, turns, 32, vocab_size=512, **facts))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import pty
+import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +19,9 @@ import pytest
 from apr_dist.apr.layout import Flag
 from apr_dist.apr.reader import AprReader
 from apr_dist.cli import VERBS, main
+from apr_dist.cli.completion import flags_of
 from apr_dist.errors import ExitCode
+from apr_dist.version import __version__
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -44,15 +52,114 @@ def test_the_list_of_verbs_is_printed_and_an_unknown_one_refused_with_the_neares
     listed = capfd.readouterr().out
     assert all(verb in listed for verb in VERBS)
     assert main(["inspcet", "x.apr"]) == ExitCode.USAGE
-    assert "did you mean 'inspect'" in capfd.readouterr().err
+    assert "did you mean 'apr-dist inspect'" in capfd.readouterr().err
     assert main(["tokenize"]) == ExitCode.USAGE
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("trian --init x", "train"),
+        ("Train", "train"),
+        ("finetune", "train"),
+        ("--init x.apr", "train"),
+        ("inspcet x.apr", "inspect"),
+        ("quantize x.apr", "export"),
+        ("tokenise encode-corpus", "tokenize encode-corpus"),
+        ("encode-corpus", "tokenize encode-corpus"),
+        ("tokenize encode", "tokenize encode-corpus"),
+        ("config chek", "config check"),
+        ("contract lint", "contracts lint"),
+        ("explian X", "explain"),
+        ("--versoin", "--version"),
+        ("xyzzy", None),
+    ],
+)
+def test_a_verb_that_does_not_exist_gets_the_right_word(
+    words: str, meant: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == ExitCode.USAGE
+    error = capfd.readouterr().err.splitlines()[0]
+    assert error.startswith("error: there is no verb")
+    assert error.endswith(f"did you mean 'apr-dist {meant}'?") if meant else "did you mean" not in error
+    if meant in VERBS:
+        with pytest.raises(SystemExit) as stopped:  # the word that is proposed works
+            main([*meant.split(), "--help"])
+        assert stopped.value.code == 0
+
+
+def test_help_and_version_go_by_their_usual_names(capfd: pytest.CaptureFixture[str]) -> None:
+    for asked in ("help", "-h", "--help"):
+        assert main([asked]) == 0
+        assert "usage: apr-dist VERB" in capfd.readouterr().out
+    for asked in ("-v", "-V", "--version", "version"):
+        assert main([asked]) == 0
+        assert capfd.readouterr().out == f"apr-dist {__version__}\n"
+    for verb in ("plan", "train", "export", "tokenize encode-corpus"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["help", *verb.split()])
+        assert stopped.value.code == 0
+        assert f"usage: apr-dist {verb}" in capfd.readouterr().out
+    assert main(["help", "tokenize"]) == 0
+    assert "tokenize decode" in capfd.readouterr().out
+    assert main(["help", "trian"]) == ExitCode.USAGE
+    assert "did you mean 'apr-dist train'?" in capfd.readouterr().err
+
+
+def train_here(*flags: str) -> subprocess.CompletedProcess[str]:
+    """``apr-dist train`` in a process of its own."""
+    command = [sys.executable, "-m", "apr_dist", "train", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_train_is_a_verb_with_the_trainers_flags_and_exit_codes(inputs: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--num-steps", "2", "--device", "cpu"]
+    done = train_here(*flags, "--run-dir", str(run))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "verdict.json").read_text())["status"] == "COMPLETED"
+    assert (run / "checkpoint.apr").is_file()
+    refused = train_here("--init", str(tmp_path / "none.apr"), "--run-dir", str(tmp_path / "other"))
+    assert refused.returncode == ExitCode.MODEL_FILE
+    assert refused.stderr.startswith("error: [FALSIFY-APR-PRETRAIN-INIT-003]")
+    wrong = train_here("--learning-rate", "1e-4", "--debug")
+    assert wrong.returncode == ExitCode.USAGE
+    assert "use --lr" in wrong.stderr
+    assert "Traceback" in wrong.stderr
+
+
 def completion_script(shell: str, capfd: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--print-completion", shell])
-    assert stopped.value.code in (0, None)
+    assert main(["--print-completion", shell]) == 0
     return capfd.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_completion_knows_exactly_the_flags_that_help_lists(
+    verb: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    helps = [verb] if verb not in ("plan", "profile") else [verb, "train"]
+    listed: set[str] = set()
+    for one in helps:
+        with pytest.raises(SystemExit):
+            main([*one.split(), "--help"])
+        for line in re.sub(r"\x1b\[[0-9;]*m", "", capfd.readouterr().out).splitlines():
+            spelled = re.match(r"[ │]*(-[^ ,]+(?: [^ ,]+)?(?:, -[^ ,]+(?: [^ ,]+)?)*)(?:  | *$|[ │])", line)
+            listed |= set(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", spelled.group(1))) if spelled else set()
+    module = importlib.import_module(f"apr_dist.cli.{VERBS[verb].split(':')[0]}")
+    known = flags_of(verb, getattr(module, VERBS[verb].split(":")[1]))
+    assert {name for flag in known for name in flag.names} == listed
+
+
+def completed_by_bash(script: Path, words: Sequence[str]) -> set[str]:
+    """What bash's own completion function offers for the last of ``words``."""
+    line = " ".join(f"'{word}'" for word in words)
+    program = (
+        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1};"
+        " $(complete -p apr-dist | sed 's/.*-F \\([^ ]*\\).*/\\1/'); printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
 
 
 def test_bash_completes_verbs_and_their_flags(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -60,18 +167,69 @@ def test_bash_completes_verbs_and_their_flags(tmp_path: Path, capfd: pytest.Capt
     script.write_text(completion_script("bash", capfd))
     asked = {
         ("apr-dist", "va"): {"validate"},
+        ("apr-dist", "trai"): {"train"},
         ("apr-dist", "tokenize", "enc"): {"encode-corpus"},
+        ("apr-dist", "tokenize", "encode-corpus", "--par"): {"--parse-special"},
         ("apr-dist", "export", "--to", "hugg"): {"huggingface"},
+        ("apr-dist", "export", "--to", "=", "hugg"): {"huggingface"},
         ("apr-dist", "stamp", "--data-l"): {"--data-license"},
+        ("apr-dist", "plan", "--simu"): {"--simulate"},
+        ("apr-dist", "profile", "--steps"): {"--steps"},
+        ("apr-dist", "help", "doc"): {"doctor"},
+        ("apr-dist", "--print-completion", "z"): {"zsh"},
+        ("apr-dist", "import", "model"): set(),  # files: readline completes them
+        ("apr-dist", "stamp", "-o", "mod"): set(),
     }
+    for verb in ("train", "plan", "profile"):
+        asked |= {
+            ("apr-dist", verb, "--optimizer.weig"): {"--optimizer.weight-decay"},
+            ("apr-dist", verb, "--init", "x.apr", "--parallel.prec"): {"--parallel.precision"},
+            ("apr-dist", verb, "--parallel.precision", "b"): {"bf16"},
+            ("apr-dist", verb, "--overw"): {"--overwrite"},
+            ("apr-dist", verb, "--no-overw"): {"--no-overwrite"},
+            ("apr-dist", verb, "--init", ""): set(),
+        }
     for words, expected in asked.items():
-        line = " ".join(f"'{word}'" for word in words)
-        program = (
-            f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1};"
-            " $(complete -p apr-dist | sed 's/.*-F \\([^ ]*\\).*/\\1/'); printf '%s\\n' \"${COMPREPLY[@]}\""
-        )
-        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
-        assert {word.strip() for word in done.stdout.split()} == expected
+        assert completed_by_bash(script, words) == expected, words
+
+
+def typed_into(shell: Sequence[str], lines: Sequence[str], folder: Path) -> str:
+    """What an interactive shell prints for ``lines``, typed key by key; a tab completes."""
+    process, terminal = pty.fork()
+    if process == 0:  # pragma: no cover - replaced by the shell
+        os.chdir(folder)
+        os.execve(shell[0], list(shell), {**os.environ, "TERM": "dumb", "PS1": "$ ", "HOME": str(folder)})
+    shown = b""
+    try:
+        for line in [*lines, "exit"]:
+            os.write(terminal, line.encode() + b"\n")
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    except OSError:  # the shell has ended and with it the terminal
+        pass
+    finally:
+        os.close(terminal)
+        os.waitpid(process, 0)
+    return shown.decode(errors="replace")
+
+
+def test_an_interactive_bash_completes_files_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "apr-dist.bash").write_text(completion_script("bash", capfd))
+    (tmp_path / "a-very-long-model.apr").touch()
+    (tmp_path / "shards-of-mine").mkdir()
+    lines = [
+        "source apr-dist.bash",
+        "apr-dist() { printf '<%s>' \"$@\"; }",
+        "apr-dist import a-ve\t",
+        "apr-dist stamp -o a-ve\t",
+        "apr-dist train --dataset shar\t",
+        "apr-dist train --init a-ve\t --parallel.prec\t b\t",
+    ]
+    shown = typed_into(["/bin/bash", "--norc", "--noprofile", "-i"], lines, tmp_path)
+    assert "<import><a-very-long-model.apr>" in shown
+    assert "<stamp><-o><a-very-long-model.apr>" in shown
+    assert "<train><--dataset><shards-of-mine/>" in shown
+    assert "<train><--init><a-very-long-model.apr><--parallel.precision><bf16>" in shown
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
@@ -80,10 +238,25 @@ def test_other_shells_take_their_script(
 ) -> None:
     script = completion_script(shell, capfd)
     assert all(word in script for verb in VERBS for word in verb.split())
+    assert "optimizer.weight-decay" in script
     if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed to check the syntax")
+        pytest.skip(f"{shell} is not installed to try it")
     (tmp_path / "script").write_text(script)
     subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+    if shell == "fish":
+        (tmp_path / "a-model.apr").touch()
+        asked = {
+            "apr-dist tokenize enc": "encode-corpus",
+            "apr-dist plan --optimizer.weig": "--optimizer.weight-decay",
+            "apr-dist train --parallel.precision b": "bf16",
+            "apr-dist export --to hugg": "huggingface",
+            "apr-dist import a-m": "a-model.apr",
+            "apr-dist train --init a-m": "a-model.apr",
+        }
+        for line, expected in asked.items():
+            command = [shell, "--no-config", "-c", f"source script; complete -C '{line}'"]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+            assert done.stdout.split() == [expected], line
 
 
 def test_a_shell_nobody_knows_is_refused(capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,13 +13,14 @@ import pytest
 from builders.pages import PAGES, blocks, make_folder, run, unmarked_commands
 from builders.runs import REPOSITORY, Inputs
 
+from apr_dist.contracts.entries import CARRIED, PACKAGE
+from apr_dist.contracts.fixes import FIXES
+from apr_dist.contracts.refusals import judged, refusals
 from apr_dist.contracts.repository import read_repository
 from apr_dist.errors import ModelFileMissing
 
 sys.path.insert(0, str(REPOSITORY / "docs" / "_ext"))
 import page_parts
-from cures import CURES
-from refusals import judged, refusals
 from stored_parts import STORED, names_in, refreshed
 
 RUN = [page for page in PAGES if any(not block.not_run for block in blocks(page))]
@@ -54,12 +58,12 @@ def gates_page() -> str:
     return page_parts.gates()
 
 
-def test_every_falsifier_has_one_entry_with_a_cause_and_a_cure(gates_page: str) -> None:
+def test_every_falsifier_has_one_entry_with_a_cause_and_a_fix(gates_page: str) -> None:
     ids = [falsifier.id for _, _, falsifier in read_repository(REPOSITORY).falsifiers()]
     for identifier in ids:
         (entry,) = [part for part in gates_page.split("\n### ") if part.startswith(f"{identifier}\n")]
         assert "\nCause\n: " in entry
-        assert "\nCure\n: " in entry
+        assert "\nFix\n: " in entry
 
 
 def test_an_entry_tells_what_the_code_says_and_its_exit_code(gates_page: str) -> None:
@@ -70,23 +74,59 @@ def test_an_entry_tells_what_the_code_says_and_its_exit_code(gates_page: str) ->
 
 
 def test_an_id_behind_a_constant_of_another_room_is_found() -> None:
-    found = refusals(REPOSITORY)
+    found = refusals(PACKAGE)
     assert any(one.kind == ModelFileMissing.__name__ for one in found["FALSIFY-APR-PRETRAIN-INIT-003"])
     known = {falsifier.id for _, _, falsifier in read_repository(REPOSITORY).falsifiers()}
     assert set(found) <= known
 
 
-def test_every_gate_of_the_verdict_has_a_cure_and_no_cure_is_of_nothing() -> None:
-    assert set(CURES) == set(judged(REPOSITORY)) - set(refusals(REPOSITORY))
+def test_every_gate_of_the_verdict_has_a_fix_and_no_fix_is_of_nothing() -> None:
+    assert set(FIXES) == set(judged(PACKAGE)) - set(refusals(PACKAGE))
 
 
-def test_an_error_points_to_its_entry() -> None:
-    error = ModelFileMissing("there is no such file", falsifier="FALSIFY-APR-PRETRAIN-INIT-003")
-    assert error.page == "docs/how-to/when-a-gate-says-no.md#falsify-apr-pretrain-init-003"
-    assert ModelFileMissing("there is no such file").page is None
-    page, _, anchor = error.page.partition("#")
-    assert (REPOSITORY / page).is_file()
-    assert anchor.upper() in page_parts.gates()
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package alone, its links followed, as a wheel carries it."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(PACKAGE, folder / "apr_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_the_command_an_error_ends_with_explains_it_without_a_checkout(
+    installed: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "apr_dist", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    refused = ask("plan", "--init", "nowhere.apr", "--synthetic")
+    assert refused.returncode == 3
+    (pointer,) = re.findall(r"(?m)^see: apr-dist (.*)$", refused.stderr)
+    explained = ask(*pointer.split())
+    assert explained.returncode == 0
+    assert explained.stdout.startswith("FALSIFY-APR-PRETRAIN-INIT-003\n")
+    assert "\ncause " in explained.stdout
+    assert "\nfix " in explained.stdout
+    assert "3 (MODEL_FILE)" in explained.stdout
+    listed = ask("explain").stdout
+    ids = {falsifier.id for _, _, falsifier in read_repository(REPOSITORY).falsifiers()}
+    assert {line.split()[0] for line in listed.splitlines()} == ids
+    wrong = ask("explain", "FALSIFY-APR-PRETRAIN-INIT-03")
+    assert wrong.returncode == 2
+    (remedy,) = re.findall(r"apr-dist (explain \S+)\.", wrong.stderr)
+    assert ask(*remedy.split()).returncode == 0
+
+
+def test_an_installation_carries_every_contract() -> None:
+    there = {path.name for path in (REPOSITORY / "contracts").glob("*.yaml")}
+    assert {path.name for path in CARRIED.iterdir()} == there
+    assert all(
+        (CARRIED / name).read_bytes() == (REPOSITORY / "contracts" / name).read_bytes() for name in there
+    )
 
 
 def test_every_verb_has_its_help_in_the_reference() -> None:

@@ -27,7 +27,7 @@ from apr_dist.model.transformer import Decoder
 BOUND = 1e-5
 STEPS = 5
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
-"""Families whose GGUF ``transformers`` reads too; of Gemma 3 not all keys, so it is given the configuration."""
+"""Families whose GGUF ``transformers`` reads too; not all keys, so it is given the configuration."""
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from builders.runs import run_here
+import yaml
+from builders.runs import REPOSITORY, run_here
 
 from apr_dist.cli import main as apr_dist
+from apr_dist.config.schema import digests_of_saved
 from apr_dist.contracts.evidence import evidence_problem, package_digest, read_verdict
 from apr_dist.errors import ExitCode, OutputError, UsageError
 from apr_dist.report.finetune_verdict import judge, keep_evidence
+from apr_dist.report.finished_run import contradictions, read_finished_run
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -85,6 +89,35 @@ def test_a_good_run_passes_every_gate_and_its_verdict_is_signed(
     assert all(digests[key] for key in wanted | {"checkpoint_digest", "metrics_sha256", "log_sha256"})
     shown = {gate["id"].removeprefix(FINETUNE) for gate in signed["gates"] if gate["passed"]}
     assert {"001", "003", "004", "005", "006", "007"} <= shown
+
+
+def test_a_run_of_an_earlier_version_is_judged_by_the_keys_it_had(run_dir: Path) -> None:
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    tree["steps_per_epoch"] = tree.pop("eval_every")
+    tree["early_stop"]["min_epochs"] = tree["early_stop"].pop("min_evaluations")
+    del tree["compute"]["z_loss"], tree["tracking"]  # that version had no such keys
+    elsewhere = (
+        "run_dir overwrite resume resume_allow checkpoint log_every init dataset val_dataset tokenizer"
+    )
+    counted = {
+        key: value for key, value in tree.items() if key not in (*elsewhere.split(), "progress", "track")
+    }
+    counted["loader"] = {key: value for key, value in counted["loader"].items() if key != "mixture"}
+    text = json.dumps(counted, sort_keys=True)
+    found = json.loads((run_dir / "verdict.json").read_text())
+    found["facts"]["config_digest"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    (run_dir / "verdict.json").write_text(json.dumps(found))
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    other = "config.yaml is not the configuration of verdict.json"
+    assert other not in contradictions(read_finished_run(run_dir))
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({**tree, "steps_per_epoch": 4}, sort_keys=False))
+    assert other in contradictions(read_finished_run(run_dir))
+
+
+def test_the_kept_evidence_has_the_configuration_it_was_signed_with() -> None:
+    for config in (REPOSITORY / "contracts" / "evidence").glob("*/config.yaml"):
+        signed = json.loads(config.with_name("verdict.json").read_text())["signed"]
+        assert signed["config_digest"] in digests_of_saved(yaml.safe_load(config.read_text()))
 
 
 @pytest.mark.parametrize("init", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,3 +149,31 @@ def test_an_index_is_read_once_and_refused_when_it_changed(
     changed = loader(marked)
     with pytest.raises(ShardError, match=r"\.idx: the document index is not as it was recorded"):
         list(map(changed.documents, range(30)))
+
+
+def swapped(indexes: list[Path]) -> None:
+    contents = [path.read_bytes() for path in indexes]
+    for path, content in zip(indexes, reversed(contents), strict=True):
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda indexes: indexes[0].write_bytes(indexes[0].read_bytes()[:-8]),
+        lambda indexes: indexes[0].write_bytes(indexes[0].read_bytes()[:-3]),
+        lambda indexes: indexes[0].write_bytes(indexes[0].read_bytes() + b"\0" * 8),
+        lambda indexes: indexes[0].write_bytes(b""),
+        lambda indexes: indexes[0].unlink(),
+        swapped,
+    ],
+    ids=["cut", "torn", "longer", "empty", "gone", "of other shards"],
+)
+def test_an_index_that_is_not_the_recorded_one_is_refused(
+    marked: Manifest, spoil: Callable[[list[Path]], object]
+) -> None:
+    indexed = with_index(marked)
+    reader = loader(indexed)
+    spoil([indexed.path_of(shard).with_suffix(".idx") for shard in indexed.shards])
+    with pytest.raises(DataError, match=r"\.idx"):
+        list(map(reader.documents, range(30)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,72 @@ def test_a_shard_is_verified_once_a_host_and_again_when_it_changed(tmp_path: Pat
     changed = loader(manifest, shuffle="none")
     with pytest.raises(ShardError, match="shard-00001"):
         list(changed)
+
+
+def through_a_second_name(path: Path, content: bytes) -> None:
+    other = path.with_name("other-name")
+    other.hardlink_to(path)
+    other.write_bytes(content)
+    other.unlink()
+
+
+def by_a_file_of_the_same_time(path: Path, content: bytes) -> None:
+    fresh, times = path.with_name("fresh"), path.stat()
+    fresh.write_bytes(content)
+    os.utime(fresh, ns=(times.st_atime_ns, times.st_mtime_ns))
+    fresh.replace(path)
+
+
+def cut_and_grown_again(path: Path, content: bytes) -> None:
+    times = path.stat()
+    os.truncate(path, 8)
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def through_a_map(path: Path, content: bytes) -> None:
+    times = path.stat()
+    np.memmap(path, dtype=np.uint8, mode="r+")[:] = np.frombuffer(content, np.uint8)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.usefixtures("marks")
+@pytest.mark.parametrize(
+    "overwrite", [through_a_second_name, by_a_file_of_the_same_time, cut_and_grown_again, through_a_map]
+)
+@pytest.mark.parametrize("open_already", [True, False])
+def test_a_shard_that_was_verified_is_verified_again_however_it_was_overwritten(
+    tmp_path: Path, overwrite: Callable[[Path, bytes], None], open_already: bool
+) -> None:
+    manifest = made_long_ago(build_shards(tmp_path / "shards", [50]))
+    before = loader(manifest, shuffle="none", recheck_s=0.0)
+    before.batch(0)
+    path = manifest.path_of(manifest.shards[0])
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    overwrite(path, bytes(content))
+    reader = before if open_already else loader(manifest, shuffle="none")
+    with pytest.raises(ShardError, match="shard-00000"):
+        list(reader)
+
+
+@pytest.mark.parametrize("spoil", ["garbage", "torn", "a folder", "a pipe", "forbidden"])
+def test_marks_that_cannot_be_read_are_never_believed(tmp_path: Path, marks: Path, spoil: str) -> None:
+    manifest = made_long_ago(build_shards(tmp_path / "shards", [50, 60]))
+    if spoil == "garbage":
+        marks.write_bytes(np.arange(4096, dtype=np.uint64).tobytes())
+    elif spoil == "torn":
+        list(loader(manifest, max_epochs=1))
+        marks.write_bytes(marks.read_bytes()[3:])
+    elif spoil == "a folder":
+        marks.mkdir()
+    elif spoil == "a pipe":
+        os.mkfifo(marks)
+    else:
+        marks.touch(mode=0o000)
+    reader = loader(manifest, max_epochs=1)
+    list(reader)
+    assert reader.stats()["shards_verified"] == 2
 
 
 def test_marks_are_kept_where_only_their_owner_writes(
@@ -133,6 +201,11 @@ def test_a_hard_limit_that_is_too_low_is_refused_at_the_start_with_a_fix(tmp_pat
         (5000, 300, 0, 1024, 300),
         (5000, None, 500, 1024, 140),
         (10**6, None, 0, 10**6, 1 << 15),
+        (5000, None, 0, resource.RLIM_INFINITY, 5000),
+        (5000, 10**6, 0, 2048, 1664),
+        (1, 300, 0, 1024, 1),
+        (0, None, 0, 1024, 1),
+        (5000, 1, 600, 1024, 1),
     ],
 )
 def test_shards_kept_open_are_what_the_limit_leaves(

@@ -149,6 +149,12 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
         None,
         None,
     ),
+    "qwen3-8b": (
+        *("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, 1e6, 1e-6, 40960, False, True, False, None, None),
+    ),
+    "qwen2.5-3b": (
+        *("qwen2", 2048, 36, 16, 2, 128, 11008, 151936, 1e6, 1e-6, 32768, True, False, True, None, None),
+    ),
     "mistral-7b": (
         *("mistral", 4096, 32, 32, 8, 128, 14336, 32000, 1e4, 1e-5, 32768, False, False, False, 4096, None),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import re
 import sys
@@ -73,6 +74,8 @@ def test_a_terminal_shows_a_picture_that_fits_it_with_every_sentence_above(
     assert "COMPLETED" in after
     assert b"\x1b[?25l" in shown.raw
     assert shown.raw.rindex(b"\x1b[?25h") > shown.raw.rindex(b"\x1b[?25l"), "the cursor is shown again"
+    assert all(word.encode() in shown.raw for word in ("loading weights", "looking at every value"))
+    assert not any(word in shown.text for word in WORK), "bars of the start go when it is over"
 
 
 def test_an_interrupted_run_leaves_the_terminal_clean_and_its_picture_complete(
@@ -98,6 +101,64 @@ def test_a_refusal_on_a_terminal_draws_no_picture(inputs: Inputs, tmp_path: Path
     assert shown.code != 0
     assert "passed, " not in shown.text
     assert "error: " in shown.text
+
+
+WORK = (
+    "checking the file",
+    "hashing the file",
+    "looking at every value",
+    "loading weights",
+    "proving weights",
+)
+
+
+def test_a_log_shows_how_far_a_long_start_is(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr("apr_dist.runs.display.monotonic", lambda: float(next(seconds)))
+    flags = (
+        *inputs.data_flags(),
+        "--init",
+        str(inputs.pretrained),
+        "--num-steps",
+        "1",
+        "--progress",
+        "plain",
+    )
+    assert run_here(*flags, "--run-dir", str(tmp_path / "run")) == 0
+    shown = capsys.readouterr().out.splitlines()
+    first_step = next(index for index, line in enumerate(shown) if line.startswith("step "))
+    shares: dict[str, list[int]] = {}
+    for line in shown[:first_step]:
+        if told := re.fullmatch(r"  (.*): (\d+) %", line):
+            shares.setdefault(told[1], []).append(int(told[2]))
+    assert {"looking at every value", "loading weights", "proving weights"} <= set(shares) <= set(WORK)
+    for found in shares.values():
+        assert found == sorted(set(found))
+        assert 0 <= found[0] <= found[-1] <= 100
+    assert "loading weights" not in (tmp_path / "run" / "train.log").read_text()
+    assert run_here(*flags, "--run-dir", str(tmp_path / "run"), "--resume", "auto") == 0
+    resumed = capsys.readouterr().out
+    shares_read = list(map(int, re.findall(r"  comparing the saved step with its digests: (\d+) %", resumed)))
+    assert shares_read
+    assert shares_read == sorted(shares_read)
+
+
+def test_progress_of_a_start_is_written_after_a_second_then_every_five(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("apr_dist.runs.display.monotonic", lambda: now)
+    stream = io.StringIO()
+    display = PlainDisplay(stream)
+    for tenth in range(300):
+        now = tenth / 10
+        display.working("loading weights", tenth, 300)
+        display.working("hashing", 300, 300)
+    lines = stream.getvalue().splitlines()
+    loading = [int(line.split(": ")[1].removesuffix(" %")) for line in lines if "loading" in line]
+    assert loading == [3, 20, 36, 53, 70, 86]  # at 1, 6, 11, ... of 30 seconds
 
 
 @pytest.mark.parametrize("variable", ["NO_COLOR", "CI"])

@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from builders.files import write_without_tokenizer
 from builders.reference import reference_model
 from builders.runs import Inputs
 from builders.tokens import packaged
 
-from apr_dist.apr.metadata import AprMetadata
-from apr_dist.apr.reader import AprReader
-from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.cli import main
-from apr_dist.errors import TokenizerError
-from apr_dist.interop.chat import chat_template
 from apr_dist.interop.text_model import Finish, TextModel, Utterance, open_text_model
 from apr_dist.model.generation import Sampling
 
@@ -104,20 +100,6 @@ def test_a_seed_makes_a_draw_repeatable(inputs: Inputs, capsys: pytest.CaptureFi
     assert draws[0]["finish"] in ("length", "end-token")
 
 
-def write_without_tokenizer(source: Path, target: Path) -> None:
-    """The same model as earlier versions saved it: no tokenizer inside."""
-    with AprReader(source) as reader:
-        kept = reader.metadata.to_mapping().items()
-        plain = {key: value for key, value in kept if not key.startswith(("tokenizer.", "apr_dist.files"))}
-        tensors = [TensorSpec(one.name, one.dtype, one.shape) for one in reader.tensors.values()]
-        metadata = AprMetadata.from_mapping(plain)
-        with AprWriter(
-            target, metadata=metadata, tensors=tensors, flags=reader.header.flags, verbatim=True
-        ) as out:
-            for name in reader.tensors:
-                out.write(name, reader.raw(name))
-
-
 def test_the_remedy_for_a_missing_tokenizer_puts_one_beside_the_file(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,16 +144,3 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert code == 3
     assert str(other) in error
     assert refusal(str(tmp_path / "none.apr"), "--prompt", "x", capsys=capsys)[0] == 3
-
-
-def test_the_template_is_found_where_models_keep_it() -> None:
-    several = json.dumps(
-        {"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}
-    )
-    where = Path("m.apr")
-    assert chat_template("own", {"chat_template.jinja": b"file"}, where=where) == "own"
-    assert chat_template(None, {"chat_template.jinja": b"file"}, where=where) == "file"
-    assert chat_template(None, {"tokenizer_config.json": several.encode()}, where=where) == "d"
-    assert chat_template(None, {}, where=where) is None
-    with pytest.raises(TokenizerError, match="not a JSON object"):
-        chat_template(None, {"tokenizer_config.json": b"[]"}, where=where)

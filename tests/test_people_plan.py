@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.files import write_apr
@@ -239,6 +240,54 @@ def test_a_plan_fits_80_columns_explains_its_terms_and_ends_with_what_fits(
     assert last.startswith(f"Fits in 5 GiB: {', '.join(fits) or 'nothing'}")
     assert last.endswith(f"does not fit: {', '.join(others)}")
     assert chosen in others
+
+
+def planned_stop(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[dict[str, Any], list[str], str]:
+    """What a plan says of stopping, as JSON, its warnings, and the text of the plan."""
+    assert main(["plan", *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["plan", *flags]) == 0
+    return found["stop"], found["warnings"], " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_says_whether_the_time_before_a_kill_suffices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = ["--synthetic", "--mode", "from-scratch", "--run-dir", str(run), "--num-steps", "5"]
+    flags += ["--batch-size", "8", "--seq-length", "128", "--overwrite"]
+    stop, _, text = planned_stop(capsys, *flags, "--grace", "600")
+    assert stop["needed_s"] is stop["suffices"] is None
+    assert "stop unknown: a step's time is not (give --tokens-per-second" in text
+    parameters = make_plan(
+        validate({"synthetic": True, "mode": "from-scratch", "run_dir": run}, where="t"),
+        world_size=1,
+        rate=Rate(),
+    ).model.parameter_count()
+    speed = ["--tokens-per-second", "16", "--disk", "0.25"]
+    stop, warnings, text = planned_stop(capsys, *flags, *speed, "--grace", "600")
+    assert stop["step_s"] == 8 * 128 / 16
+    assert stop["save_s"] == pytest.approx(12 * parameters / 0.25e9)
+    assert stop["needed_s"] == pytest.approx(64 + 2 * stop["save_s"])
+    assert stop["suffices"] is True
+    assert "600 s suffice" in text
+    assert not any("SIGKILL" in warning for warning in warnings)
+    stop, warnings, text = planned_stop(capsys, *flags, *speed, "--grace", "30")
+    assert stop["suffices"] is False
+    assert "30 s do NOT suffice" in text
+    assert any(f"--signal=B:TERM@{stop['advised_s']}" in warning for warning in warnings)
+    assert stop["advised_s"] >= 1.5 * stop["needed_s"]
+    run.mkdir()
+    lines = [{"kind": "step", "step": step, "wall_ms": 1000.0 * step} for step in (1, 2, 3)]
+    lines += [{"kind": "save", "step": 3, "wall_ms": 5000.0}, {"kind": "evaluation", "wall_ms": 1e6}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "st')
+    stop, _, text = planned_stop(capsys, *flags, "--no-checkpoint.background")
+    assert (stop["step_s"], stop["save_s"], stop["needed_s"]) == (3.0, 5.0, 8.0)
+    assert f"reserve {stop['advised_s']} s" in text
+    stop, _, _ = planned_stop(capsys, *flags, "--checkpoint.background", "--grace", "8", "--disk", "1000")
+    assert stop["step_s"] == 3.0
+    assert stop["save_s"] == pytest.approx(12 * parameters / 1e12), "the copy of a save is not all of it"
+    assert main(["plan", *flags, "--grace", "0"]) == 2
 
 
 def test_a_plan_that_is_refused_ends_with_that(

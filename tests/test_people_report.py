@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders.browser import open_browser
+from builders.files import write_without_tokenizer
 from builders.runs import Inputs, run_here, verdict
 from matplotlib.figure import Figure
 
@@ -236,6 +238,27 @@ def test_why_there_are_no_samples_is_said(inputs: Inputs, tuned: Path, tmp_path:
     assert "is not the file the run began with" in before
 
 
+def test_the_fix_for_a_run_without_tokenizer_works(
+    inputs: Inputs, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tuned, run, ignore=shutil.ignore_patterns("*.apr", "steps"))
+    write_without_tokenizer(inputs.pretrained, run / "checkpoint.apr")
+    config = re.sub(r"(?m)^(tokenizer|init): .*$", r"\1: null", (run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(config)
+    (run / "verdict.json").unlink()
+    page = html.unescape(page_of(run, output=tmp_path / "out.html", samples=1, prompt=("def f",)))
+    (command,) = re.findall(r"apr-dist (tokenize import-hf) FOLDER -o (\S+), with the folder", page)
+    assert "no tokenizer inside the file or beside it" in page
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(inputs.tokenizer / "tokenizer.json", folder)
+    assert main([*command[0].split(), str(folder), "-o", command[1]]) == 0
+    page = page_of(run, output=tmp_path / "out.html", samples=1, prompt=("def f",))
+    assert page.count("<h3>after training</h3>") == 1
+    assert "No samples after" not in page
+
+
 @pytest.mark.parametrize("width", [1280, 390], ids=["desk", "phone"])
 def test_a_browser_shows_the_whole_page_in_light_and_dark_and_asks_for_nothing(
     inputs: Inputs, tmp_path: Path, width: int
@@ -261,9 +284,53 @@ def test_a_browser_shows_the_whole_page_in_light_and_dark_and_asks_for_nothing(
     assert {address for address in browser.requested if address.startswith("file")} == {page.as_uri()}
 
 
-def test_smoothing_is_not_pulled_towards_its_start() -> None:
-    assert smooth([5.0, 5.0, 5.0]) == pytest.approx([5.0, 5.0, 5.0])
-    assert smooth([0.0] * 50 + [1.0])[-1] == pytest.approx(0.1, rel=0.01)
+@pytest.mark.parametrize("count", [1, 2, 3, 19, 20, 137, 1000, 5000])
+def test_smoothing_neither_lags_nor_leads_and_is_the_mean_it_says(count: int) -> None:
+    noise = np.random.default_rng(count).normal(size=count)
+    means, window = smooth(noise.tolist())
+    assert window == 2 * min(max(count // 20, 1), 50) + 1
+    half = window // 2
+    for place, found in enumerate(means):
+        before = min(half, place // 4)
+        around = np.arange(place - before, min(place + before, count - 1) + 1)
+        line = np.polynomial.Polynomial.fit(around, noise[around], 1) if before else None
+        assert found == pytest.approx(line(place) if line else noise[place], abs=1e-9)
+    if count > 5 * window:
+        inner = np.convolve(noise, np.full(window, 1 / window), mode="valid")
+        assert means[4 * half : count - half] == pytest.approx(inner[3 * half :].tolist(), abs=1e-9)
+    falling = [11.0 - 0.1 * step for step in range(count)]
+    assert smooth(falling)[0] == pytest.approx(falling, abs=1e-9), "a straight line stays where it is"
+
+
+def test_a_smoothed_loss_follows_a_steep_start() -> None:
+    loss = [3.0 + 8.0 * float(np.exp(-step / 6)) for step in range(1, 201)]
+    means, _ = smooth(loss)
+    assert max(abs(mean - right) for mean, right in zip(means, loss, strict=True)) < 0.15
+
+
+def test_the_loss_picture_names_what_it_draws_and_draws_validation_as_points(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    rng = np.random.default_rng(0)
+    losses = [3.0 + 8.0 * float(np.exp(-step / 6)) + float(rng.normal(0, 0.2)) for step in range(200)]
+    lines = [json.dumps({**STEP, "step": step, "train_loss": loss}) for step, loss in enumerate(losses, 1)]
+    lines += [
+        json.dumps({"kind": "evaluation", "step": step, "val_loss": 3.0 + 80 / (step + 10), "wall_ms": 1.0})
+        for step in (0, 50, 100, 150, 200)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    axes = Figure().subplots()
+    assert plot_runs(axes, read_runs([run]), FIGURES[0][-1], LIGHT)
+    labels = [line.get_label() for line in axes.lines]
+    assert labels == ["run: training, each step", "run: mean of up to 21 around", "run: validation"]
+    raw, mean, validation = axes.lines
+    assert list(raw.get_ydata()) == losses
+    assert mean.get_ydata()[9] == pytest.approx(np.mean(losses[7:12]))
+    assert list(validation.get_xdata()) == [0, 50, 100, 150, 200]
+    assert validation.get_linestyle() == "None"
+    assert validation.get_marker() == "o"
+    report((run,), output=tmp_path / "out.html", samples=0)
+    assert (tmp_path / "out-loss.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,23 @@ def test_a_resumed_run_is_the_same_run_of_the_tracker(
     assert resumed == first
     assert len({first["id"], again["id"], other["id"]}) == 3
     assert set(other) == {run_name, "id", "resume"}
+
+
+def test_the_real_wandb_continues_the_run_it_had(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    given = flags(inputs, tmp_path / "run", "--track", "wandb", "--tracking.tags", "a,b")
+    assert run_here(*given, "--save-every", "2", "--checkpoint.keep-last", "2") == 0
+    shutil.rmtree(tmp_path / "run" / "steps" / "000004")
+    again = ("--save-every", "2", "--checkpoint.keep-last", "2", "--resume", "auto")
+    assert run_here(*given, *again) == 0
+    runs = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert len(set(runs)) == 1
 
 
 def test_trackio_resumes_by_a_name_of_its_own(

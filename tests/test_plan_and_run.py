@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from builders.runs import Inputs
 
 INIT = ("--init", "{init}")
+BF16 = ("--parallel.precision", "bf16")
 
 REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
-    "one process cannot offload": (
+    "one process keeps its parameters": (
         1,
-        (*INIT, "--parallel.offload", "optimizer"),
-        "parallel.offload is optimizer under strategy single",
+        (*INIT, "--parallel.offload", "optimizer+parameters"),
+        "parallel.offload is optimizer+parameters under strategy single",
     ),
     "ddp has nothing to offload": (
         2,
@@ -30,8 +31,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     ),
     "two processes are ddp by themselves": (
         2,
-        (*INIT, "--parallel.offload", "optimizer"),
-        "parallel.offload is optimizer under strategy ddp",
+        (*INIT, "--parallel.offload", "optimizer+parameters"),
+        "parallel.offload is optimizer+parameters under strategy ddp",
     ),
     "zero1 keeps its parameters": (
         2,
@@ -60,6 +61,39 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         (*INIT, "--parallel.strategy", "zero2", "--optimizer.state-bits", "8"),
         "optimizer.state_bits is 8 under strategy zero2",
     ),
+    "split weights in f32": (
+        1,
+        (*INIT, "--memory.weights", "split"),
+        "memory.weights is split and parallel.precision is f32",
+    ),
+    "split weights under zero1": (
+        2,
+        (*INIT, *BF16, "--parallel.strategy", "zero1", "--memory.weights", "split"),
+        "memory.weights is split under strategy zero1, whose engine keeps f32 masters of its own",
+    ),
+    "bf16 gradients under zero3": (
+        2,
+        (*INIT, *BF16, "--parallel.strategy", "zero3", "--memory.gradients", "bf16"),
+        "memory.gradients is bf16 under strategy zero3",
+    ),
+    "bf16 gradients under fsdp2": (
+        2,
+        (*INIT, *BF16, "--parallel.strategy", "fsdp2", "--memory.gradients", "bf16"),
+        "memory.gradients is bf16 under strategy fsdp2",
+    ),
+    "split weights that are offloaded under fsdp2": (
+        2,
+        (
+            *(*INIT, *BF16, "--parallel.strategy", "fsdp2", "--memory.weights", "split"),
+            *("--parallel.offload", "optimizer+parameters"),
+        ),
+        "memory.weights is split under strategy fsdp2 with optimizer+parameters offloaded",
+    ),
+    "compiled blocks whose inputs leave": (
+        1,
+        (*INIT, "--compute.activation-checkpointing", "full-offload", "--compute.compile", "block"),
+        "full-offload and --compute.compile block do not go together",
+    ),
     "a decay of another schedule": (
         1,
         (*INIT, "--optimizer.decay-steps", "2"),
@@ -81,6 +115,21 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         1,
         (*INIT, "--loader.documents", "isolate", "--compute.compile", "block"),
         "--loader.documents isolate and --compute.compile block do not go together",
+    ),
+    "kernels of another device": (
+        1,
+        (*INIT, "--compute.kernels", "cuda", "--device", "cpu"),
+        "compute.kernels is cuda, which does not run on cpu",
+    ),
+    "kernels that cannot be compiled": (
+        1,
+        (*INIT, "--compute.kernels", "cpu", "--compute.compile", "block", "--device", "cpu"),
+        "compute.kernels is cpu, which does not run on cpu in compiled blocks",
+    ),
+    "kernels that need a GPU, on a machine without": (
+        1,
+        (*INIT, "--compute.kernels", "cuda"),
+        "compute.kernels is cuda, which does not run on cpu. Expected auto or plain or cpu",
     ),
     "longer than the model": (1, (*INIT, "--seq-length", "100000"), "is more than the model's"),
     "a tracker that is not installed": (
@@ -140,6 +189,13 @@ WARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--mode", "from-scratch", "--model", "{model}", "--warmup-steps", "0"),
         ("UNDER-TRAINED: 2 steps x 4 x 32 = 256 tokens",),
     ),
+    "a dropout that is not applied": (
+        ("--init", "{dropout}", "--seq-length", "16"),
+        (
+            "the model's configuration states attention_dropout 0.3, which is left out: training applies no"
+            " dropout",
+        ),
+    ),
     "more passes than allowed": (
         (*INIT, "--num-steps", "90000", "--loader.max-epochs", "1", "--eval-every", "90000"),
         ("the run will stop with StreamExhausted",),
@@ -155,7 +211,14 @@ def test_a_run_warns_of_what_its_plan_warns_of(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"init": inputs.pretrained, "model": inputs.model}
+    places = {"init": inputs.pretrained, "model": inputs.model, "dropout": tmp_path / "dropout.apr"}
+    if "{dropout}" in flags:
+        folder = tmp_path / "folder"
+        assert main(["export", str(inputs.pretrained), "--to", "huggingface", "-o", str(folder)]) == 0
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
+        assert main(["import", str(folder), "-o", str(places["dropout"])]) == 0
+        assert "attention_dropout is left out" in " ".join(capsys.readouterr())
     given = [*inputs.data_flags(), "--run-dir", str(tmp_path / "run"), "--num-steps", "2"]
     given += [flag.format(**places) for flag in flags]
     assert main(["plan", *given, "--json"]) == 0

@@ -60,6 +60,7 @@ def test_records_are_read_whatever_holds_them(tmp_path: Path, name: str, content
     assert read_all(tmp_path) == expected
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-LOADER-015")
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
@@ -118,6 +119,7 @@ def test_a_folder_is_read_as_far_as_it_can_be_and_the_rest_is_listed(tmp_path: P
     assert sorted(path.name for path in found.left_out) == ["README.md", "infos.json", "t.csv"]
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-LOADER-016")
 def test_files_left_out_are_counted_on_the_screen(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +249,31 @@ def test_a_row_that_is_not_utf8_is_named_and_the_others_are_read(tmp_path: Path,
     parquet.write_table(nested, tmp_path / "nested.parquet")
     found = read_all(tmp_path / "nested.parquet", text_key="content.text")
     assert found == ["in", (Problem.MISSING_KEY, 2), (Problem.MISSING_KEY, 3)]
+
+
+@needs_pyarrow
+def test_columns_of_other_types_are_text_or_said_by_their_type(tmp_path: Path) -> None:
+    import pyarrow  # noqa: PLC0415  (an optional extra)
+    from pyarrow import parquet  # noqa: PLC0415
+
+    deep = pyarrow.array([{"b": {"text": "x"}}])
+    columns = {
+        "dictionary": (pyarrow.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        "view": (pyarrow.array(["a", "b"]).cast(pyarrow.string_view()), ["a", "b"]),
+        "fixed": (pyarrow.array([b"ab", b"\xff\xfe"], pyarrow.binary(2)), ["ab", (Problem.BAD_LINE, 2)]),
+        "lists": (pyarrow.array([["a"], ["b"]]), [(Problem.BAD_LINE, 1), (Problem.BAD_LINE, 2)]),
+        "numbers": (pyarrow.array([1, 2]), [(Problem.BAD_LINE, 1), (Problem.BAD_LINE, 2)]),
+        "none": (pyarrow.array([], pyarrow.string()), []),
+    }
+    for name, (column, expected) in columns.items():
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
+        assert read_all(tmp_path / f"{name}.parquet") == expected, name
+    parquet.write_table(pyarrow.table({"a": deep}), tmp_path / "deep.parquet")
+    assert read_all(tmp_path / "deep.parquet", text_key="a.b.text") == ["x"]
+    parquet.write_table(pyarrow.table({"a.b": ["dotted"]}), tmp_path / "dotted.parquet")
+    assert read_all(tmp_path / "dotted.parquet", text_key="a.b") == ["dotted"]
+    (bad, *_) = list(CorpusReader(list_sources([tmp_path / "numbers.parquet"]).files))
+    assert "'text' is a int, not text (keys: text)" in str(bad[1])
 
 
 def test_a_path_that_is_not_utf8_is_encoded_and_escaped(tmp_path: Path, tokenizer: Path) -> None:

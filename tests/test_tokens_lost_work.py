@@ -19,7 +19,7 @@ from apr_dist.corpus.repair import repair_manifest
 from apr_dist.data import Manifest
 from apr_dist.data.shard_files import shard_names
 from apr_dist.data.verification import verify_dataset
-from apr_dist.errors import CorpusError, ManifestError, OutputError
+from apr_dist.errors import CorpusError, ManifestError, OutputError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-LOADER-017")
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize(
     "file", ["train/*.bin.part", "train/*.idx.part", "validation/*.docs.part", "train/*0.bin", "train/*1.idx"]
@@ -266,3 +267,55 @@ def test_repair_names_a_gap_and_needs_to_be_told_to_accept_it(
         repair_manifest(tmp_path)
     assert repair_manifest(tmp_path, accept_loss=True).manifest.shard_count == 14
     assert repair_manifest(tmp_path).manifest.shard_count == 14, "what was accepted once is no gap"
+
+
+@pytest.mark.parametrize("lost", [[4], [3, 4], [0, 4], [2], [1, 2, 3]])
+def test_repair_without_a_manifest_notices_lost_shards_by_what_lies_beside_them(
+    tmp_path: Path, tokenizer: Path, lost: list[int]
+) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", [f"document {one}" for one in range(30)])
+    encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", shard_tokens=20)
+    manifest = Manifest.load(tmp_path / "out")
+    last = manifest.shard_count - 1
+    gone = [manifest.shards[last if one == 4 else one] for one in lost]
+    for shard in gone:
+        manifest.path_of(shard).unlink()
+    (tmp_path / "out/manifest.json").unlink()
+    said = rf"{len(lost)} shard\(s\) are missing, such as {min(one.file for one in gone)}.*--accept-loss"
+    with pytest.raises(ManifestError, match=said):
+        repair_manifest(tmp_path / "out")
+    found = repair_manifest(tmp_path / "out", accept_loss=True).manifest
+    assert found.shard_count == manifest.shard_count - len(lost)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "documents", "part"),
+    [
+        (1e-9, 5, "train"),
+        (0.5, 1, "train"),
+        (0.999, 3, "validation"),
+        (0.01, 2, "train"),
+        (1 - 1e-12, 4, "validation"),
+    ],
+)
+def test_a_fraction_that_leaves_a_part_empty_keeps_the_other_and_says_so(
+    tmp_path: Path, tokenizer: Path, fraction: float, documents: int, part: str
+) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", [f"doc {one}" for one in range(documents)])
+    with pytest.raises(CorpusError, match=rf"{documents} documents in all.*out/{part} is complete"):
+        encode_corpus(sources=[corpus], tokenizer=tokenizer, output=tmp_path / "out", val_fraction=fraction)
+    assert Manifest.load(tmp_path / "out" / part).total_documents == documents
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 7.0, float("nan"), float("inf")])
+def test_a_fraction_that_is_none_is_refused_before_anything_is_read(
+    tmp_path: Path, tokenizer: Path, fraction: float
+) -> None:
+    with pytest.raises(UsageError, match=r"--val-fraction is"):
+        encode_corpus(
+            sources=[tmp_path / "none.jsonl"],
+            tokenizer=tokenizer,
+            output=tmp_path / "out",
+            val_fraction=fraction,
+        )
+    assert not (tmp_path / "out").exists()

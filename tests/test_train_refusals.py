@@ -47,7 +47,7 @@ def refused(
     assert len(pointer) == paragraph.startswith("error: ["), (
         "one paragraph; one line more where a gate has an entry"
     )
-    assert all(line.startswith("cause and cure: docs/how-to/when-a-gate-says-no.md#") for line in pointer)
+    assert all(line.startswith("see: apr-dist explain ") for line in pointer)
     assert "Traceback" not in error
     assert not run_dir.exists(), "nothing may look like a run"
     return error

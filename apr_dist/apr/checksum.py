@@ -24,11 +24,16 @@ _PIECE_BYTES = 4 * 1024 * 1024
 
 
 def crc32(
-    data: memoryview, *, threads: int | None = None, done: Callable[[memoryview], None] | None = None
+    data: memoryview,
+    *,
+    threads: int | None = None,
+    done: Callable[[memoryview], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """CRC32 of ``data`` (any contiguous bytes), on ``threads`` cores (default: those we may use).
 
     ``done`` is called with each piece that was read, from any thread: a map can let go of its pages.
+    ``progress`` is called with (bytes summed, bytes in all), from this thread.
     """
     cores = threads or usable_cores()
     pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
@@ -39,12 +44,12 @@ def crc32(
             done(piece)
         return found
 
-    if cores == 1 or len(pieces) <= 8:  # not worth the threads
-        sums = [one(piece) for piece in pieces]
-    else:
-        with ThreadPoolExecutor(cores) as pool:  # the GIL is released for each piece
-            sums = list(pool.map(one, pieces))
-    total = 0
-    for piece, value in zip(pieces, sums, strict=True):
-        total = combine(total, value, len(piece))
+    total = summed = 0
+    with ThreadPoolExecutor(cores) as pool:  # the GIL is released for each piece
+        few = cores == 1 or len(pieces) <= 8  # not worth the threads
+        for piece, value in zip(pieces, map(one, pieces) if few else pool.map(one, pieces), strict=True):
+            total = combine(total, value, len(piece))
+            summed += len(piece)
+            if progress is not None:
+                progress(summed, len(data))
     return total

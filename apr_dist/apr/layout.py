@@ -106,6 +106,9 @@ BLOCKS: Final = {DType.APR_Q4: (32, 18), DType.Q4_K: (256, 144), DType.Q6_K: (25
 VOCABULARY: Final = "tokenizer.vocabulary"
 """Custom metadata key whose presence the flag HAS_VOCAB announces."""
 
+HF_CONFIG: Final = "apr_dist.hf_config"
+"""Custom key of the configuration that a model was imported with."""
+
 TOKENIZER_TEXT: Final = "tokenizer.json"
 """Custom metadata key that holds the text of the tokenizer's file of the same name."""
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -52,6 +51,7 @@ class AprReader:
         path: the file.
         verify: ``"full"`` also compares the footer's CRC32 with every byte before it (one pass over
             the file); ``"structure"`` leaves that one pass out.
+        progress: called with (bytes summed, bytes in all) while the checksum of the file is computed.
         footer_required: off accepts a file that ends exactly where its footer would begin, as one
             old converter leaves them; such a file's tensor data cannot be verified.
 
@@ -72,10 +72,18 @@ class AprReader:
         DamagedModelFile: truncated, altered, or inconsistent with itself.
     """
 
-    def __init__(self, path: Path, *, verify: Verify = "full", footer_required: bool = True) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        verify: Verify = "full",
+        footer_required: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.path, self._progress = Path(path), progress
         self._data = map_readonly(self.path)
         self.size_bytes = len(self._data)
+        self._digest: str | None = None
         check_magic(bytes(self._data[:HEADER_BYTES]), where=self.path)
         self.header = Header.unpack(bytes(self._data[:HEADER_BYTES]), where=self.path)
         try:
@@ -105,7 +113,9 @@ class AprReader:
         return stored == computed
 
     def _footer_sums(self) -> tuple[int, int]:
-        computed = crc32(self._data[:-FOOTER_BYTES], done=forget)  # never more than a few pieces in memory
+        computed = crc32(  # never more than a few pieces in memory
+            self._data[:-FOOTER_BYTES], done=forget, progress=self._progress
+        )
         return int.from_bytes(self._data[-FOOTER_BYTES:], "little"), computed
 
     def _check_footer(self) -> None:
@@ -169,16 +179,20 @@ class AprReader:
         """Let the system take back the memory that reading this tensor filled; it can be read again."""
         forget(self.raw(name))
 
-    def digest(self) -> str:
-        """``sha256:`` and the hex digest of the whole file; computed once, on first use."""
-        return self._digest
+    def digest(self, progress: Callable[[int, int], None] | None = None) -> str:
+        """``sha256:`` and the hex digest of the whole file; computed once, on first use.
 
-    @cached_property
-    def _digest(self) -> str:
-        hashed = hashlib.sha256()
-        for piece in passing(self._data):
-            hashed.update(piece)
-        return f"sha256:{hashed.hexdigest()}"
+        ``progress`` is called with (bytes hashed, bytes in all).
+        """
+        if self._digest is None:
+            hashed, count = hashlib.sha256(), 0
+            for piece in passing(self._data):
+                hashed.update(piece)
+                count += len(piece)
+                if progress is not None:
+                    progress(count, self.size_bytes)
+            self._digest = f"sha256:{hashed.hexdigest()}"
+        return self._digest
 
     def tensor_digest(self, name: str) -> str:
         """xxh3_128 hex digest of a tensor's payload bytes."""

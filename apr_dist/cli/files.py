@@ -168,6 +168,7 @@ def stamp(
     output: Output,
     changes: Annotated[Changes, tyro.conf.arg(name="")] = Changes(),  # noqa: B008  (it is frozen)
     tokenizer: Path | None = None,
+    chat_template: Path | None = None,
     force: bool = False,
 ) -> None:
     """Write an APR file again with other metadata; tensor bytes are copied as they are.
@@ -181,11 +182,18 @@ def stamp(
         output: APR file to write.
         changes: the keys to change.
         tokenizer: folder whose tokenizer is put into the file.
+        chat_template: Jinja file that becomes the model's chat template.
         force: replace an existing output.
     """
     with bytes_bar(f"stamping {source.name}") as progress:
         summary = stamp_file(
-            source, output, changes=asdict(changes), tokenizer=tokenizer, overwrite=force, progress=progress
+            source,
+            output,
+            changes=asdict(changes),
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            overwrite=force,
+            progress=progress,
         )
     for key, before, after in summary.changes:
         print(f"{key}: {before} -> {after}")

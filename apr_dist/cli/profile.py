@@ -14,20 +14,25 @@ from apr_dist.runs.display_choice import open_display
 from apr_dist.training.proving import Around, prove
 
 
-def profile(arguments: Sequence[str]) -> int:
-    """Take a few training steps and say where they went: phases, operators, a trace to open.
-
-    Example: apr-dist profile --config configs/demo.yaml --init model.apr --run-dir runs/profile
-    """
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags of this verb's own; every other is the trainer's."""
+    made = argparse.ArgumentParser(
         prog="apr-dist profile",
         description=profile.__doc__,
         epilog="Every other flag is the trainer's. Nothing is saved but the trace and the summary.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--steps", type=int, default=5, help="steps to measure, after two of warm-up")
-    given, rest = parser.parse_known_args(list(arguments))
+    made.add_argument("--steps", type=int, default=5, help="steps to measure, after two of warm-up")
+    return made
+
+
+def profile(arguments: Sequence[str]) -> int:
+    """Take a few training steps and say where they went: phases, operators, a trace to open.
+
+    Example: apr-dist profile --config configs/demo.yaml --init model.apr --run-dir runs/profile
+    """
+    given, rest = parser().parse_known_args(list(arguments))
     if given.steps < 1:
         raise UsageError(f"--steps is {given.steps}", where="command line", expected="at least 1")
     config, launch = parse_command_line(rest).config.resolved(), read_launch()
@@ -45,6 +50,7 @@ def profile(arguments: Sequence[str]) -> int:
         with Session(config, proven, around) as session:
             found = profile_run(session, steps=given.steps)
     finally:
+        display.close()
         proven.close()
     if launch.rank == 0:
         print("\n" + found.page(), end="")

@@ -182,6 +182,11 @@ def _print_summary(summary: EncodeSummary) -> None:
             f" {manifest.total_tokens:,} tokens of {manifest.total_documents:,} documents,"
             f" fingerprint {manifest.fingerprint[:16]}"
         )
+    print_met(summary, found="text found under")
+
+
+def print_met(summary: EncodeSummary, *, found: str) -> None:
+    """Print what an encoding met on the way: what was left out, where records were found, and its speed."""
     for problem, count in summary.problems.items():
         print(f"warning: {count:,} record(s) left out: {problem.value}")
     for text, count in Counter(summary.left_out.values()).items():
@@ -200,7 +205,7 @@ def _print_summary(summary: EncodeSummary) -> None:
             " were encoded as plain text; --parse-special turns them into their ids"
         )
     for key, count in summary.text_keys.items():
-        print(f"text found under {key!r} in {count:,} record(s)")
+        print(f"{found} {key!r} in {count:,} record(s)")
     for text in summary.notes:
         print(f"note: {text}")
     print(f"{summary.tokens:,} tokens in {summary.elapsed_s:.1f} s ({summary.tokens_per_s:,.0f} tokens/s)")

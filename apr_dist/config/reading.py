@@ -30,13 +30,17 @@ class Invocation:
     debug: bool
 
 
-def parse_command_line(arguments: Sequence[str]) -> Invocation:
+def parse_command_line(arguments: Sequence[str], *, prog: str = "train.py") -> Invocation:
     """Read flags (and the file ``--config`` names) into one validated configuration.
+
+    Args:
+        arguments: the command line without the program's name.
+        prog: the program's name, for ``--help``.
 
     Raises:
         UsageError: unknown flag or key (with the nearest match), bad value, unreadable file.
     """
-    parser = _parser()
+    parser = _parser(prog)
     given, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         _refuse_unknown(unknown[0])
@@ -130,13 +134,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, where="command line", remedy="see --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="train.py",
-        usage="train.py [--config PATH] [--KEY VALUE ...]",
+        prog=prog,
+        usage=f"{prog} [--config PATH] [--KEY VALUE ...]",
         description="Train a language model, from a pretrained APR file or from scratch.",
-        epilog="Example: accelerate launch apr_dist/train.py --init model.apr --dataset data/train "
-        "--val-dataset data/validation --run-dir runs/first --num-steps 500",
+        epilog="Example: apr-dist train --init model.apr --dataset data/train --val-dataset data/validation"
+        " --run-dir runs/first --num-steps 500; several processes: accelerate launch apr_dist/train.py with"
+        " the same flags",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -146,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     for key, field in leaves(TrainConfig):
         room = key.rpartition(".")[0]
         group = groups[room] = groups.get(room) or parser.add_argument_group(room or "the run")
-        words = _words(field)
+        words = words_of(field)
         default = f"default: {_shown(field.get_default(call_default_factory=True))}"
         unsaid = ", ".join(words) + "; " if any(word not in str(field.description) for word in words) else ""
         text = f"{field.description} ({unsaid}{default})"
@@ -171,7 +176,7 @@ def _metavar(field: FieldInfo) -> str:
     return getattr(kinds[0], "__name__", "VALUE").upper()
 
 
-def _words(field: FieldInfo) -> list[str]:
+def words_of(field: FieldInfo) -> list[str]:
     """The words that a key may hold; none where it is not a choice."""
     kind = field.annotation
     return list(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else []

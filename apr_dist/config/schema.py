@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, field_validator
@@ -27,6 +28,7 @@ from apr_dist.config.sections import (
     EvaluationSection,
     GuardsSection,
     LoaderSection,
+    MemorySection,
     OptimizerSection,
     ParallelSection,
     Section,
@@ -89,6 +91,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     guards: GuardsSection = GuardsSection()
     parallel: ParallelSection = ParallelSection()
+    memory: MemorySection = MemorySection()
     compute: ComputeSection = ComputeSection()
 
     @field_validator("resume_allow")
@@ -123,6 +126,15 @@ class TrainConfig(Section):
         )
 
     @property
+    def held_out(self) -> dict[str, Path]:
+        """Folders of held-out shards by name, the one that counts first; empty without any."""
+        sets = dict(self.evaluation.sets)
+        if not sets:
+            return {} if self.val_dataset is None else {"validation": self.val_dataset}
+        first = self.evaluation.counts if self.evaluation.counts in sets else next(iter(sets))
+        return {first: sets[first], **sets}
+
+    @property
     def save_period(self) -> int:
         """Steps between saves: those given, else as many as between evaluations."""
         return self.save_every or self.eval_every
@@ -153,11 +165,7 @@ class TrainConfig(Section):
 
     def digest(self) -> str:
         """``sha256:...`` over every key that changes what is trained (not where it is written)."""
-        facts = self.resolved().model_dump(mode="json")
-        for name in _NOT_THE_MATHEMATICS:
-            facts.pop(name)
-        facts["loader"].pop("mixture")
-        return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return _digest(self.resolved().model_dump(mode="json"), NOT_THE_MATHEMATICS)
 
 
 RENAMED: Mapping[str, str] = {
@@ -166,11 +174,34 @@ RENAMED: Mapping[str, str] = {
 }
 """Keys of earlier versions: read in what a run has saved, refused in what a user writes."""
 
-_NOT_THE_MATHEMATICS = (
+NOT_THE_MATHEMATICS = (
     *("run_dir", "overwrite", "resume", "resume_allow", "checkpoint", "save_every", "log_every"),
     *("init", "dataset", "val_dataset", "tokenizer", "progress", "track", "tracking"),
 )
 """Where things are, what is shown and how long they are kept; files are identified by their own digests."""
+
+
+def digests_of_saved(tree: Mapping[str, Any]) -> set[str]:
+    """What ``digest`` gave, in this version or an earlier one, for a configuration that a run saved.
+
+    A digest covers the names of keys, so it is computed from the keys that are there, under the names they
+    had when they were written, and not from those of today.
+    """
+    return {_digest(tree, [key for key in NOT_THE_MATHEMATICS if key not in counted]) for counted in _COUNTED}
+
+
+def _digest(tree: Mapping[str, Any], left_out: Sequence[str]) -> str:
+    facts = {key: value for key, value in tree.items() if key not in left_out}
+    for section, places in _PLACES.items():
+        facts[section] = {key: value for key, value in facts.get(section, {}).items() if key not in places}
+    return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+_PLACES = {"loader": ("mixture",), "evaluation": ("sets", "counts", "prompts", "answer_tokens")}
+"""Keys of sections that are left out as well: where data lie, and what is shown of a run."""
+
+_COUNTED: tuple[tuple[str, ...], ...] = ((), ("save_every",), ("save_every", "log_every"))
+"""Keys that are left out of a digest and that this version, then earlier ones, counted all the same."""
 
 
 def _by_commas(text: str) -> list[str]:

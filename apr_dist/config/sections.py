@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,6 +14,7 @@ from apr_dist.choices import (
     Compile,
     Documents,
     FinalCheckpoint,
+    GradientStorage,
     KernelChoice,
     Mode,
     Offload,
@@ -25,6 +27,7 @@ from apr_dist.choices import (
     SpikeOf,
     StrategyChoice,
     VerifyShards,
+    WeightStorage,
 )
 
 
@@ -88,6 +91,19 @@ def _weights_from_text(value: object) -> object:
     return found
 
 
+def _paths_from_text(value: object) -> object:
+    """``name=path,name=path``, as a flag gives named folders, as the mapping a file gives."""
+    if value is None:
+        return {}
+    if not isinstance(value, str):
+        return value
+    pairs = [part.strip().partition("=") for part in value.split(",")]
+    found = {name: path for name, _, path in pairs}
+    if len(found) < len(pairs) or not all(found.values()):
+        raise ValueError("name=path, separated by commas, each name once")
+    return found
+
+
 def _ids_from_text(value: object) -> object:
     """``0,2``, as a flag gives ids, as the list a file gives."""
     if value is None:
@@ -146,6 +162,19 @@ class LoaderSection(Section):
 class EvaluationSection(Section):
     """The held-out measurement."""
 
+    sets: Annotated[
+        Mapping[Annotated[str, Field(pattern=r"^[\w.-]+$")], Path], BeforeValidator(_paths_from_text)
+    ] = Field(
+        {}, description="in place of val_dataset: held-out folders by name, all measured at every evaluation"
+    )
+    counts: str | None = Field(
+        None,
+        description="with sets: the name of the one that targets and best checkpoints go by; none: first",
+    )
+    prompts: Path | None = Field(
+        None, description="file of prompts that the model answers at every evaluation: lines, or JSON lines"
+    )
+    answer_tokens: int = Field(64, gt=0, description="longest answer to a prompt, in tokens")
     max_sequences: int | None = Field(
         None, gt=0, description="size of the fixed sample of the held-out part; none: all of it"
     )
@@ -206,7 +235,8 @@ class ParallelSection(Section):
     )
     offload: Offload = Field(
         Offload.NONE,
-        description="what lies in host memory: none, optimizer (ZeRO) or optimizer+parameters (zero3, FSDP2)",
+        description="what lies in host memory: none, optimizer (single, ddp, ZeRO), optimizer+parameters"
+        " (zero3, FSDP2)",
     )
     precision: Precision = Field(Precision.F32, description="compute type: f32 or bf16 autocast")
     cpu_threads: int | None = Field(
@@ -215,6 +245,19 @@ class ParallelSection(Section):
     timeout_s: float = Field(1800.0, gt=0, description="longest a collective may wait, in seconds")
     hang_s: float = Field(
         600.0, gt=0, description="a run in which no process has moved for this many seconds is ended"
+    )
+
+
+class MemorySection(Section):
+    """How many bits a trained matrix and its gradient take; what each costs is in docs/memory.md."""
+
+    weights: WeightStorage = Field(
+        WeightStorage.F32,
+        description="f32; split (bf16 and the low 16 bits: exact f32); bf16 (rounded stochastically);"
+        " bf16-nearest",
+    )
+    gradients: GradientStorage = Field(
+        GradientStorage.F32, description="f32, or bf16 with sums over micro-batches rounded stochastically"
     )
 
 
@@ -244,7 +287,7 @@ class ComputeSection(Section):
     activation_checkpointing: ActivationCheckpointing = Field(
         ActivationCheckpointing.OFF,
         description="what a block computes twice to keep less: off, selective (all but attention and every"
-        " second product), full",
+        " second product), full, full-offload (its input waits in host memory)",
     )
     z_loss: float = Field(
         0.0,

@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from apr_dist.corpus.chat_sandbox import compiled, marks_generation, render
+from apr_dist.corpus.chat_sandbox import MARK_BEGIN, compiled, marks_generation, render
 from apr_dist.corpus.chat_tokenizer import ChatTokenizer
 from apr_dist.errors import CorpusError, TokenizerError
 
@@ -138,17 +138,14 @@ class ChatTemplate:
         return known[self.digest]
 
     def _find_turn_end(self, tokenizer: ChatTokenizer) -> int | None:
-        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK_BEGIN + "b"}]
         try:
-            asked = self.render([question], add_generation_prompt=True)
-            answered = self.render([question, answer])
+            before, mark, after = self.render(messages).partition(MARK_BEGIN)
         except CorpusError:
             return None
-        if not answered.startswith(asked):
-            return None
-        found = tokenizer.encode(answered)
-        after = found.is_special & (found.starts >= len(asked))
-        return int(found.ids[after][0]) if after.any() else None
+        found = tokenizer.encode(before + after)
+        behind = found.is_special & (found.starts > len(before))
+        return int(found.ids[behind][0]) if mark and behind.any() else None
 
     def stop_ids(self, tokenizer: ChatTokenizer) -> frozenset[int]:
         """Tokens at which an answer is over: the end of a turn, and those at which the model stops."""

@@ -1,22 +1,15 @@
-"""From a corpus to shard folders: the one public call, and what it writes about the result.
+"""From a corpus of texts to shard folders: the public call, and what it writes about the result.
 
-Its parts: sources in ``corpus``, threads in ``encoding_pool``, the loop in ``encoding_run``, shard files in
-``split_writer``, resuming in ``journal``, moving into place in ``publish``.
+What conversations have in common with texts is in ``encode_job``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import tokenizers
-
-from apr_dist.atomic_files import write_atomically, writing_to
+from apr_dist.atomic_files import write_atomically
 from apr_dist.cores import usable_cores
 from apr_dist.corpus.encode_facts import (
     EncodeProgress,
@@ -25,28 +18,18 @@ from apr_dist.corpus.encode_facts import (
     EosPolicy,
     Normalization,
 )
+from apr_dist.corpus.encode_job import Given, describe_sources, run_job
 from apr_dist.corpus.encoding_pool import EncodingPool
-from apr_dist.corpus.encoding_run import (
-    LOSSY_DOCUMENTS,
-    LOST_BYTES,
-    SPECIAL_TEXTS,
-    UNDER_KEY,
-    EncodingRun,
-)
-from apr_dist.corpus.journal import Journal, is_publishing
-from apr_dist.corpus.publish import SOURCES_NAME, WORK_FOLDER, publish, refuse_existing
-from apr_dist.corpus.sources import STDIN, Problem, Source, Sources, list_sources, refuse_all
-from apr_dist.corpus.split_writer import SplitWriter
+from apr_dist.corpus.encoding_run import EncodingRun
+from apr_dist.corpus.publish import SOURCES_NAME
+from apr_dist.corpus.sources import Sources
 from apr_dist.corpus.tokenizer import LoadedTokenizer, load_tokenizer
-from apr_dist.data.manifest import Manifest, TokenizerIdentity
-from apr_dist.errors import CorpusError, ShardError, TokenizerError, UsageError
+from apr_dist.data.manifest import Manifest, Shard
+from apr_dist.errors import ShardError, TokenizerError
 from apr_dist.parsing import printable
 from apr_dist.version import __version__
 
 __all__ = ["EncodeProgress", "EncodeSummary", "EosPolicy", "Normalization", "encode_corpus"]
-
-
-_PATHS_SHOWN = 16  # of what was given on the command line; the list of files is complete
 
 
 def encode_corpus(
@@ -114,76 +97,26 @@ def encode_corpus(
         strict=strict,
         commit_every_s=commit_every_s,
     )
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers is {workers}", expected="at least 1")
-    listed = list_sources(sources, globs=globs, output=output, skip_unreadable=skip_unreadable)
-    loaded = _load_with_document_end(tokenizer, eos_policy, parse_special=parse_special)
-    new_output = not output.exists()
-    refuse_existing(output, overwrite=overwrite or is_publishing(output / WORK_FOLDER))
-    with closing(_open_journal(settings, listed.files, loaded.identity, overwrite=overwrite)) as journal:
-        run = EncodingRun(settings, listed.files, journal, eos_id=loaded.identity.eos_id)
-        if not journal.publishing:
-            with (
-                _naming_all_that_is_unreadable(run, listed.files),
-                _dropping_empty_work(journal, new_output=new_output),
-                EncodingPool(loaded, workers=workers or usable_cores(), normalization=normalization) as pool,
-            ):
-                run.encode(pool, progress)
-                _describe(run, settings, loaded, listed, sources)
-            journal.mark_publishing()
-        made = {name: settings.splits[name] for name, writer in run.writers.items() if writer.documents}
-        manifests = publish(output, journal.folder, made)
-    _refuse_empty_split(run, settings)
-    return EncodeSummary(
-        manifests=manifests,
-        documents=run.documents,
-        tokens=run.tokens,
-        problems={problem: run.counts[problem.value] for problem in Problem if run.counts[problem.value]},
-        examples=tuple(run.examples),
-        lossy_documents=run.counts[LOSSY_DOCUMENTS],
-        lost_bytes=run.counts[LOST_BYTES],
-        special_texts=run.counts[SPECIAL_TEXTS],
-        text_keys={
-            key.removeprefix(UNDER_KEY): count
-            for key, count in run.counts.items()
-            if key.startswith(UNDER_KEY)
-        },
-        left_out=listed.left_out,
-        notes=_notes(journal, manifests),
-        resumed_tokens=run.resumed_tokens,
-        elapsed_s=run.elapsed_s,
+    given = Given(
+        sources=sources,
+        globs=globs,
+        skip_unreadable=skip_unreadable,
+        overwrite=overwrite,
+        workers=workers,
     )
-
-
-@contextmanager
-def _dropping_empty_work(journal: Journal, *, new_output: bool) -> Iterator[None]:
-    """Leave nothing behind where nothing was encoded; what was encoded is kept."""
-    try:
-        yield
-    except CorpusError:
-        if journal.progress.is_empty:
-            shutil.rmtree(journal.folder)
-            if new_output:
-                with suppress(OSError):  # not empty: someone put something there meanwhile
-                    journal.folder.parent.rmdir()
-        raise
-
-
-@contextmanager
-def _naming_all_that_is_unreadable(run: EncodingRun, sources: Sequence[Source]) -> Iterator[None]:
-    """Where one source cannot be read, find out which others cannot, so that all can be repaired at once."""
-    try:
-        yield
-    except CorpusError as error:
-        if error.where != str(sources[run.source].path):
-            raise
-        broken = [error]
-        for source in sources[run.source + 1 :]:
-            try:
-                source.read()
-            except CorpusError as another:
-                broken.append(another)
-        refuse_all(broken)
+    listed = given.listed(output)
+    loaded = _load_with_document_end(tokenizer, eos_policy, parse_special=parse_special)
+    return run_job(
+        settings,
+        given,
+        listed,
+        identity=loaded.identity,
+        open_pool=lambda: EncodingPool(
+            loaded, workers=workers or usable_cores(), normalization=normalization
+        ),
+        describe=lambda run, _: _describe(run, settings, loaded, given, listed),
+        progress=progress,
+    )
 
 
 def _load_with_document_end(folder: Path, policy: EosPolicy, *, parse_special: bool) -> LoadedTokenizer:
@@ -198,60 +131,16 @@ def _load_with_document_end(folder: Path, policy: EosPolicy, *, parse_special: b
     return loaded
 
 
-def _open_journal(
-    settings: EncodeSettings, sources: Sequence[Source], identity: TokenizerIdentity, *, overwrite: bool
-) -> Journal:
-    work = settings.output / WORK_FOLDER
-    with writing_to(settings.output):
-        work.mkdir(parents=True, exist_ok=True)
-    configuration = settings.to_json() | {
-        "tool_version": __version__,
-        "tokenizers_version": tokenizers.__version__,
-        "tokenizer_sha256": identity.sha256,
-        "eos_id": identity.eos_id,
-    }
-    resumable = all(source.path != STDIN for source in sources)
-    lines = [_facts(source, with_times=True) for source in sources]
-    return Journal(work, configuration, lines, discard=overwrite, resumable=resumable)
-
-
-def _facts(source: Source, *, with_times: bool = False) -> str:
-    """One JSON text a source file."""
-    fields: dict[str, object] = {"path": printable(source.path), "bytes": source.bytes}
-    return json.dumps(fields | ({"modified_ns": source.modified_ns} if with_times else {}))
-
-
 def _describe(
-    run: EncodingRun,
-    settings: EncodeSettings,
-    loaded: LoadedTokenizer,
-    listed: Sources,
-    given: Sequence[Path],
+    run: EncodingRun, settings: EncodeSettings, loaded: LoadedTokenizer, given: Given, listed: Sources
 ) -> None:
     """Write every split's source list and manifest beside its shards, still in the work folder."""
-    listing = "".join(_facts(one) + "\n" for one in listed.files).encode()
-    source = {
-        "paths": [printable(path) for path in given[:_PATHS_SHOWN]],
-        "files": len(listed.files),
-        "files_left_out": len(listed.left_out),
-        "bytes": sum(one.bytes for one in listed.files),
-        "list": SOURCES_NAME,
-        "list_sha256": hashlib.sha256(listing).hexdigest(),
-        "text_key": settings.text_key,
-        "parse_special": settings.parse_special,
-        "normalization": settings.normalization.value,
-        "val_fraction": settings.val_fraction,
-        "limit_tokens": settings.limit_tokens,
-        "counts": dict(run.counts),
-        "tokenizers_version": tokenizers.__version__,
-    }
+    listing, source = describe_sources(run, settings, given, listed)
     identity = loaded.identity
-    if not run.documents:
-        raise run.without_documents()
     for name, writer in run.writers.items():
         if not writer.documents:
             continue
-        _check_ids(writer, identity.id_bound)
+        check_ids(writer.shards, identity.id_bound)
         write_atomically(writer.folder / SOURCES_NAME, listing)
         Manifest(
             folder=writer.folder,
@@ -270,40 +159,12 @@ def _describe(
         ).write()
 
 
-def _check_ids(writer: SplitWriter, id_bound: int) -> None:
-    largest = max(shard.max_id or 0 for shard in writer.shards)
-    if largest >= id_bound:
-        raise ShardError(f"the tokenizer produced the id {largest}", expected=f"ids below {id_bound}")
-
-
-def _refuse_empty_split(run: EncodingRun, settings: EncodeSettings) -> None:
-    """Say that a part of the data set is missing; the other part is in place by now.
+def check_ids(shards: Sequence[Shard], id_bound: int) -> None:
+    """No shard holds an id that the tokenizer does not have.
 
     Raises:
-        CorpusError: no document fell to one of the parts.
+        ShardError: one does.
     """
-    for name, writer in run.writers.items():
-        if not writer.documents:
-            other = next(settings.splits[one] for one in run.writers if one != name)
-            raise CorpusError(
-                f"no document fell to the {name} part ({run.documents:,} documents in all, --val-fraction"
-                f" {settings.val_fraction})",
-                where=settings.output,
-                expected="at least one document a part",
-                remedy=f"{other} is complete and can be used. For both parts encode again with --force and "
-                + ("a larger" if name == "validation" else "a smaller")
-                + " --val-fraction"
-                + (f", from {run.least_position * 1.05:.2g} on" if name == "validation" else ""),
-            )
-
-
-def _notes(journal: Journal, manifests: Mapping[str, Manifest]) -> tuple[str, ...]:
-    """What was found damaged, and how long sequences may be before shards are too short for them."""
-    notes = [f"of the interrupted run, {journal.lost}"] if journal.lost else []
-    for name, manifest in manifests.items():
-        mean = manifest.total_tokens // manifest.shard_count
-        notes.append(
-            f"{name}: shards of {mean:,} tokens lose at most 1 % at their ends to sequences of up to"
-            f" {max(1, mean // 100):,} tokens; longer ones want a larger --shard-tokens"
-        )
-    return tuple(notes)
+    largest = max(shard.max_id or 0 for shard in shards)
+    if largest >= id_bound:
+        raise ShardError(f"the tokenizer produced the id {largest}", expected=f"ids below {id_bound}")

@@ -68,6 +68,10 @@ class EncodeSettings:
             return {"train": self.output / "train", "validation": self.output / "validation"}
         return {"all": self.output}
 
+    def made_in(self, name: str) -> str:
+        """The folder of the work folder that a part's finished shards are in."""
+        return name if self.chat is None else f"{name}.rows"
+
     @property
     def skip_bad(self) -> str:
         """The remedy for a bad record; empty for the usual one."""

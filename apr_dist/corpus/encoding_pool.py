@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,19 +56,15 @@ class EncodedText:
         return self.fingerprint / 2**64
 
 
-class EncodingPool:
-    """Tokenizing threads; use it as a context manager.
+class EncodingThreads(ABC):
+    """Threads that encode documents; use it as a context manager.
 
     Args:
-        tokenizer: shared by all threads.
         workers: number of threads.
-        normalization: of every text before anything else.
     """
 
-    def __init__(self, tokenizer: LoadedTokenizer, *, workers: int, normalization: Normalization) -> None:
+    def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._tokenizer = tokenizer
-        self._normalization = normalization
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="encode")
 
     def __enter__(self) -> Self:
@@ -89,8 +86,27 @@ class EncodingPool:
         """Start encoding documents; the result keeps their order."""
         return self._threads.submit(self.encode_documents, documents)
 
+    @abstractmethod
     def encode_documents(self, documents: Sequence[Document]) -> Sequence[EncodedText | BadRecord]:
         """Encode documents in the calling thread; what turns out to be none comes back as a bad record."""
+
+
+class EncodingPool(EncodingThreads):
+    """Encodes texts.
+
+    Args:
+        tokenizer: shared by all threads.
+        workers: number of threads.
+        normalization: of every text before anything else.
+    """
+
+    def __init__(self, tokenizer: LoadedTokenizer, *, workers: int, normalization: Normalization) -> None:
+        super().__init__(workers)
+        self._tokenizer = tokenizer
+        self._normalization = normalization
+
+    def encode_documents(self, documents: Sequence[Document]) -> Sequence[EncodedText | BadRecord]:
+        """See `EncodingThreads.encode_documents`."""
         return self.encode([document.text for document in documents])
 
     def encode(self, texts: Sequence[str]) -> list[EncodedText]:

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from apr_dist.corpus.encode_facts import EncodeProgress, EncodeSettings, EosPolicy
-from apr_dist.corpus.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingPool
+from apr_dist.corpus.encoding_pool import CALL_CHARACTERS, EncodedText, EncodingThreads
 from apr_dist.corpus.formats import TEXT_KEYS, ReadRecord
 from apr_dist.corpus.journal import Journal, Progress, SplitProgress
 from apr_dist.corpus.sources import BadRecord, CorpusReader, Document, Problem, Record, Source
@@ -119,7 +119,7 @@ class EncodingRun:
         """Seconds since this process began."""
         return time.monotonic() - self._started
 
-    def encode(self, pool: EncodingPool, progress: Callable[[EncodeProgress], None] | None) -> None:
+    def encode(self, pool: EncodingThreads, progress: Callable[[EncodeProgress], None] | None) -> None:
         """Encode everything from the position on; afterwards all shards are closed and committed.
 
         Raises:

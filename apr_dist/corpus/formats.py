@@ -226,8 +226,11 @@ def _document(text: object, key: str, fields: Mapping[str, object], path: Path, 
 
 
 def _described(fields: Mapping[str, object]) -> str:
-    """The keys that there are, each with the type of its value."""
-    shown = [f"{key} ({type(value).__name__})" for key, value in islice(sorted(fields.items()), 8)]
+    """The keys that there are, each with the type of its value if that is known."""
+    shown = [
+        key if value is None else f"{key} ({type(value).__name__})"
+        for key, value in islice(sorted(fields.items(), key=lambda item: item[0]), 8)
+    ]
     return f"keys: {', '.join(shown) or 'none'}{for_chats(fields)}"
 
 

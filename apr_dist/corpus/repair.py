@@ -17,7 +17,13 @@ from apr_dist.corpus.tokenizer import load_tokenizer
 from apr_dist.data.flags import VOCABULARY_LIMIT
 from apr_dist.data.manifest import MANIFEST_NAME, Manifest, Shard
 from apr_dist.data.manifest_file import FLAGGED_SCHEMA, SCHEMA, RecordedManifest, parse_manifest
-from apr_dist.data.shard_files import read_shard_facts, refuse_link_out, shard_names
+from apr_dist.data.shard_files import (
+    FINGERPRINTS_SUFFIX,
+    INDEX_SUFFIX,
+    read_shard_facts,
+    refuse_link_out,
+    shard_names,
+)
 from apr_dist.data.verification import check_documents, dataset_parts
 from apr_dist.errors import DataError, ManifestError, ShardError
 
@@ -59,7 +65,7 @@ def repair_manifest(
     """
     names = _repairable(folder)
     recorded, listed, complaint = _salvage(folder)
-    missing = _missing([shard.file for shard in listed], names)
+    missing = _missing(folder, [shard.file for shard in listed], names)
     if missing and not accept_loss:
         raise ManifestError(
             f"{len(missing)} shard(s) are missing, such as {missing[0]}",
@@ -112,10 +118,16 @@ def _repairable(folder: Path) -> list[str]:
     return names
 
 
-def _missing(listed: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Shards that are recorded and not there; where nothing is recorded, gaps in the numbers."""
+def _missing(folder: Path, listed: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Shards that are recorded and not there; where nothing is recorded, gaps in the numbers.
+
+    A file of documents without its shard is a record too: the last shard leaves no gap.
+    """
     if listed:
         return sorted(set(listed) - set(names))
+    beside = (path for path in folder.glob("shard-*") if path.suffix in (INDEX_SUFFIX, FINGERPRINTS_SUFFIX))
+    if orphans := {path.with_suffix(".bin").name for path in beside} - set(names):
+        return sorted(orphans)
     numbers = {int(found[1]): name for name in names if (found := _NUMBERED.fullmatch(name))}
     if len(numbers) < len(names):  # names of another tool
         return []

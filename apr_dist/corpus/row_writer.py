@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 
 from apr_dist.corpus.packing import pack
 from apr_dist.corpus.split_writer import SplitWriter
-from apr_dist.data.flags import BEGINS, NOT_A_TARGET, are_targets, ids_of, padding
+from apr_dist.data.flags import BEGINS, NOT_A_TARGET, are_begins, are_targets, padding
 from apr_dist.data.manifest_file import Shard
 from apr_dist.data.shard_files import FINGERPRINTS_SUFFIX, INDEX_SUFFIX
 
 WITHOUT_TARGETS = "without targets"
 _WINDOW = 1 << 18
-_ENDS_KEPT = 16
 
 Words = NDArray[np.uint32]
 
@@ -54,6 +53,7 @@ class RowSettings:
         packed: several conversations share a row; else each has its own.
         pad_id: the id of padding.
         shard_tokens: a shard closes after the row that reaches this many tokens.
+        turn_end: the token that ends a turn, whose targets are counted; None if there is none.
     """
 
     seq_length: int
@@ -61,6 +61,7 @@ class RowSettings:
     packed: bool
     pad_id: int
     shard_tokens: int
+    turn_end: int | None
 
 
 @dataclass
@@ -70,7 +71,7 @@ class RowFacts:
     rows: int
     tokens: int
     targets: int
-    turn_ends: dict[str, int]
+    turn_end_targets: int
     lengths: dict[str, int]
     counts: dict[str, int]
 
@@ -137,10 +138,22 @@ class _Rows:
         self._writer, self._settings = writer, settings
         self._rows = self._tokens = self._targets = 0
         self._counts: Counter[str] = Counter()
-        self._ends: Counter[int] = Counter()
+        self._ends = 0
 
     def cut(self, words: Words, start: int, stop: int, fingerprint: int) -> list[_Piece]:
-        """The conversation in the pieces that the policy makes of it; those without a target are left out."""
+        """The conversation in the pieces that the policy makes of it; those without a target are left out.
+
+        Where its turns were encoded one by one, each is cut by itself.
+        """
+        begins = start + np.flatnonzero(are_begins(words[start:stop]))
+        ends = [*begins[1:].tolist(), stop]
+        return [
+            piece
+            for first, last in zip(begins.tolist(), ends, strict=True)
+            for piece in self._cut(words, first, last, fingerprint)
+        ]
+
+    def _cut(self, words: Words, start: int, stop: int, fingerprint: int) -> list[_Piece]:
         length, policy = self._settings.seq_length, self._settings.too_long
         pieces = [_Piece(words, start, stop, fingerprint)]
         if stop - start > length:
@@ -179,8 +192,8 @@ class _Rows:
 
     def _count(self, words: Words) -> None:
         targets = are_targets(words)
-        last = np.flatnonzero(targets & ~np.append(targets[1:], False))
-        self._ends.update(ids_of(words[last]).tolist())
+        if self._settings.turn_end is not None:  # a target's word is its id
+            self._ends += int(np.count_nonzero(words == self._settings.turn_end))
         self._tokens += words.size
         self._targets += int(np.count_nonzero(targets))
 
@@ -198,7 +211,7 @@ class _Rows:
             rows=self._rows,
             tokens=self._tokens,
             targets=self._targets,
-            turn_ends={str(one): count for one, count in self._ends.most_common(_ENDS_KEPT)},
+            turn_end_targets=self._ends,
             lengths={name: int(size) for name, size in zip(places, found, strict=False)},
             counts={"conversations": int(sizes.size), **self._counts},
         )

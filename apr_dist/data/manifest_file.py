@@ -101,7 +101,7 @@ class Conversations:
         tokens: of conversations, without padding.
         targets: tokens that are targets.
         turn_end: the id of the special token that ends a turn of the assistant; None if there is none.
-        turn_ends: how often each id is the last target of a turn, the most frequent ones, by id.
+        turn_end_targets: how often that token is a target.
         lengths: tokens of a conversation, before anything was cut: least, quartiles and most.
         counts: conversations ``truncated``, ``dropped``, ``split``, ``without targets``, and so on.
     """
@@ -116,7 +116,7 @@ class Conversations:
     tokens: _Count
     targets: _Count
     turn_end: _TokenId | None
-    turn_ends: Mapping[str, _Count]
+    turn_end_targets: _Count
     lengths: Mapping[str, _Count]
     counts: Mapping[str, _Count]
 

@@ -36,6 +36,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 _PIECE = 4 << 20  # bytes of head and embedding compared at a time
 
 
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, how much of it is done, how much there is)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProvenModel:
     """A model file that passed every gate.
@@ -82,7 +86,7 @@ def prove_model(
     where: Path | None = None,
     with_digest: bool = False,
     passed: Callable[[GateResult], None] = lambda _: None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ProvenModel:
     """Every gate of an open model file.
 
@@ -93,7 +97,7 @@ def prove_model(
         where: what a refusal names in place of the file (an import names its source).
         with_digest: also hash the whole file, while the values are looked at.
         passed: called with each result as its gate passes.
-        progress: called with (bytes looked at, bytes in all).
+        progress: called with (what is done, bytes of it that are done, bytes in all), from any thread.
 
     Raises:
         UnsupportedModelFile: the file is one shard of a model.
@@ -114,11 +118,17 @@ def prove_model(
     expected, count, digest = config.parameter_shapes(), None, None
     if read_values:
         with ThreadPoolExecutor(1, "digest") as pool:  # one core hashes while the others look at values
-            hashing = pool.submit(reader.digest) if with_digest else None
-            count = check_values(reader, list(expected), where=where, progress=progress)
+            hashing = pool.submit(reader.digest, named("hashing the file", progress)) if with_digest else None
+            seen = named("looking at every value", progress)
+            count = check_values(reader, list(expected), where=where, progress=seen)
             digest = hashing.result() if hashing else None
     note(_weights_result(len(expected), count))
     return ProvenModel(config=config, results=tuple(results), digest=digest)
+
+
+def named(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    """A callback for one piece of work, called with (done, in all)."""
+    return None if progress is None else lambda done, of: progress(what, done, of)
 
 
 def refuse_shard(reader: AprReader, where: Path) -> None:

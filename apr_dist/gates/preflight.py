@@ -7,7 +7,7 @@ other come before all of them; whether the run folder is free is asked after the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import ShuffleOrder
 from apr_dist.config import TrainConfig
+from apr_dist.corpus.prompts import read_prompts
 from apr_dist.corpus.tokenizer import identify, load_tokenizer
 from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.manifest import Manifest, TokenizerIdentity
@@ -24,13 +25,23 @@ from apr_dist.data.mixture import Mixture
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
-from apr_dist.gates.data import check_disjoint, check_shared_documents, check_splits, check_unread
+from apr_dist.gates.conversations import check_conversations, template_digest
+from apr_dist.gates.data import (
+    check_disjoint,
+    check_sequences,
+    check_shared_documents,
+    check_splits,
+    check_unread,
+)
 from apr_dist.gates.documents import check_documents
-from apr_dist.gates.model_file import prove_model
+from apr_dist.gates.host_memory import check_host_memory
+from apr_dist.gates.model_file import Progress, named, prove_model
+from apr_dist.gates.named_sets import check_sets_differ
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
-from apr_dist.gates.warnings import DataFacts, warnings_of
+from apr_dist.gates.warnings import DataFacts, left_out_of, warnings_of
 from apr_dist.model.config import PRESETS, TransformerConfig, preset
+from apr_dist.parallel.launch import read_launch
 from apr_dist.parsing import parse_json
 
 
@@ -72,6 +83,7 @@ def run_preflight(
     resume_from: Path | None = None,
     read_weights: bool = True,
     own_data: bool = False,
+    progress: Progress | None = None,
 ) -> Preflight:
     """Run every gate in order and stop at the first that says no.
 
@@ -83,21 +95,34 @@ def run_preflight(
         read_weights: off, only header, metadata and index of the file are read: its checksum, its digest
             and its values are not asked about, which takes no longer for a large file than for a small one.
         own_data: the program hands in batches of its own; training shards are not asked about.
+        progress: called while a model file is read.
 
     Raises:
         AprDistError: the first gate's refusal; the file is closed again.
     """
     check_settings(config, world_size=world_size)
+    if config.evaluation.prompts is not None:
+        read_prompts(config.evaluation.prompts)  # its checks
     with ExitStack() as stack:
         path = resume_from or config.init
-        found = prove_model_file(path, stack, say, read_weights) if path else _from_scratch(config.model)
+        if path:
+            found = prove_model_file(path, stack, say, read_weights, progress)
+        else:
+            found = _from_scratch(config.model)
         if resume_from is not None:
-            _identify_init(found, config.init)
+            _identify_init(found, config.init, progress)
         _note(found, say, _positions(found.model_config, config.seq_length))
         if config.synthetic:
             check_documents(config.loader.documents, config.compute, (), synthetic=True)
         else:
             _check_data(found, config, say, own_data=own_data)
+        if read_weights:  # a plan may be made on another machine than the run
+            check_host_memory(
+                found.model_config,
+                config,
+                world_size=world_size,
+                processes=min(read_launch().local_world_size or 1, world_size),
+            )
         found.warnings += warnings_of(config, found.model_config, found.data)
         stack.pop_all()
     return found
@@ -134,30 +159,42 @@ def model_from_name(name: str) -> TransformerConfig:
 
 
 def prove_model_file(
-    path: Path, stack: ExitStack, say: Callable[[str], None], read_weights: bool
+    path: Path,
+    stack: ExitStack,
+    say: Callable[[str], None],
+    read_weights: bool,
+    progress: Progress | None = None,
 ) -> Preflight:
     """Ask the gates of a model file (`gates.model_file`); it stays open in ``stack``.
 
     Raises:
         ModelFileError, GateRefused: the first gate that refuses.
     """
-    reader = stack.enter_context(AprReader(path, verify="full" if read_weights else "structure"))
+    summing = named("checking the file", progress)
+    reader = stack.enter_context(
+        AprReader(path, verify="full" if read_weights else "structure", progress=summing)
+    )
     proven = prove_model(
-        reader, read_values=read_weights, with_digest=read_weights, passed=lambda one: say(_line(one))
+        reader,
+        read_values=read_weights,
+        with_digest=read_weights,
+        passed=lambda one: say(_line(one)),
+        progress=progress,
     )
     found = Preflight(model_config=proven.config, reader=reader, results=list(proven.results))
+    found.warnings += left_out_of(reader.metadata.custom, proven.config.family)
     if proven.digest:
         found.provenance["init_digest"] = proven.digest
     return found
 
 
-def _identify_init(found: Preflight, init: Path | None) -> None:
+def _identify_init(found: Preflight, init: Path | None, progress: Progress | None) -> None:
     """A resumed run's init is the file it began with; the checkpoint it goes on from remembers which."""
     assert found.reader is not None
     found.provenance["init_digest"] = found.reader.metadata.custom.get("apr_dist.init_digest")
     if init is not None and init.exists():
-        with AprReader(init) as given:
-            found.given_init_digest = given.digest()
+        with AprReader(init, progress=named("checking the init file", progress)) as given:
+            found.given_init_digest = given.digest(named("hashing the init file", progress))
 
 
 def _from_scratch(name: str) -> Preflight:
@@ -184,7 +221,7 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         check_documents(config.loader.documents, config.compute, (), synthetic=False)
         return
     missing = "--dataset" if config.dataset is None and not config.loader.mixture else "--val-dataset"
-    if missing == "--dataset" or config.val_dataset is None:
+    if missing == "--dataset" or not config.held_out:
         raise UsageError(
             f"{missing} is not given",
             where="command line",
@@ -192,29 +229,35 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
             remedy="apr-dist tokenize encode-corpus --val-fraction 0.05 makes both",
             falsifier="INV-TRAIN-010",
         )
-    training, held_out = (
-        open_training_set(config.dataset, config.loader.mixture),
-        Manifest.load(config.val_dataset),
-    )
+    training = open_training_set(config.dataset, config.loader.mixture)
+    sets = {name: Manifest.load(path) for name, path in config.held_out.items()}
+    check_sets_differ(sets)
+    held_out = next(iter(sets.values()))
     order = config.loader
     block = order.block_sequences if order.shuffle is ShuffleOrder.BLOCK else 1
     check_shares(training, global_batch=config.batch_size, block=block)
-    parts, everything = parts_of(training), (*parts_of(training), held_out)
+    parts, everything = parts_of(training), (*parts_of(training), *sets.values())
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
     check_documents(order.documents, config.compute, parts, synthetic=False)
     found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
-    for part in everything:
+    for number, part in enumerate(everything):
         length, limit = config.seq_length, order.max_unread
-        part_block = 1 if part is held_out else block
+        part_block = block if number < len(parts) else 1
         if text := check_unread(part, seq_length=length, block=part_block, limit=limit):
             found.warnings.append(text)
-    for part in parts:
-        check_disjoint(part, held_out)
-    check_splits(parts, held_out, allowed=order.any_split)
-    shared, warning = check_shared_documents(parts, held_out, limit=config.evaluation.max_shared)
-    found.warnings += [warning] if warning else []
+    shared = _check_apart(found, config, parts, sets)
     rows = found.model_config.vocab_size
     _note(found, say, _check_tokenizer(found, config, parts, rows))
+    conversations, unknown = check_conversations(
+        everything,
+        seq_length=config.seq_length,
+        model_vocab=rows,
+        template=template_digest(found.reader.metadata if found.reader else None),
+        tokenizer_sha256=found.provenance["tokenizer_sha256"],
+    )
+    found.warnings += unknown
+    if conversations is not None:
+        _note(found, say, conversations)
     for manifest in everything:
         vocabulary.check_shards(max_id=manifest.max_token_id, model_vocab=rows, where=manifest.folder)
     vocabulary.check_ignored(order.ignored_ids, model_vocab=rows)
@@ -226,8 +269,26 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     if isinstance(training, Mixture):
         found.provenance["data_sources"] = training.describe()
     found.provenance["val_data_fingerprint"] = held_out.fingerprint
+    if config.evaluation.sets:
+        found.provenance["validation_sets"] = {name: one.fingerprint for name, one in sets.items()}
     found.provenance["evaluation"] = _evaluation_identity(held_out, config)
     found.recorded_val_loss = _recorded_loss(found)
+
+
+def _check_apart(
+    found: Preflight, config: TrainConfig, parts: Sequence[Manifest], sets: Mapping[str, Manifest]
+) -> str:
+    """Nothing of any validation set is trained on; returns what was found, the one that counts first."""
+    said: list[str] = []
+    for name, one in sets.items():
+        check_sequences(one, seq_length=config.seq_length)
+        for part in parts:
+            check_disjoint(part, one)
+        check_splits(parts, one, allowed=config.loader.any_split)
+        shared, warning = check_shared_documents(parts, one, limit=config.evaluation.max_shared)
+        said.append(f"{name}: {shared}" if said else shared)
+        found.warnings += [warning] if warning else []
+    return "; ".join(said)
 
 
 def _evaluation_identity(held_out: Manifest, config: TrainConfig) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from apr_dist.apr.layout import HF_CONFIG
 from apr_dist.choices import Mode
 from apr_dist.config import TrainConfig
 from apr_dist.data.manifest import Manifest
 from apr_dist.gates.data import check_sequences
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import HF_KEYS, Effect, Family
 
 FEW_TOKENS_PER_PARAMETER: Final = 10
 """Below this a model trained from scratch is far from what its size could learn."""
@@ -61,6 +63,27 @@ def warnings_of(config: TrainConfig, model: TransformerConfig, data: DataFacts |
     """
     found = [*_about_steps(config, model)]
     return found if data is None else [*found, *_about_data(config, data)]
+
+
+def left_out_of(metadata: Mapping[str, Any], family: Family) -> list[str]:
+    """What the configuration of the model's source asks for and training does not do, one sentence each.
+
+    Args:
+        metadata: the custom metadata of the model file.
+        family: of the model.
+    """
+    config = metadata.get(HF_CONFIG)
+    found = []
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        rule = {**HF_KEYS, **family.definition.hf_keys}.get(key)
+        if (
+            rule is not None
+            and rule.effect is Effect.LEFT_OUT
+            and value is not None
+            and not rule.accepts(value)
+        ):
+            found.append(f"the model's configuration states {key} {value}, which is left out: {rule.why}")
+    return found
 
 
 def _about_steps(config: TrainConfig, model: TransformerConfig) -> Iterator[str]:

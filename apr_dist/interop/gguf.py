@@ -14,6 +14,7 @@ from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import DamagedModelFile, TokenizerError, UnsupportedModelFile
+from apr_dist.interop.chat_settings import with_gguf_sampling
 from apr_dist.interop.convert import CHUNK_ELEMENTS, Piece, encode
 from apr_dist.interop.embedding import embed_text
 from apr_dist.interop.gguf_file import GgufFile, GgufTensor
@@ -80,7 +81,8 @@ def import_gguf(request: ImportRequest) -> ImportSummary:
             where=file.path,
         )
         plans = _plan(file, model, form, request.dtype, decided.tied)
-        metadata, more = _embed(metadata.with_custom({CLAIM: decided.tied}), file.path)
+        metadata = with_gguf_sampling(metadata.with_custom({CLAIM: decided.tied}), file.fields)
+        metadata, more = _embed(metadata, file.path)
 
         def pieces() -> Iterator[tuple[str, Piece]]:
             for plan in plans:

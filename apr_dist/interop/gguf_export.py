@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.atomic_files import atomic_path
 from apr_dist.errors import UnsupportedModelFile
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
+from apr_dist.interop.chat_settings import gguf_sampling, stated_template
 from apr_dist.interop.convert import Progress, counted
 from apr_dist.interop.gguf_check import check_read_back, refuse_too_large
 from apr_dist.interop.gguf_file import load_gguf_package
@@ -86,7 +86,7 @@ def export_gguf(
                 writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
                 _add_fields(writer, reader, model, form.architecture)
                 if tokenizer is not None:
-                    _add_tokenizer(writer, tokenizer, reader.metadata)
+                    _add_tokenizer(writer, tokenizer, reader)
                 types = _write_tensors(writer, reader, names, model, kind, progress)
             finally:
                 writer.close()
@@ -188,7 +188,7 @@ def _stated(model: TransformerConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, metadata: AprMetadata) -> None:
+def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, reader: AprReader) -> None:
     writer.add_tokenizer_model(tokenizer.model)
     writer.add_tokenizer_pre(tokenizer.pre)
     writer.add_token_list(tokenizer.tokens)
@@ -202,8 +202,10 @@ def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, metadata: AprMetadata)
     writer.add_add_eos_token(tokenizer.add_eos)
     for key, index in tokenizer.special_ids.items():
         writer.add_uint32(f"tokenizer.ggml.{key}", index)
-    if metadata.chat_template:
-        writer.add_chat_template(metadata.chat_template)
+    if template := stated_template(reader.metadata, reader.path):
+        writer.add_chat_template(template)
+    for key, value in gguf_sampling(reader.metadata, reader.path).items():
+        (writer.add_int32 if key.endswith("top_k") else writer.add_float32)(key, value)
 
 
 def _write_tensors(

@@ -232,6 +232,7 @@ def _tokens(file: GgufFile) -> dict[str, Any]:
     tokens = file.fields.get("tokenizer.ggml.tokens")
     special: dict[str, Any] = {}
     ends: list[int] = []
+    ids: dict[str, int] = {}
     if isinstance(tokens, list):
         ids = {
             field: index
@@ -250,7 +251,7 @@ def _tokens(file: GgufFile) -> dict[str, Any]:
         "chat_template": template,
         "chat_format": "chatml" if template and "<|im_start|>" in template else None,
         "special_tokens": special or None,
-        END_IDS_KEY: ends if len(ends) > 1 else None,
+        END_IDS_KEY: ends if ends and ends != [ids.get("eos")] else None,
     }
 
 

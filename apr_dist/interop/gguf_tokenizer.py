@@ -12,7 +12,7 @@ from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.errors import UnsupportedModelFile
-from apr_dist.interop.embedding import end_token_ids
+from apr_dist.interop.chat_settings import stop_ids
 from apr_dist.interop.post_processor import TextEnds, text_ends
 from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
 from apr_dist.interop.sentencepiece_bpe import ScoredPieces, TokenType, scored_pieces
@@ -82,7 +82,7 @@ def gguf_tokenizer(
     for token, index in vocabulary.items():
         tokens[index] = token
         types[index] = TokenType.UNKNOWN if token == unknown else _type_of(token, special, pieces)
-    ids, ends = _special_ids(metadata, vocabulary), _text_ends(recorded, where)
+    ids, ends = _special_ids(metadata, vocabulary, where), _text_ends(recorded, where)
     ids |= {
         key: vocabulary[token]
         for key, token in (("bos_token_id", ends.begin), ("eos_token_id", ends.end))
@@ -108,13 +108,13 @@ def _type_of(token: str, special: Mapping[str, bool], pieces: ScoredPieces | Non
     return TokenType.BYTE if pieces and _BYTE.fullmatch(token) else TokenType.NORMAL
 
 
-def _special_ids(metadata: AprMetadata, vocabulary: Mapping[str, int]) -> dict[str, int]:
+def _special_ids(metadata: AprMetadata, vocabulary: Mapping[str, int], where: Path) -> dict[str, int]:
     """Ids by GGUF's names: those that the metadata name, and further ends of a text."""
     stated = metadata.special_tokens or {}
     ids = {
         key: vocabulary[stated[role]] for role, key in _SPECIAL_IDS.items() if stated.get(role) in vocabulary
     }
-    ends = list(end_token_ids(metadata))
+    ends = list(stop_ids(metadata, where))
     if ends and "eos_token_id" not in ids:
         ids["eos_token_id"] = ends[0]
     further = [one for one in ends if one != ids.get("eos_token_id")]

@@ -11,11 +11,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from apr_dist.apr.bounded_json import parse_object
 from apr_dist.apr.files import map_readonly
-from apr_dist.apr.layout import DType
+from apr_dist.apr.layout import HF_CONFIG, DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.errors import ArchitectureRefused, DamagedModelFile
 from apr_dist.model.config import SPLIT_HALVES, TransformerConfig
@@ -31,9 +31,6 @@ from apr_dist.model.families import (
     rope_layers,
 )
 from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, refuse_key
-
-CONFIG_KEY: Final = "apr_dist.hf_config"
-"""Custom metadata key that keeps the whole ``config.json`` of the source."""
 
 _TORCH_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
 _INTERVAL = "no_rope_layer_interval"
@@ -91,7 +88,7 @@ def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dic
         "rope_type": SPLIT_HALVES,
         **_windows(config, family, stated, where),
         **_without_rope(config, family, stated, where),
-        CONFIG_KEY: _kept(config, keys),
+        HF_CONFIG: _kept(config, keys),
     }
     if family.definition.local_rope:
         values["rope_theta"], scaling, values["rope_local_theta"] = _layered_rope(
@@ -341,7 +338,7 @@ def config_from_metadata(
         ArchitectureRefused: it does not.
     """
     family = model.family
-    kept = metadata.custom.get(CONFIG_KEY)
+    kept = metadata.custom.get(HF_CONFIG)
     keys, defaults = {**HF_KEYS, **family.definition.hf_keys}, family.definition.hf_defaults
     config = _kept(kept if isinstance(kept, Mapping) else {}, keys)
     config |= {"architectures": [family.hf_architecture], "model_type": family.hf_model_type}

@@ -17,6 +17,7 @@ from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, wr
 from apr_dist.errors import OutputError
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
+from apr_dist.interop.chat_settings import huggingface_files
 from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, counted, kept_type, total_bytes
 from apr_dist.interop.embedding import embedded_files, stated_token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
@@ -83,6 +84,7 @@ def export_huggingface(
         for name, shard in shards.items():
             _write_weights(reader, shard, folder / name, report)
         texts = _texts(reader, specs, model) | embedded_files(reader.metadata, where=reader.path)
+        texts = huggingface_files(reader.metadata, texts, where=reader.path)
         if len(shards) > 1:
             texts["model.safetensors.index.json"] = _index(shards)
         for name, content in texts.items():

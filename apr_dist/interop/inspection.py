@@ -151,7 +151,7 @@ def validate_file(path: Path, *, progress: Progress | None = None) -> Validation
             path=reader.path,
             size_bytes=reader.size_bytes,
             tensor_count=len(reader.tensors),
-            checks=prove_model(reader, progress=progress).results,
+            checks=prove_model(reader, progress=progress and (lambda _, *counts: progress(*counts))).results,
         )
 
 

@@ -13,8 +13,10 @@ from apr_dist.apr.layout import TOKENIZER_TEXT, Flag
 from apr_dist.apr.metadata import KEYS, AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
+from apr_dist.corpus.chat_template import ChatTemplate
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.model_file import prove_model
+from apr_dist.interop.chat_settings import with_template
 from apr_dist.interop.convert import Progress, one_by_one
 from apr_dist.interop.embedding import embed_tokenizer
 
@@ -85,6 +87,7 @@ def stamp_file(
     *,
     changes: Mapping[str, Any],
     tokenizer: Path | None = None,
+    chat_template: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> StampSummary:
@@ -95,6 +98,7 @@ def stamp_file(
         target: APR file to make.
         changes: typed metadata keys (and ``_UNTYPED`` ones) with new values; None is left alone.
         tokenizer: folder whose tokenizer is put into the file.
+        chat_template: Jinja file that becomes the model's chat template.
         overwrite: whether ``target`` may exist.
         progress: told how far the writing is.
 
@@ -102,7 +106,7 @@ def stamp_file(
         UsageError: nothing would change, a key is not a typed one, or a license is no SPDX expression.
         ModelFileError: the source cannot be read.
         GateRefused: training would refuse the file even with the changes.
-        TokenizerError: the folder holds no tokenizer that can be embedded.
+        TokenizerError: the folder holds no tokenizer that can be embedded, or the template is malformed.
         OutputError: the target cannot be written.
     """
     wanted = _checked(changes)
@@ -116,6 +120,10 @@ def stamp_file(
         if tokenizer is not None:
             _check_tokenizer(tokenizer)
             after, notes = embed_tokenizer(after, tokenizer)
+        if chat_template is not None:
+            old_template = after.chat_template
+            after = with_template(after, _read_template(chat_template))
+            changed += (("chat_template", _shown(old_template), _shown(after.chat_template)),)
         if after == before:
             raise UsageError(
                 "there is nothing to change" if not wanted else "the file says all of this already",
@@ -133,6 +141,21 @@ def stamp_file(
         size_bytes=Path(target).stat().st_size,
         notes=notes,
     )
+
+
+def _read_template(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(
+            f"the chat template cannot be read ({error})", where=path, expected="a Jinja file in UTF-8"
+        ) from error
+    ChatTemplate(text=text, where=path)  # its checks
+    return text
+
+
+def _shown(template: str | None) -> str | None:
+    return None if template is None else f"{len(template):,} characters"
 
 
 def _check_tokenizer(folder: Path) -> None:

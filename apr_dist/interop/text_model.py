@@ -107,18 +107,23 @@ class TextModel:
         return min(DEFAULT_NEW_TOKENS, free) if wanted is None else wanted
 
     def speak(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop: Sequence[str] = ()
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, stop: Sequence[str] = (), chat: bool = False
     ) -> Iterator[Piece]:
         """Generate after a prompt, piece by piece; a piece with ``finish`` is the last.
+
+        With ``chat``, what ends a turn under the chat template ends it as well.
 
         Neither the token that ends a text nor a stop text is part of what is said.
 
         Raises:
             UsageError: see `model.generation.stream`.
         """
+        ends = self.end_ids
+        if chat:
+            ends |= self.chat.needed(self.path).stop_ids(self.chat.tokenizer)
         said = Utterance(self.tokenizer, stop)
-        for token in stream(self.decoder, prompt_ids, replace(sampling, stop_ids=self.end_ids)):
-            if token in self.end_ids:
+        for token in stream(self.decoder, prompt_ids, replace(sampling, stop_ids=ends)):
+            if token in ends:
                 yield Piece(text=said.rest(), token=token, finish=Finish.END_TOKEN)
                 return
             text, stopped = said.add(token)

@@ -12,17 +12,37 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import apr_dist.model.kernels.cpu_attention  # noqa: F401  (defines its operator)
 from apr_dist.choices import ActivationCheckpointing
+from apr_dist.model.host_copies import HostInputs
 
 
-def run_checkpointed(mode: ActivationCheckpointing, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-    """``compute(*args)``, keeping for the backward pass only what the mode keeps."""
+def run_checkpointed(
+    mode: ActivationCheckpointing,
+    compute: Callable[..., Tensor],
+    *args: Any,
+    inputs: HostInputs | None = None,
+) -> Tensor:
+    """``compute(*args)``, keeping for the backward pass only what the mode keeps.
+
+    With ``inputs`` what is kept is in host memory.
+    """
     if mode is ActivationCheckpointing.OFF or not torch.is_grad_enabled():
         return compute(*args)
     options: dict[str, Any] = {}
     if mode is ActivationCheckpointing.SELECTIVE:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _every_second())
+    if inputs is not None:
+        with torch.autograd.graph.saved_tensors_hooks(_packing(inputs), _unpacking(inputs)):
+            return run_checkpointed(ActivationCheckpointing.FULL, compute, *args)
     result: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **options)
     return result
+
+
+def _packing(inputs: HostInputs) -> Callable[[Tensor], Any]:
+    return lambda saved: inputs.pack(saved) if saved.numel() else saved
+
+
+def _unpacking(inputs: HostInputs) -> Callable[[Any], Tensor]:
+    return lambda kept: kept if isinstance(kept, Tensor) else inputs.unpack(kept)
 
 
 def _operators(namespace: Any, *names: str) -> set[Any]:

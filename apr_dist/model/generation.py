@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apr_dist.errors import UsageError
 from apr_dist.model.transformer import Decoder
@@ -53,10 +53,24 @@ def generate(model: Decoder, prompt_ids: Sequence[int], sampling: Sampling | Non
 
 
 @torch.no_grad()
-def stream(model: Decoder, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> Iterator[int]:
+def stream(
+    model: Decoder,
+    prompt_ids: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    network: nn.Module | None = None,
+    agree: Callable[[int], int] = lambda token: token,
+) -> Iterator[int]:
     """Yield the new tokens after a prompt as they are chosen; by default the most likely ones.
 
     The prompt is read once; then each token costs one position of computation.
+
+    Args:
+        model: the decoder.
+        prompt_ids: tokens of the prompt.
+        sampling: how tokens are chosen.
+        network: what a forward of the decoder goes through while it is trained; None: the decoder itself.
+        agree: gives the token that is taken for the one chosen here, where several processes choose.
 
     Raises:
         UsageError: an empty prompt, an id outside the vocabulary, or more positions than the model has.
@@ -68,8 +82,8 @@ def stream(model: Decoder, prompt_ids: Sequence[int], sampling: Sampling | None 
     caches = model.empty_caches(len(prompt_ids) + sampling.max_new_tokens)
     tokens = torch.tensor([list(prompt_ids)], device=device)
     for _ in range(sampling.max_new_tokens):
-        hidden = model.model(tokens, caches=caches)
-        token = choose(model.logits(hidden[0, -1]), sampling, generator)
+        logits = (network or model)(tokens, caches=caches, last=True)
+        token = agree(choose(logits[0, -1], sampling, generator))
         yield token
         if token in sampling.stop_ids:
             return

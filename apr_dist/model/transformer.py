@@ -19,6 +19,7 @@ from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import run_checkpointed
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import FULL_ATTENTION
+from apr_dist.model.host_copies import HostInputs
 from apr_dist.model.kernels.loss import cross_entropy_of, soft_capped
 from apr_dist.model.kernels.plain import Attend, Kernels, compute_dtype
 from apr_dist.model.kernels.tied_gradient import TiedGradient
@@ -48,6 +49,7 @@ class DecoderBlock(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
         self._add_norm(self._mlp_norms[1], config)
         self.checkpointing = ActivationCheckpointing.OFF
+        self.inputs_on_host: HostInputs | None = None
 
     def _add_norm(self, name: str | None, config: TransformerConfig) -> None:
         if name is not None:
@@ -67,7 +69,8 @@ class DecoderBlock(nn.Module):
         self._run = torch.compile(self._run, **options)  # type: ignore[method-assign]
 
     def _run(self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None) -> Tensor:
-        return run_checkpointed(self.checkpointing, self._compute, x, rotation, attend, cache)
+        given = (x, rotation, attend, cache)
+        return run_checkpointed(self.checkpointing, self._compute, *given, inputs=self.inputs_on_host)
 
     def _compute(
         self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None
@@ -202,6 +205,7 @@ class Decoder(Computed):
         position_ids: Tensor | None = None,
         document_ids: Tensor | Boundaries | None = None,
         caches: list[LayerCache] | None = None,
+        last: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or with targets the summed loss; the head is only ever used inside this call.
 
@@ -211,6 +215,7 @@ class Decoder(Computed):
             position_ids: ``[1 or batch, seq]``; counted from 0 (or the caches' length) when absent.
             document_ids: as `Backbone.forward`.
             caches: see `empty_caches`; the tokens are appended to what they hold.
+            last: logits of the last position alone, ``[batch, 1, vocab]``.
 
         Returns:
             without targets logits ``[batch, seq, vocab]``; with targets ``(loss sum in nats, f32;
@@ -220,7 +225,7 @@ class Decoder(Computed):
         tied = TiedGradient() if targets is not None and self._gives_one_gradient(input_ids) else None
         hidden = self.model(input_ids, position_ids, document_ids, caches, tied=tied)
         if targets is None:
-            return self.logits(hidden)
+            return self.logits(hidden[:, -1:] if last else hidden)
         terms = self._loss_terms
         if isinstance(self.lm_head, Head):
             loss = self.lm_head(hidden, targets, **terms)
@@ -268,8 +273,10 @@ class Decoder(Computed):
 
     def set_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """Choose what every block keeps for its backward pass."""
+        inputs = HostInputs() if mode is ActivationCheckpointing.FULL_OFFLOAD else None
         for layer in self.model.layers:
             layer.checkpointing = mode  # type: ignore[assignment]
+            layer.inputs_on_host = inputs  # type: ignore[assignment]
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block as one graph (``torch.compile``'s options); a graph break is an error.

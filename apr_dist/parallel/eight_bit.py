@@ -8,10 +8,11 @@ when a step is not to be taken, neither of which the library's own optimizer doe
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +23,13 @@ from torch import Tensor
 from apr_dist.errors import DistributedError
 from apr_dist.parallel.sharded import held_here
 from apr_dist.parallel.state_bits import BLOCK, FLAG
+
+Empty = Callable[[int, torch.dtype], Tensor]
+"""Allocates a flat tensor."""
+
+
+def _empty(count: int, kind: torch.dtype, *, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=kind, device=device)
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,13 @@ class Quantized:
     values: Tensor
 
     @classmethod
-    def zeros(cls, count: int, device: torch.device, *, signed: bool) -> Quantized:
-        """That many zeros."""
-        codes = torch.zeros(count, dtype=torch.uint8, device=device)
-        scales = torch.zeros(-(-count // BLOCK), device=device)
-        return cls(codes, scales, code_values(signed=signed).to(device))
+    def zeros(
+        cls, count: int, device: torch.device, *, signed: bool, empty: Empty | None = None
+    ) -> Quantized:
+        """That many zeros, on the device or where ``empty`` allocates; code values are on the device."""
+        allocate = empty or functools.partial(_empty, device=device)
+        codes, scales = allocate(count, torch.uint8), allocate(-(-count // BLOCK), torch.float32)
+        return cls(codes.zero_(), scales.zero_(), code_values(signed=signed).to(device))
 
     def blocks(self, number: int, of: int) -> tuple[int, Tensor, Tensor]:
         """One of ``of`` nearly equal parts: its first element's place here, its codes, its scales."""
@@ -99,7 +109,9 @@ class AdamW8bit(torch.optim.Optimizer):
         self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-        self._update = _library().functional
+        self._has_codes = any(group["state_bits"] == 8 for group in groups)
+        self._update: Any = _library().functional if self._has_codes else None
+        self._allocate: Empty | None = None
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
@@ -120,10 +132,11 @@ class AdamW8bit(torch.optim.Optimizer):
         elements = flat(weight)
         state: dict[str, Any] = {"step": updates}
         for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            count, device, empty = elements.numel(), elements.device, self._allocate
             state[name] = (
-                Quantized.zeros(elements.numel(), elements.device, signed=signed)
+                Quantized.zeros(count, device, signed=signed, empty=empty)
                 if bits == 8
-                else torch.zeros_like(elements)
+                else (empty or functools.partial(_empty, device=device))(count, torch.float32).zero_()
             )
         return state
 
@@ -133,12 +146,23 @@ class AdamW8bit(torch.optim.Optimizer):
     def _step_one(self, group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> None:
         state["step"] += 1
         values, gradient = flat(weight), flat(weight.grad)
-        if not values.numel():
-            return
-        (beta1, beta2), first, second = group["betas"], state["exp_avg"], state["exp_avg_sq"]
-        same = {"step": state["step"], "lr": group["lr"], "weight_decay": group["weight_decay"]}
+        if values.numel():
+            self._compute(group, values, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
+
+    def _compute(
+        self,
+        group: dict[str, Any],
+        values: Tensor,
+        gradient: Tensor,
+        first: Tensor | Quantized,
+        second: Tensor | Quantized,
+        step: int,
+    ) -> None:
+        """Update f32 values and their moments in place."""
+        beta1, beta2 = group["betas"]
+        same = {"step": step, "lr": group["lr"], "weight_decay": group["weight_decay"]}
         same |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-        if isinstance(first, Tensor):
+        if isinstance(first, Tensor) or isinstance(second, Tensor):
             self._update.optimizer_update_32bit("adam", gradient, values, first, state2=second, **same)
             return
         self._update.optimizer_update_8bit_blockwise(

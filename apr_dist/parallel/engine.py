@@ -11,21 +11,23 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from apr_dist.choices import Strategy
+from apr_dist.choices import Strategy, WeightStorage
 from apr_dist.errors import DistributedError
 from apr_dist.model.packing import Boundaries
 from apr_dist.model.transformer import Decoder, DecoderBlock
+from apr_dist.parallel.gradients import Gradients
 from apr_dist.parallel.moments import flat_parts
+from apr_dist.parallel.norm import global_norm, norm_of
 from apr_dist.parallel.runtime import Runtime, assert_wrapped
 from apr_dist.parallel.sharded import as_fsdp, held_here
-from apr_dist.parallel.sharding import assert_spread
+from apr_dist.parallel.sharding import assert_spread, keep_f32_gradients
 from apr_dist.parallel.step_clock import StepClock, StepPart
+from apr_dist.parallel.stored_adamw import StoredAdamW
 from apr_dist.parallel.strategy import NOT_AS_ASKED
 from apr_dist.parallel.zero import ask_for_input_gradients, vector_elements, zero_config
 from apr_dist.parallel.zero_veto import Veto
@@ -88,6 +90,16 @@ class Engine(ABC):
         """
 
 
+def clip_share(norm: Tensor, grad_clip: float) -> Tensor:
+    """What gradients of this norm are multiplied by, as `torch.nn.utils.clip_grad_norm_` does."""
+    return (grad_clip / (norm + 1e-6)).clamp_(max=1.0)
+
+
+def held_back(norm: Tensor, hold: Tensor, norm_limit: float) -> Tensor:
+    """Whether a step of this norm changes nothing; a bool scalar where the norm is."""
+    return hold.to(norm.device) | ~torch.isfinite(norm) | (norm > norm_limit)
+
+
 class _TorchEngine(Engine):
     """What one process, DDP and FSDP2 have in common: PyTorch's own optimizer over local parameters."""
 
@@ -102,52 +114,14 @@ class _TorchEngine(Engine):
         parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         gradients = [held_here(weight.grad) for weight in parameters if weight.grad is not None]
         norm = global_norm(gradients, self._runtime)
-        share = (self._grad_clip / (norm + 1e-6)).clamp_(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        share = clip_share(norm, self._grad_clip)
         if share.device.type != "cpu" or share < 1:  # to ask a GPU would be to wait for it
             torch._foreach_mul_(gradients, share.to(gradients[0].dtype))
         # AdamW reads this where its parameters are, as it does for loss scaling, and changes nothing.
-        bad = hold.to(norm.device) | ~torch.isfinite(norm) | (norm > norm_limit)
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = held_back(norm, hold, norm_limit).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.to(hold.device)
-
-
-NORM_BLOCK = 1024
-"""Elements whose squares are added in f32."""
-
-
-def global_norm(gradients: Sequence[Tensor], runtime: Runtime) -> Tensor:
-    """L2 norm of all gradients over all ranks, each giving its parts; f64, on their device; a collective.
-
-    On the CPU squares are added in f32 within short blocks and in f64 between them, so that the norm does not
-    depend on how tensors are cut (DeepSpeed adds in f64 too); no f64 copy of a gradient is made. On a GPU
-    they are added in f32 within a tensor, by few kernels for all of them.
-    """
-    on_cpu = gradients[0].device.type == "cpu"
-    squares = _squares_in_blocks(gradients) if on_cpu else _squares_at_once(gradients)
-    # Ranks that hold copies of the same parts all add them.
-    copies = runtime.world_size // runtime.shard_size
-    if runtime.shard_size > 1:
-        squares = runtime.sum(squares.to(runtime.device)).to(squares.device) / copies
-    return squares.sqrt()
-
-
-def _squares_in_blocks(gradients: Sequence[Tensor]) -> Tensor:
-    squares = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    for gradient in gradients:
-        flat = gradient.detach().view(-1)
-        blocks = flat.numel() // NORM_BLOCK * NORM_BLOCK
-        for part in (flat[:blocks].view(-1, NORM_BLOCK), flat[blocks:].view(1, -1)):
-            squares += torch.linalg.vector_norm(part, dim=1).double().square().sum()
-    return squares
-
-
-def _squares_at_once(gradients: Sequence[Tensor]) -> Tensor:
-    filled = [gradient.detach() for gradient in gradients if gradient.numel()]  # a shard may be empty
-    if not filled:
-        return torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    return torch.stack(torch._foreach_norm(filled)).double().square().sum()
 
 
 class ReplicaEngine(_TorchEngine):
@@ -181,6 +155,51 @@ class ReplicaEngine(_TorchEngine):
         return loss_sum.detach()  # type: ignore[no-any-return]
 
 
+class StoredEngine(_TorchEngine):
+    """One process, or DDP, with gradients and weights stored otherwise than as f32 on the device.
+
+    Gradients are reduced as backward completes them, so PyTorch's wrapper, which would keep buckets of all of
+    them, is not used.
+    """
+
+    def __init__(self, decoder: Decoder, optimizer: StoredAdamW, runtime: Runtime, grad_clip: float) -> None:
+        super().__init__(decoder, optimizer, runtime, grad_clip)
+        self.evaluated, self._stored = decoder, optimizer
+        self._weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self._gradients = Gradients(self._weights, runtime, optimizer)
+        optimizer.gradient_of = self._gradients.of
+        self.evidence = {**assert_spread(decoder, runtime), "optimizer": type(optimizer).__name__}
+
+    def accumulate(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        document_ids: Boundaries | None = None,
+        *,
+        scale: float | Tensor,
+        last: bool,
+    ) -> Tensor:
+        """See `Engine.accumulate`."""
+        self._network.train()
+        self._gradients.begin(last=last)
+        with self._runtime.accelerator.autocast():
+            loss_sum, _ = self._network(inputs, targets, document_ids=document_ids)
+        self.clock.enter(StepPart.BACKWARD)
+        (loss_sum * scale).backward()
+        return loss_sum.detach()  # type: ignore[no-any-return]
+
+    def step(self, hold: Tensor, norm_limit: float = math.inf) -> Tensor:
+        """See `Engine.step`."""
+        norm = norm_of(self._gradients.squares(self._weights), self._runtime)
+        share = clip_share(norm, self._grad_clip)
+        self._stored.share = share if share.device.type != "cpu" or share < 1 else None
+        self._stored.found_inf = held_back(norm, hold, norm_limit).float()
+        self._gradients.finish()
+        self._stored.step()
+        self._gradients.forget()
+        return norm.to(hold.device)
+
+
 class FsdpEngine(_TorchEngine):
     """FSDP2. Every micro-batch reduces its gradients, so they are never held whole."""
 
@@ -206,6 +225,8 @@ class FsdpEngine(_TorchEngine):
         self._fsdp.set_is_last_backward(last)
         with self._runtime.accelerator.autocast():
             loss_sum, _ = self._network(inputs, targets, document_ids=document_ids)
+        if self._runtime.storage.weights is not WeightStorage.F32:
+            keep_f32_gradients(self._network)
         self.clock.enter(StepPart.BACKWARD)
         (loss_sum * scale).backward()
         return loss_sum.detach()  # type: ignore[no-any-return]
@@ -325,6 +346,8 @@ def prepare(
     """
     if runtime.strategy.zero_stage:
         return ZeroEngine(decoder, optimizer, runtime, micro_batch=micro_batch, grad_clip=grad_clip)
+    if isinstance(optimizer, StoredAdamW) and runtime.storage.is_own(runtime.strategy):
+        return StoredEngine(decoder, optimizer, runtime, grad_clip)
     if runtime.strategy.is_fsdp:
         return FsdpEngine(decoder, optimizer, runtime, grad_clip)
     return ReplicaEngine(decoder, optimizer, runtime, grad_clip)

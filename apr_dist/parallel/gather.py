@@ -22,6 +22,7 @@ from apr_dist.errors import AprDistError, WeightsRefused
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.pieces import Piece, local, runs, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.split_weights import split_of
 from apr_dist.parallel.weights import host_array, named_weights
 
 
@@ -56,7 +57,11 @@ def weight_parts(model: nn.Module, runtime: Runtime) -> WeightParts:
         },
         pieces={
             name: Piece(
-                name, shapes[name], span(shapes[name], runtime, runtime.rank)[0], local(weight, runtime)
+                name,
+                shapes[name],
+                span(shapes[name], runtime, runtime.rank)[0],
+                local(weight, runtime),
+                split_of(weight),
             )
             for name, weight in weights.items()
             if runtime.rank < runtime.shard_size
@@ -100,7 +105,7 @@ def save_weights(
 def _give(piece: Piece | None, exchange: Exchange) -> None:
     if piece is not None:
         for count, at in runs(0, piece.values.numel()):
-            exchange.send(torch.from_numpy(host_array(piece.values[at : at + count])))
+            exchange.send(torch.from_numpy(host_array(piece.run(at, count))))
 
 
 def _arriving(parts: WeightParts, exchange: Exchange) -> Iterator[tuple[str, Tensor]]:
@@ -109,8 +114,7 @@ def _arriving(parts: WeightParts, exchange: Exchange) -> Iterator[tuple[str, Ten
         for rank, (begin, end) in enumerate(owners):
             for count, at in runs(begin, end):
                 if rank == exchange.rank:
-                    mine = parts.pieces[name].values[at - begin : at - begin + count]
-                    yield name, torch.from_numpy(host_array(mine))
+                    yield name, torch.from_numpy(host_array(parts.pieces[name].run(at - begin, count)))
                 else:
                     run = torch.empty(count, dtype=torch.float32)
                     exchange.receive(run, rank)

@@ -17,9 +17,10 @@ from torch import Tensor
 from apr_dist.choices import Strategy
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharded import as_dtensor, held_here
+from apr_dist.parallel.split_weights import CHUNK, SplitWeight, chunk, split_of
 from apr_dist.parallel.whereabouts import HERE
 
-RUN_ELEMENTS = 4 << 20
+RUN_ELEMENTS = CHUNK
 """Elements that travel at once: 16 MiB in f32."""
 
 
@@ -32,15 +33,30 @@ class Piece:
         shape: of the whole tensor.
         start: the first element's place in it, flattened row by row.
         values: the elements, flat.
+        split: the split weight whose rounding they are, if they are one.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     values: Tensor
+    split: SplitWeight | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a copy takes."""
+        low = 0 if self.split is None else self.split.low.nbytes
+        return self.values.nbytes + low
+
+    def run(self, at: int, count: int) -> Tensor:
+        """Elements from ``at`` on, exact; ``at`` is a multiple of `RUN_ELEMENTS`."""
+        return _run(self.values, self.split, at, count)
 
     def on_host(self) -> Piece:
         """A copy in host memory that later steps do not change."""
+        if self.split is not None:
+            split = self.split.on_host()
+            return replace(self, values=split.high, split=split)
         copied = torch.empty(self.values.shape, dtype=self.values.dtype, device="cpu")
         return replace(self, values=copied.copy_(self.values))
 
@@ -88,9 +104,9 @@ def whole_in_runs(parameter: Tensor, runtime: Runtime) -> Iterator[Tensor]:
 
     A collective where parameters are sharded: every rank takes every run of the same parameters.
     """
-    mine = local(parameter, runtime)
+    mine, split = local(parameter, runtime), split_of(parameter)
     if not runtime.strategy.shards_parameters:
-        yield mine
+        yield from [mine] if split is None else map(split.read, range(len(split.raised)))
         return
     group, shape = shard_group(parameter), whole_shape(parameter)
     first = runtime.rank - runtime.rank % runtime.shard_size
@@ -98,12 +114,17 @@ def whole_in_runs(parameter: Tensor, runtime: Runtime) -> Iterator[Tensor]:
         begin, end = span(shape, runtime, owner)
         for count, at in runs(begin, end):
             if owner == runtime.rank:
-                run = mine[at - begin : at - begin + count].to(runtime.device)
+                run = _run(mine, split, at - begin, count).to(runtime.device)
             else:
-                run = torch.empty(count, dtype=mine.dtype, device=runtime.device)
+                kind = mine.dtype if split is None else torch.float32
+                run = torch.empty(count, dtype=kind, device=runtime.device)
             dist.broadcast(run, src=owner, group=group)
             HERE.moved()
             yield run
+
+
+def _run(values: Tensor, split: SplitWeight | None, at: int, count: int) -> Tensor:
+    return values[at : at + count] if split is None else split.read(at // RUN_ELEMENTS)[:count]
 
 
 def runs(begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -123,17 +144,42 @@ def fill(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
         runtime: this rank's view of the run.
     """
     if not runtime.strategy.shards_parameters:
-        if values is not None:
-            parameter.data.copy_(values)
-        runtime.broadcast(parameter.data)
+        _fill_replicas(parameter, values, runtime)
         return
     if runtime.rank < runtime.shard_size:
         _scatter(parameter, values, runtime)
     if runtime.strategy is Strategy.HSDP and (sharded := as_dtensor(parameter)) is not None:
         copies = sharded.device_mesh.get_group("replicate")
-        mine = _on_device(local(parameter, runtime), runtime)
-        dist.broadcast(mine, src=runtime.rank % runtime.shard_size, group=copies)
-        local(parameter, runtime).copy_(mine)
+        mine, split = local(parameter, runtime), split_of(parameter)
+        exact = [split.read(number) for number in range(len(split.raised))] if split and len(mine) else [mine]
+        values = torch.cat(exact).to(runtime.device)
+        dist.broadcast(values, src=runtime.rank % runtime.shard_size, group=copies)
+        _store(parameter, values, runtime)
+
+
+def _fill_replicas(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
+    """Every rank's whole copy."""
+    split = split_of(parameter)
+    if split is None:
+        if values is not None:
+            parameter.data.copy_(values)
+        runtime.broadcast(parameter.data)
+        return
+    for number in range(len(split.raised)):
+        count = split.high[chunk(number)].numel()
+        part = torch.empty(count, device=runtime.device)
+        if values is not None:
+            part.copy_(values.reshape(-1)[chunk(number)])
+        split.write(number, runtime.broadcast(part))
+
+
+def _store(parameter: Tensor, values: Tensor, runtime: Runtime) -> None:
+    """This rank's elements, from f32 ``[n]``."""
+    split = split_of(parameter)
+    if split is None:
+        local(parameter, runtime).copy_(values)
+    else:
+        split.fill(values)
 
 
 def _scatter(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
@@ -145,17 +191,13 @@ def _scatter(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None
     if values is not None:
         flat = values.reshape(-1).to(runtime.device)  # on CPU the mapped file itself
         parts = [_padded(flat, span(shape, runtime, rank), each) for rank in range(runtime.shard_size)]
-    fits = mine.numel() == each and mine.device == runtime.device
-    part = mine if fits else torch.empty(each, dtype=mine.dtype, device=runtime.device)
+    fits = (mine.numel(), mine.device, mine.dtype) == (each, runtime.device, torch.float32)
+    part = mine if fits else torch.empty(each, dtype=torch.float32, device=runtime.device)
     dist.scatter(part, parts, src=0, group=shard_group(parameter))
     if not fits:
-        mine.copy_(part[: mine.numel()])
+        _store(parameter, part[: mine.numel()], runtime)
 
 
 def _padded(flat: Tensor, where: tuple[int, int], size: int) -> Tensor:
     part = flat[where[0] : where[1]]
     return part if part.numel() == size else torch.nn.functional.pad(part, (0, size - part.numel()))
-
-
-def _on_device(values: Tensor, runtime: Runtime) -> Tensor:
-    return values.to(runtime.device)

@@ -25,11 +25,12 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from apr_dist.choices import Offload, Strategy
+from apr_dist.choices import GradientStorage, Offload, Precision, Strategy, WeightStorage
 from apr_dist.cores import usable_cores
 from apr_dist.errors import AprDistError, DistributedError, UsageError
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.meeting import meeting
+from apr_dist.parallel.storage import PLAIN, Storage
 from apr_dist.parallel.strategy import (
     NOT_AS_ASKED,
     check_strategy,
@@ -59,6 +60,7 @@ class Runtime:
     device: torch.device
     cpu_threads: int
     offload: Offload = Offload.NONE
+    storage: Storage = PLAIN
 
     @property
     def is_main(self) -> bool:
@@ -134,6 +136,8 @@ def start(
     shard_size: int | None = None,
     offload: str = "none",
     state_bits: int = 32,
+    weights: WeightStorage = WeightStorage.F32,
+    gradients: GradientStorage = GradientStorage.F32,
 ) -> Runtime:
     """Join the launched processes and prove that they are the ones that were asked for.
 
@@ -146,6 +150,8 @@ def start(
         shard_size: ranks that share one copy of the parameters under ``hsdp``; None: those of one machine.
         offload: what lies in host memory: a value of `Offload`.
         state_bits: bits of the optimizer's moments, 8 or 32.
+        weights: how trained matrices are stored.
+        gradients: how their gradients are.
 
     Raises:
         UsageError: CUDA was asked for and there is none, the shard size does not fit, or the strategy
@@ -162,12 +168,14 @@ def start(
             remedy="use --device cpu, or check the driver with nvidia-smi",
         )
     launch = read_launch()
+    storage = Storage(weights=weights, gradients=gradients, offload=Offload(offload))
     wanted = check_strategy(
         strategy,
         world=launch.world_size,
         per_machine=launch.local_world_size,
         shard_size=shard_size,
-        offload=Offload(offload),
+        storage=storage,
+        precision=Precision(precision),
         state_bits=state_bits,
     )
     forget_launcher_s(launch.world_size)
@@ -198,6 +206,7 @@ def start(
         device=torch.device("cpu") if use_cpu else accelerator.device,
         cpu_threads=threads,
         offload=Offload(offload),
+        storage=storage,
     )
 
 

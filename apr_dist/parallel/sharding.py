@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from apr_dist.choices import Offload, Strategy
+from apr_dist.choices import Offload, Strategy, WeightStorage
 from apr_dist.errors import DistributedError
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.host_copies import host_empty
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.pieces import whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharded import as_dtensor, as_fsdp, held_here
+from apr_dist.parallel.split_weights import SplitWeight, attach
+from apr_dist.parallel.storage import is_narrow
 from apr_dist.parallel.strategy import NOT_AS_ASKED
 from apr_dist.parallel.zero import zero_init
 
@@ -39,15 +42,42 @@ def build_decoder(config: TransformerConfig, runtime: Runtime) -> Decoder:
     else:
         with torch.device("meta"):
             decoder = Decoder(config)
+        narrow = _narrow(decoder, runtime)
         if runtime.strategy.is_fsdp:
             _shard(decoder, runtime)
         _materialise(decoder, runtime)
+        if runtime.storage.weights is WeightStorage.SPLIT:
+            _split(decoder, narrow, runtime)
     decoder.reset_buffers()
     return decoder
 
 
+def _narrow(decoder: Decoder, runtime: Runtime) -> set[str]:
+    """Let the parameters that are stored in 16 bits be bf16; their names."""
+    names = set()
+    for name, weight in decoder.named_parameters():
+        stored = runtime.storage.weights is not WeightStorage.F32
+        if stored and is_narrow(name, weight.shape, runtime.strategy):
+            weight.data = weight.data.to(torch.bfloat16)
+            names.add(name)
+    return names
+
+
+def _split(decoder: Decoder, names: set[str], runtime: Runtime) -> None:
+    """Give each of these parameters the bits that its rounding lost, where they are kept."""
+    on_host = runtime.storage.streams(runtime.strategy)
+    for name, weight in decoder.named_parameters():
+        if name in names:
+            high = _local(weight).detach().view(-1)
+            if on_host:
+                low = host_empty(high.numel(), torch.int16, device=runtime.device)
+            else:
+                low = torch.empty_like(high, dtype=torch.int16)
+            attach(weight, SplitWeight.around(weight, low))
+
+
 def _materialise(decoder: Decoder, runtime: Runtime) -> None:
-    if runtime.offload is Offload.NONE:
+    if runtime.offload is Offload.NONE or runtime.storage.streams(runtime.strategy):
         if runtime.strategy.is_fsdp:
             decoder.to_empty(device=runtime.device)
         else:
@@ -90,6 +120,31 @@ def _shard(decoder: Decoder, runtime: Runtime) -> None:
     for block in decoder.model.layers:
         fully_shard(block, **options)
     fully_shard(decoder, **options)
+
+
+def keep_f32_gradients(decoder: nn.Module) -> None:
+    """Let FSDP2 give bf16 shards the f32 that their reduced gradients are; after the first forward.
+
+    It would round them to the type of the shard. Which type they get is settled there, for each group.
+
+    Raises:
+        DistributedError: the installed PyTorch settles it elsewhere.
+    """
+    for module in decoder.modules():
+        managed = as_fsdp(module)
+        group = None if managed is None else managed._get_fsdp_state()._fsdp_param_group
+        if group is None:
+            continue
+        if not hasattr(group, "_orig_dtype"):
+            raise DistributedError(
+                "the installed PyTorch does not let FSDP2 keep f32 gradients of bf16 weights",
+                expected="the attribute _orig_dtype of FSDPParamGroup",
+                remedy="use --memory.weights f32, or PyTorch 2.13",
+            )
+        group._orig_dtype = torch.float32
+        for weight in module.parameters(recurse=True):
+            if weight.dtype is torch.bfloat16 and as_dtensor(weight) is not None:
+                weight.grad_dtype = torch.float32
 
 
 def _mesh(runtime: Runtime) -> DeviceMesh:

@@ -32,8 +32,8 @@ def is_eligible(name: str, shape: Sequence[int]) -> bool:
 
 
 def can_have(strategy: Strategy, offload: Offload) -> bool:
-    """Whether the strategy leaves each parameter a state of its own, on the device."""
-    return not strategy.zero_stage and offload is Offload.NONE
+    """Whether the strategy leaves each parameter a state of its own, which our optimizer updates."""
+    return not strategy.zero_stage and offload is not Offload.OPTIMIZER_AND_PARAMETERS
 
 
 def check_installed(state_bits: int) -> None:
@@ -62,6 +62,6 @@ def refuse_state_bits(strategy: Strategy, offload: Offload, state_bits: int) -> 
         raise UsageError(
             f"optimizer.state_bits is 8 under strategy {strategy}{beside}",
             where=FLAG,
-            expected="one process, ddp, fsdp2, shard-grad-op or hsdp, and nothing offloaded",
+            expected="one process, ddp, fsdp2, shard-grad-op or hsdp, and no parameters offloaded",
             remedy="use fsdp2, which cuts the state over the processes, or 32 bits",
         )

@@ -11,9 +11,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from apr_dist.choices import Offload, Strategy, StrategyChoice
+from apr_dist.choices import Offload, Precision, Strategy, StrategyChoice
 from apr_dist.errors import DistributedError, UsageError
 from apr_dist.parallel.state_bits import refuse_state_bits
+from apr_dist.parallel.storage import Storage, refuse_storage
 
 GPUS_PER_MACHINE = 8
 
@@ -24,7 +25,7 @@ NOT_AS_ASKED = "FALSIFY-APR-DIST-DISTRIBUTED-001"
 def possible_offloads(strategy: Strategy) -> list[Offload]:
     """What the strategy can keep in host memory, the least first."""
     possible = [Offload.NONE]
-    if strategy.zero_stage:
+    if strategy.zero_stage or strategy in {Strategy.SINGLE, Strategy.DDP}:
         possible.append(Offload.OPTIMIZER)
     if strategy.is_fsdp or strategy is Strategy.ZERO3:
         possible.append(Offload.OPTIMIZER_AND_PARAMETERS)
@@ -42,8 +43,8 @@ def refuse_offload(strategy: Strategy, offload: Offload) -> None:
         raise UsageError(
             f"parallel.offload is {offload} under strategy {strategy}",
             expected=f"one of {', '.join(possible)}",
-            remedy="optimizer needs zero1, zero2 or zero3; optimizer+parameters needs zero3, fsdp2,"
-            " shard-grad-op or hsdp",
+            remedy="optimizer needs single, ddp, zero1, zero2 or zero3; optimizer+parameters needs zero3,"
+            " fsdp2, shard-grad-op or hsdp",
         )
 
 
@@ -68,7 +69,8 @@ def check_strategy(
     world: int,
     per_machine: int | None,
     shard_size: int | None,
-    offload: Offload,
+    storage: Storage,
+    precision: Precision,
     state_bits: int,
 ) -> Strategy:
     """The strategy that runs, once it is known to do everything that is asked of it.
@@ -78,7 +80,8 @@ def check_strategy(
         world: processes in all.
         per_machine: processes of one machine; None: not known yet.
         shard_size: ranks that share one copy of the parameters under ``hsdp``.
-        offload: what lies in host memory.
+        storage: how trained tensors are stored, and what is in host memory.
+        precision: compute type.
         state_bits: bits of the optimizer's moments, 8 or 32.
 
     Raises:
@@ -86,8 +89,9 @@ def check_strategy(
         DistributedError: the launcher asks for another one, or it is not for so many processes.
     """
     strategy = choose(asked, world)
-    refuse_offload(strategy, offload)
-    refuse_state_bits(strategy, offload, state_bits)
+    refuse_offload(strategy, storage.offload)
+    refuse_state_bits(strategy, storage.offload, state_bits)
+    refuse_storage(strategy, storage, precision)
     refuse_world(strategy, world)
     group_size(strategy, world, shard_size, per_machine)
     return strategy

@@ -26,6 +26,7 @@ from apr_dist.model.transformer import initial_weight
 from apr_dist.parallel.pieces import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import reshard
+from apr_dist.parallel.split_weights import split_of
 
 ARRIVAL = "FALSIFY-APR-DIST-TRAINER-001"
 """Falsifier of every refusal that a weight in the network is not the weight in the file."""
@@ -34,7 +35,7 @@ DRAWING_THREADS = 8
 """Most threads that draw weights; storing and proving them is then what takes the time."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with (tensor name, tensors done, tensors in all)."""
+"""Called with (what is done, tensors of it that are done, tensors in all)."""
 
 
 Source = Callable[[str, tuple[int, ...]], torch.Tensor]
@@ -56,7 +57,7 @@ def load_weights(
         model: a materialised decoder whose values are still arbitrary.
         reader: the open file on rank 0, None elsewhere.
         runtime: this rank's view of the run.
-        progress: called on rank 0 after each tensor.
+        progress: called on rank 0 after each tensor, while loading and while proving.
 
     Returns:
         tensor name to digest of the f32 values that the file holds and the model now has.
@@ -68,7 +69,12 @@ def load_weights(
 
 
 def draw_weights(
-    model: nn.Module, config: TransformerConfig, runtime: Runtime, *, seed: int
+    model: nn.Module,
+    config: TransformerConfig,
+    runtime: Runtime,
+    *,
+    seed: int,
+    progress: Progress | None = None,
 ) -> dict[str, str]:
     """Give every tensor its value from scratch (``model.transformer.initial_weight``), by the same way.
 
@@ -79,7 +85,7 @@ def draw_weights(
         return _stream(model, None, runtime, None)
     shapes = {name: whole_shape(parameter) for name, parameter in named_weights(model)}
     with contextlib.closing(_drawn_ahead(shapes, config, seed)) as drawn:
-        return _stream(model, lambda *_: next(drawn), runtime, None)
+        return _stream(model, lambda *_: next(drawn), runtime, progress)
 
 
 def _drawn_ahead(
@@ -105,20 +111,28 @@ def _drawn_ahead(
 def _stream(
     model: nn.Module, source: Source | None, runtime: Runtime, progress: Progress | None
 ) -> dict[str, str]:
-    names = [name for name, _ in named_weights(model)]
+    count = len(list(named_weights(model)))
+    told = progress if runtime.is_main else None
     expected: dict[str, str] = {}
     with torch.no_grad():
         for done, (name, parameter) in enumerate(named_weights(model), start=1):
             values = source(name, whole_shape(parameter)) if source is not None else None
             if values is not None:
+                if is_rounded(parameter):
+                    values = values.bfloat16().float()
                 expected[name] = _digest(values)
             fill(parameter, values, runtime)
             del values
-            if progress is not None and runtime.is_main:
-                progress(name, done, len(names))
+            if told is not None:
+                told("loading weights", done, count)
     digests: dict[str, str] = runtime.broadcast_json(expected)
-    prove_weights(model, digests, runtime)
+    prove_weights(model, digests, runtime, told)
     return digests
+
+
+def is_rounded(parameter: torch.Tensor) -> bool:
+    """Whether the parameter's bf16 values are all there is of it."""
+    return parameter.dtype is torch.bfloat16 and split_of(parameter) is None
 
 
 def _from_file(reader: AprReader) -> Source:
@@ -134,13 +148,15 @@ def _from_file(reader: AprReader) -> Source:
     return read
 
 
-def prove_weights(model: nn.Module, expected: Mapping[str, str], runtime: Runtime) -> None:
+def prove_weights(
+    model: nn.Module, expected: Mapping[str, str], runtime: Runtime, progress: Progress | None = None
+) -> None:
     """Compare every tensor, as every rank sees it whole, with the digest it must have; a collective.
 
     Raises:
         WeightsRefused: on all ranks, naming the first tensor that differs on the lowest such rank.
     """
-    found = weight_digests(model, runtime)
+    found = weight_digests(model, runtime, progress)
     wrong = [name for name in found if expected.get(name) != found[name]]
     wrong += [name for name in expected if name not in found]
     counts = torch.zeros(runtime.world_size, dtype=torch.int64, device=runtime.device)
@@ -156,14 +172,17 @@ def prove_weights(model: nn.Module, expected: Mapping[str, str], runtime: Runtim
         )
 
 
-def weight_digests(model: nn.Module, runtime: Runtime) -> dict[str, str]:
+def weight_digests(model: nn.Module, runtime: Runtime, progress: Progress | None = None) -> dict[str, str]:
     """Digest of each parameter's whole f32 values, by name; a collective where parameters are sharded."""
-    found = {}
-    for name, parameter in named_weights(model):
+    found: dict[str, str] = {}
+    weights = list(named_weights(model))
+    for name, parameter in weights:
         hashed = xxhash.xxh3_128()
         for run in whole_in_runs(parameter, runtime):
             hashed.update(host_array(run).data)
         found[name] = hashed.hexdigest()
+        if progress is not None:
+            progress("proving weights", len(found), len(weights))
     return found
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from apr_dist.choices import Device, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.training_set import open_training_set, parts_of
-from apr_dist.errors import AprDistError
+from apr_dist.errors import AprDistError, UsageError
 from apr_dist.gates.preflight import Preflight, model_from_name, prove_model_file, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.warnings import DataFacts, warnings_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import flops_per_token
+from apr_dist.parallel.storage import Storage
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE, named
+from apr_dist.planning.fitting import Rungs, fit
 from apr_dist.planning.memory import Load, Memory, estimate
+from apr_dist.planning.stopping import StopTime, stop_time
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.opening import check_folder
 from apr_dist.runs.resume import find_resume_point
@@ -29,11 +33,12 @@ from apr_dist.training.schedule import Schedule, schedule_of
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A speed someone gives: tokens a second over all processes, or MFU of a peak per device."""
+    """Speeds someone gives: tokens a second over all processes, or MFU of a peak per device; of the disk."""
 
     tokens_per_s: float | None = None
     mfu: float | None = None
     peak_flops: float | None = None
+    disk_bytes_per_s: float | None = None
 
     def tokens_per_second(self, flops_per_token: int, world_size: int) -> float | None:
         """Tokens a second of the whole run, or None when nothing was given."""
@@ -60,6 +65,7 @@ class Plan:
         refusal: the gate that said no, if one did.
         warnings: what will hurt, one sentence each.
         wall_s: seconds of training steps at the given speed.
+        stop: what finishing a step and saving take when the run is told to stop.
         memory_bytes: memory of one device, where it was given.
     """
 
@@ -74,6 +80,7 @@ class Plan:
     refusal: AprDistError | None
     warnings: list[str]
     wall_s: float | None
+    stop: StopTime
     memory_bytes: int | None = None
 
     @property
@@ -99,7 +106,14 @@ class Plan:
         return self.tokens / self.model.parameter_count()
 
 
-def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes: int | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    rate: Rate,
+    memory_bytes: int | None = None,
+    grace_s: float | None = None,
+) -> Plan:
     """Ask every gate that can be asked now, and work out the rest from dimensions.
 
     Args:
@@ -107,6 +121,7 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes:
         world_size: processes that will run.
         rate: the speed that is expected.
         memory_bytes: memory of one device, to tell what fits.
+        grace_s: seconds between SIGTERM and SIGKILL, to tell whether they suffice.
 
     Raises:
         AprDistError: the model itself cannot be known, so there is nothing to plan.
@@ -117,6 +132,13 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes:
     flops = flops_per_token(model, config.seq_length)
     speed = rate.tokens_per_second(flops, world_size)
     tokens = config.num_steps * config.batch_size * config.seq_length
+    stop = stop_time(
+        config,
+        parameters=model.parameter_count(),
+        tokens_per_s=speed,
+        grace_s=grace_s,
+        disk_bytes_per_s=rate.disk_bytes_per_s,
+    )
     return Plan(
         config=config,
         model=model,
@@ -127,7 +149,8 @@ def make_plan(config: TrainConfig, *, world_size: int, rate: Rate, memory_bytes:
         schedule=schedule_of(config),
         gates=found.results,
         refusal=refusal,
-        warnings=found.warnings,
+        warnings=[*found.warnings, *([stop.warning] if stop.warning else [])],
+        stop=stop,
         wall_s=tokens / speed if speed else None,
         memory_bytes=memory_bytes,
     )
@@ -160,18 +183,47 @@ def _despite(config: TrainConfig, refusal: AprDistError) -> Preflight:
         except AprDistError:
             raise refusal from None
     found.data = _data(config)
-    found.results, found.warnings = [], warnings_of(config, found.model_config, found.data)
+    found.results = []
+    found.warnings += warnings_of(config, found.model_config, found.data)
     return found
 
 
 def _data(config: TrainConfig) -> DataFacts | None:
-    if config.synthetic or config.val_dataset is None:
+    if config.synthetic or not config.held_out:
         return None
     try:
         parts = parts_of(open_training_set(config.dataset, config.loader.mixture))
-        return DataFacts.of(parts, Manifest.load(config.val_dataset), seq_length=config.seq_length)
+        held_out = Manifest.load(next(iter(config.held_out.values())))
+        return DataFacts.of(parts, held_out, seq_length=config.seq_length)
     except AprDistError:
         return None  # the gates have said so already
+
+
+def _has_liger() -> bool:
+    return find_spec("liger_kernel") is not None
+
+
+def fitting(made: Plan, *, card: int, host: int | None, step_s: float) -> Rungs:
+    """The rungs of the memory ladder that fit one card with the least slowdown; see ``fitting``.
+
+    Raises:
+        UsageError: nothing fits, or the run has several processes.
+    """
+    if made.world_size != 1:
+        raise UsageError(
+            f"--fit and {made.world_size} processes",
+            where="command line",
+            expected="one process on one card",
+            remedy="leave --processes out, or use --simulate for several cards",
+        )
+    model = made.model
+    return fit(
+        lambda config: next(iter(_memory(model, config, 1).values())),
+        made.config,
+        card=card,
+        host=host,
+        step_s=step_s,
+    )
 
 
 def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[Strategy, Memory]:
@@ -187,6 +239,7 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
         checkpointing=config.compute.activation_checkpointing,
         copies=config.checkpoint.background,
         trains_meanwhile=config.save_period < config.num_steps,
+        liger=config.device is Device.CUDA and not config.compute.z_loss and _has_liger(),
     )
     shard = config.parallel.shard_size or min(world, GPUS_PER_MACHINE)
     return {
@@ -198,6 +251,7 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
             shard_size=shard,
             offload=config.parallel.offload,
             state_bits=config.optimizer.state_bits,
+            storage=Storage(weights=config.memory.weights, gradients=config.memory.gradients),
         )
         for one in dict.fromkeys([chosen, *(several if world > 1 else [])])
     }

@@ -72,6 +72,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             name.value: {**asdict(one), "total": one.total} for name, one in plan.memory.items()
         },
         "wall_s": plan.wall_s,
+        "stop": {
+            **asdict(plan.stop),
+            "needed_s": plan.stop.needed_s,
+            "advised_s": plan.stop.advised_s,
+            "suffices": plan.stop.suffices,
+        },
         "fits": None
         if plan.memory_bytes is None
         else {name.value: one.total <= plan.memory_bytes for name, one in plan.memory.items()},
@@ -103,6 +109,7 @@ def _sizes(plan: Plan) -> Iterator[str]:
         yield "time          unknown: give --tokens-per-second, or --mfu with --peak-tflops"
     else:
         yield f"time          {_duration(plan.wall_s)} of steps, evaluations not counted"
+    yield from plan.stop.lines()
 
 
 def _source(plan: Plan) -> str:
@@ -123,6 +130,8 @@ def _memory_table(plan: Plan) -> Iterator[str]:
     for part, (name, what) in PARTS.items():
         if size := getattr(one, part):
             yield f"    {name:<20}{size / _GIB:>8.2f}  {what}"
+    for name, size in one.host_parts.items():
+        yield f"    {name:<20}{size / _GIB:>8.2f}  in host memory"
     if others:
         yield "  with another strategy"
     for other in others:

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from apr_dist.choices import Precision, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.model.config import TransformerConfig
+from apr_dist.parallel.storage import Storage
+from apr_dist.parallel.stored_bytes import F32
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE
-from apr_dist.planning.memory import F32, Load, Memory, estimate
+from apr_dist.planning.memory import Load, Memory, estimate
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MOST_LAYERS = 1 << 14
@@ -90,6 +92,7 @@ def _simulated(
             shard_size=shard_size,
             offload=config.parallel.offload,
             state_bits=config.optimizer.state_bits,
+            storage=Storage(weights=config.memory.weights, gradients=config.memory.gradients),
         )
 
     held = memory(model.num_layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import matplotlib as mpl
 import numpy as np
@@ -32,7 +33,11 @@ DARK = Theme("#171b21", "#e6e9ee", "#39414d", ("#78aeed", "#ffa06b", "#7fd69a", 
 
 _STYLES = ("-", "--", "-.", ":")
 _HATCHES = ("", "//", "..", "xx", "--")
-_SMOOTHING = 0.9
+_WINDOWS = 20
+"""A smoothed curve's window is twice this part of the run."""
+
+_WIDEST_HALF = 50
+_WIDE_LABEL = 26
 _LONGEST_NAME = 18
 _HEADROOM = 1.08
 _FEW_STEPS = 20
@@ -62,13 +67,27 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
     return pictures
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average without the pull of its start (as Adam corrects its moments)."""
-    mean, smoothed = 0.0, []
-    for count, value in enumerate(values, start=1):
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
-        smoothed.append(mean / (1 - _SMOOTHING**count))
-    return smoothed
+def smooth(values: Sequence[float]) -> tuple[list[float], int]:
+    """A curve through the values without lag, and how many values its widest window spans.
+
+    Each point is the mean of the values around it, as many before as after. A window begins narrow, because
+    losses fall fast at first: it reaches no further than a quarter of the way back to the start. At the end,
+    where fewer values follow than precede, the point lies on the line that fits its window best.
+    """
+    count = len(values)
+    half = min(max(count // _WINDOWS, 1), _WIDEST_HALF)
+    found = np.asarray(values, np.float64)
+    sums = np.concatenate(([0.0], np.cumsum(found)))
+    places = np.arange(count)
+    before = np.minimum(half, places // 4)
+    after = np.minimum(before, count - 1 - places)
+    means = (sums[places + after + 1] - sums[places - before]) / (before + after + 1)
+    for place in places[after < before]:
+        offsets = np.arange(-before[place], after[place] + 1)
+        window = found[place + offsets]
+        slope = np.sum((offsets - offsets.mean()) * window) / np.sum((offsets - offsets.mean()) ** 2)
+        means[place] = window.mean() - slope * offsets.mean()
+    return means.tolist(), 2 * half + 1
 
 
 def plot_runs(axes: Axes, runs: Sequence[Run], plot: Draw, theme: Theme) -> bool:
@@ -88,8 +107,12 @@ def _render(runs: Sequence[Run], unit: str, plot: Draw, theme: Theme) -> bytes |
     if not plot_runs(axes, runs, plot, theme):
         return None
     _dress(axes, theme, unit)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        figure.legend(loc="outside lower center", frameon=False, fontsize=9, labelcolor=theme.text, ncols=2)
+    labels = axes.get_legend_handles_labels()[1]
+    if len(labels) > 1:
+        columns = 2 if max(map(len, labels)) <= _WIDE_LABEL else 1
+        figure.legend(
+            loc="outside lower center", frameon=False, fontsize=9, labelcolor=theme.text, ncols=columns
+        )
     return _png(figure)
 
 
@@ -153,15 +176,22 @@ def _loss(axes: Axes, run: Run, colour: str, style: str) -> bool:
     steps, values = run.series("train_loss")
     if steps:
         few = len(steps) < _FEW_STEPS
-        axes.plot(steps, values, color=colour, linewidth=1.4 if few else 0.8, alpha=1 if few else 0.3)
+        raw = f"{_short(run)}: training" + ("" if few else ", each step")
+        axes.plot(
+            steps, values, color=colour, linewidth=1.4 if few else 0.8, alpha=1 if few else 0.35, label=raw
+        )
         if not few:
-            axes.plot(steps, smooth(values), color=colour, linewidth=1.6, linestyle=style)
-        axes.lines[-1].set_label(f"{_short(run)}: training")
+            means, window = smooth(values)
+            label = f"{_short(run)}: mean of up to {window} around"
+            axes.plot(steps, means, color=colour, linewidth=1.6, linestyle=style, label=label)
     found = [(line["step"], line["val_loss"]) for line in run.evaluations if line.get("val_loss") is not None]
     if found:
         x, y = zip(*found, strict=True)
         label = f"{_short(run)}: validation"
-        axes.plot(x, y, color=colour, linewidth=1.2, linestyle=style, marker="o", markersize=4.5, label=label)
+        axes.plot(x, y, color=colour, linestyle="none", marker="o", markersize=4.5, label=label)
+    for marker, (name, (at, losses)) in zip(cycle("sD^vPX"), run.set_losses().items(), strict=False):
+        label = f"{_short(run)}: {name}"
+        axes.plot(at, losses, ":", color=colour, linewidth=0.9, marker=marker, markersize=4, label=label)
     return bool(steps or found)
 
 

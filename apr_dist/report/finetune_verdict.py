@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from apr_dist.atomic_files import write_atomically
+from apr_dist.config.reading import read_tree
 from apr_dist.contracts.evidence import read_verdict, sha256_of, sign
 from apr_dist.errors import OutputError, UsageError
 from apr_dist.gates.losses import PLAUSIBLE_SHARE, random_start_gates
@@ -112,10 +115,12 @@ def keep_evidence(judged: Judged, folder: Path, *, force: bool) -> list[Path]:
     """
     _make_room(folder, force=force)
     run, files, verdict = judged.run, RunFolder(judged.run.folder), RunFolder(folder).verdict
-    names = {key: Path(value.name) for key, value in run.config if isinstance(value, Path)}
+    names = {key: value.name for key, value in run.config if isinstance(value, Path)}
+    # As the run wrote it: its digest covers the names that keys had then.
+    config = {**read_tree(files.config), **names, "resume": "never"}
     contents = {
         files.metrics.name: files.metrics.read_bytes(),
-        files.config.name: run.config.model_copy(update={**names, "resume": "never"}).to_yaml().encode(),
+        files.config.name: yaml.safe_dump(config, sort_keys=False).encode(),
         **{path.name: path.read_bytes() for path in sorted(run.folder.glob("report-*.png"))},
     }
     for name, content in contents.items():
@@ -206,7 +211,8 @@ def _agreement_gate(run: FinishedRun) -> GateResult:
 
 def _run_gates(run: FinishedRun) -> list[dict[str, Any]]:
     """The run's own gates, without paths."""
-    paths = [run.config.init, run.config.dataset, run.config.val_dataset, run.config.tokenizer, run.folder]
+    named = run.config
+    paths = [named.init, named.dataset, *named.held_out.values(), named.tokenizer, run.folder]
     gates = []
     for gate in run.verdict["gates"]:
         measured = str(gate.get("measured"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import FinalCheckpoint
 from apr_dist.config import TrainConfig
+from apr_dist.config.reading import read_tree
+from apr_dist.config.schema import digests_of_saved
 from apr_dist.config.text import load_config
 from apr_dist.errors import ModelFileError
 from apr_dist.gates.losses import Agreement, evaluation_gates, final_gates, step_zero_gates
@@ -54,6 +56,7 @@ class FinishedRun:
         folder: the run folder.
         config: the resolved configuration it trained with.
         verdict: verdict.json.
+        config_digests: what config.yaml was identified by, in this version or an earlier one.
         lines: every line of metrics.jsonl.
         log: train.log; empty where it is missing.
         checkpoint: None where it does not open.
@@ -63,6 +66,7 @@ class FinishedRun:
     folder: Path
     config: TrainConfig
     verdict: Mapping[str, Any]
+    config_digests: Collection[str]
     lines: Sequence[Mapping[str, Any]]
     log: str
     checkpoint: Checkpoint | None
@@ -141,6 +145,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
         folder=folder,
         config=load_config(folder),
         verdict=verdict,
+        config_digests=digests_of_saved(read_tree(files.config)),
         lines=lines,
         log=log.read_text(encoding="utf-8", errors="replace") if log.is_file() else "",
         checkpoint=checkpoint,
@@ -169,7 +174,7 @@ def _about_the_end(run: FinishedRun) -> Iterator[str]:
         yield f"verdict.json says exit code {run.verdict.get('exit_code')}, the log {run.logged_exit_code}"
     if bool(run.verdict.get("synthetic")) != run.config.synthetic:
         yield "verdict.json and config.yaml disagree on synthetic"
-    if run.facts.get("config_digest") != run.config.digest():
+    if run.facts.get("config_digest") not in run.config_digests:
         yield "config.yaml is not the configuration of verdict.json"
 
 

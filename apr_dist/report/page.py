@@ -78,12 +78,23 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         rows.append(("validation loss", change))
     else:
         rows.append(("validation loss", "never evaluated"))
+    for name, (_, values) in run.set_losses().items():
+        rows.append((f"validation loss of {name}", f"{values[0]:.4f} to {values[-1]:.4f}"))
     if run.steps:
         rows.append(("tokens", f"{run.steps[-1]['tokens_seen']:,}"))
         rows.append(("median speed", f"{run.median('tokens_per_sec'):,.0f} tokens/s"))
     _, memory = run.series("memory_bytes")
     if memory:
         rows.append(("peak memory", f"{max(memory) / 1e9:,.2f} GB"))
+    if facts.get("updates_lost"):
+        lost = facts["updates_lost"]
+        rows.append(
+            (
+                "updates lost",
+                f"{lost['below_half_ulp']:.2%} below half a unit in the last place,"
+                f" {lost['unchanged']:.2%} changed nothing",
+            )
+        )
     if "wall_seconds" in facts:
         rows.append(("wall time", f"{facts['wall_seconds']:,.1f} s"))
     if "strategy" in facts:

@@ -56,6 +56,17 @@ class Run:
         """The finite validation losses, oldest first."""
         return [line["val_loss"] for line in self.evaluations if line.get("val_loss") is not None]
 
+    def set_losses(self) -> dict[str, tuple[list[int], list[float]]]:
+        """(steps, finite losses) of each named validation set that does not count."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for line in self.evaluations:
+            for name, loss in (line.get("val_losses") or {}).items():
+                if loss is not None:
+                    steps, losses = found.setdefault(name, ([], []))
+                    steps.append(line["step"])
+                    losses.append(loss)
+        return found
+
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one figure of the step lines that have it."""
         found = [(line["step"], line[key]) for line in self.steps if line.get(key) is not None]
@@ -70,7 +81,7 @@ class Run:
             for phase, took in _parts_ms(line).items():
                 found[phase] += took
         found["evaluating"] = sum(line.get("wall_ms", 0.0) for line in self.evaluations)
-        for kind, words in (("save", "saving"), ("load", "loading")):
+        for kind, words in (("save", "saving"), ("load", "loading"), ("answers", "answering prompts")):
             found[words] = sum(line.get("wall_ms", 0.0) for line in self.others if line.get("kind") == kind)
         return {words: took / 1e3 for words, took in found.items()}
 

@@ -15,6 +15,7 @@ import psutil
 
 from apr_dist.apr.digests import file_weights_digest
 from apr_dist.apr.reader import AprReader
+from apr_dist.data.flags import ids_of
 from apr_dist.data.manifest import Manifest
 from apr_dist.errors import AprDistError
 from apr_dist.interop.text_model import TextModel, open_text_model
@@ -34,11 +35,19 @@ _NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what followed it; None where that model could not be asked."""
+    """One prompt and what followed it; None where that model could not be asked.
+
+    Attributes:
+        prompt: what was asked.
+        before: what followed it before training.
+        after: what followed it after training.
+        between: what followed it at evaluations between the two, by step.
+    """
 
     prompt: str
     before: str | None
     after: str | None
+    between: Sequence[tuple[int, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,18 @@ class _Skipped(Exception):
 
 
 def make_samples(run: Run, *, count: int | None, prompts: Sequence[str] = ()) -> Samples:
-    """Ask the models before and after a run to go on from the same prompts, always by the likeliest token.
+    """What the models before and after a run make of the same prompts, always by the likeliest token.
+
+    A run that answered prompts of its own shows those answers, unless other prompts are asked for.
 
     Args:
         run: the run.
         count: how many prompts of the held-out shards; None for a few where the model is small.
         prompts: texts to use instead.
     """
+    recorded = _recorded(run)
+    if recorded and count in (None, 0) and not prompts:
+        return Samples(recorded, ())
     if count == 0:
         return Samples((), ())
     notes: list[str] = []
@@ -80,6 +94,23 @@ def make_samples(run: Run, *, count: int | None, prompts: Sequence[str] = ()) ->
     missing = [None] * len(asked)
     columns = zip(asked, said.get("before", missing), said.get("after", missing), strict=True)
     return Samples([Sample(*row) for row in columns], notes)
+
+
+def _recorded(run: Run) -> list[Sample]:
+    """The answers that the run itself wrote at its evaluations."""
+    said: dict[str, list[tuple[int, str]]] = {}
+    for line in run.others:
+        for one in line["answers"] if line.get("kind") == "answers" else ():
+            said.setdefault(one["prompt"], []).append((line["step"], one["answer"]))
+    return [
+        Sample(
+            prompt=prompt,
+            before=rows[0][1] if rows[0][0] == 0 else None,
+            after=rows[-1][1] if rows[-1][0] else None,
+            between=[(step, answer) for step, answer in rows[:-1] if step],
+        )
+        for prompt, rows in said.items()
+    ]
 
 
 def _after(run: Run, by_default: bool) -> TextModel:
@@ -122,7 +153,9 @@ def _open(run: Run, path: Path, by_default: bool) -> TextModel:
 
 
 def _held_out(run: Run, speaker: TextModel, count: int) -> list[str]:
+    named = [value for key, value in run.values.items() if key.startswith("evaluation.sets.")]
     folder = run.values.get("val_dataset", "None")
+    folder = named[0] if named and folder == "None" else folder
     if folder == "None":
         raise _Skipped("the run names no held-out shards to take prompts from; give --prompt")
     found = []
@@ -145,7 +178,7 @@ def _beginnings(manifest: Manifest) -> Iterator[np.ndarray]:
         ends = np.append(starts, ids.size)[1:]
         for first, end in zip(starts.tolist(), ends.tolist(), strict=True):
             if end - first > _PROMPT_TOKENS:
-                yield ids[first : first + _PROMPT_TOKENS]
+                yield ids_of(ids[first : first + _PROMPT_TOKENS])
 
 
 def _goes_on(speaker: TextModel, prompt: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any, TextIO
 
 SMOOTHING = 0.9
@@ -22,6 +23,9 @@ SMOOTHING = 0.9
 NOT_AVAILABLE = "n/a"
 _RECENT_STEPS = 50
 _LONGEST_WARNING = 400
+_LONGEST_SAID = 200
+_FIRST_WORD_S = 1.0
+_WORDS_APART_S = 5.0
 
 
 @dataclass
@@ -98,6 +102,9 @@ class Display:
     def evaluating(self, done: int, of: int) -> None:
         """Show how far an evaluation is, in batches."""
 
+    def working(self, what: str, done: int, of: int) -> None:
+        """Show how far a long piece of work is, such as loading the weights; may come from any thread."""
+
     @contextmanager
     def training(self, pace: Pace) -> Iterator[None]:
         """The block in which steps are made."""
@@ -115,6 +122,7 @@ class PlainDisplay(Display):
         super().__init__()
         self._stream, self._prefix = stream, prefix
         self._pace: Pace | None = None
+        self._told: dict[str, float] = {}
 
     def __call__(self, line: str) -> None:
         """Write one line."""
@@ -129,10 +137,21 @@ class PlainDisplay(Display):
             if self._pace is not None:
                 self._pace.evaluation(line)
             self(evaluation_text(line))
+        elif line["kind"] == "answers":
+            for said in answer_texts(line):
+                self(said)
 
     def evaluating(self, done: int, of: int) -> None:
         """Write how far a long evaluation is."""
         self(f"  evaluating: {done} of {of} batches")
+
+    def working(self, what: str, done: int, of: int) -> None:
+        """Write how far the work is once it has taken a second, then every five."""
+        now = monotonic()
+        due = self._told.setdefault(what, now + _FIRST_WORD_S)
+        if now >= due:
+            self._told[what] = now + _WORDS_APART_S
+            self(f"  {what}: {100 * done // max(of, 1)} %")
 
     @contextmanager
     def training(self, pace: Pace) -> Iterator[None]:
@@ -174,9 +193,25 @@ def step_text(line: Mapping[str, Any], pace: Pace) -> str:
 
 def evaluation_text(line: Mapping[str, Any]) -> str:
     """An evaluation line of metrics.jsonl in words."""
-    loss = line["val_loss"]
-    shown = "not finite" if loss is None else f"{loss:.4f}"
-    return f"step {line['step']:>6}  validation loss {shown} over {line['tokens']:,} tokens"
+    said = f"validation loss {_loss_text(line['val_loss'])} over {line['tokens']:,} tokens"
+    further = [f"{name} {_loss_text(loss)}" for name, loss in line.get("val_losses", {}).items()]
+    return "  ".join((f"step {line['step']:>6}", said, *further))
+
+
+def answer_texts(line: Mapping[str, Any]) -> Iterator[str]:
+    """An answers line of metrics.jsonl in words, a sentence a prompt."""
+    for one in line["answers"]:
+        prompt, answer = (" ".join(one[key].split()) for key in ("prompt", "answer"))
+        ended = "" if one["ended"] else " ..."
+        yield f"step {line['step']:>6}  {_cut(prompt)!r}  ->  {_cut(answer)!r}{ended}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_SAID else text[: _LONGEST_SAID - 3] + "..."
+
+
+def _loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def figures_of(line: Mapping[str, Any], pace: Pace) -> dict[str, str]:

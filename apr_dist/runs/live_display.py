@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,7 @@ from apr_dist.runs.display import (
     NOT_AVAILABLE,
     Display,
     Pace,
+    answer_texts,
     duration,
     evaluation_text,
     figures_of,
@@ -112,6 +114,8 @@ class LiveDisplay(Display):
         self.width = min(self.width, self._console.width - len(prefix))
         self._live: Live | None = None
         self._picture: Picture | None = None
+        self._work: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, line: str) -> None:
         """Write one sentence above the picture."""
@@ -126,15 +130,41 @@ class LiveDisplay(Display):
             if self._picture is not None:
                 self._picture.evaluation(line)
             self(evaluation_text(line))
+        elif line["kind"] == "answers":
+            for said in answer_texts(line):
+                self(said)
 
     def evaluating(self, done: int, of: int) -> None:
         """Say in the picture how far an evaluation is."""
         if self._picture is not None:
             self._picture.doing = f"evaluating, {done} of {of} batches"
 
+    def working(self, what: str, done: int, of: int) -> None:
+        """Draw a bar for each piece of work until training begins."""
+        if self._live is not None:
+            return
+        if self._work is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+            )
+            self._work = Progress(*columns, console=self._console, transient=True)
+            self._work.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._work.add_task(what)
+        self._work.update(self._tasks[what], completed=done, total=of, visible=done < of)
+
+    def _stop_work(self) -> None:
+        if self._work is not None:
+            self._work.stop()
+        self._work, self._tasks = None, {}
+
     @contextmanager
     def training(self, pace: Pace) -> Iterator[None]:
         """Draw the picture until the block ends, however it ends."""
+        self._stop_work()
         self._picture = Picture(pace, self._prefix + "apr-dist")
         self._live = Live(
             self._picture, console=self._console, refresh_per_second=_REFRESHES_PER_SECOND, transient=False
@@ -150,5 +180,6 @@ class LiveDisplay(Display):
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
+        self._stop_work()
         if self._live is not None:
             self._live.stop()

@@ -67,6 +67,10 @@ class RunLog(Display):
         """Show how far an evaluation is; that is not worth keeping."""
         self._shown.evaluating(done, of)
 
+    def working(self, what: str, done: int, of: int) -> None:
+        """Show how far a long piece of work is; that is not worth keeping."""
+        self._shown.working(what, done, of)
+
     @contextmanager
     def training(self, pace: Pace) -> Iterator[None]:
         """The block in which steps are made."""

@@ -90,7 +90,10 @@ class Start:
 
 @dataclass
 class Progress:
-    """Where a run is; changed by the trainer alone."""
+    """Where a run is; changed by the trainer alone.
+
+    ``updates_lost`` are the shares that were measured at the newest step before an evaluation.
+    """
 
     step: int = 0
     tokens_seen: int = 0
@@ -98,6 +101,7 @@ class Progress:
     grad_norm_max: float = 0.0
     evaluated_at: int = -1
     evaluations: list[Evaluation] = field(default_factory=list)
+    updates_lost: dict[str, float] | None = None
     agreements: list[Agreement] = field(default_factory=list)
     first_gates: list[GateResult] = field(default_factory=list)
     guard: GuardState = field(default_factory=GuardState)

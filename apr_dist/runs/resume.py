@@ -15,6 +15,7 @@ from apr_dist.choices import ShuffleOrder
 from apr_dist.config import TrainConfig, flag_of
 from apr_dist.config.schema import RENAMED
 from apr_dist.errors import DamagedModelFile, UsageError
+from apr_dist.gates.model_file import Progress
 from apr_dist.parallel.state_index import STATE_DAMAGED
 from apr_dist.runs.folder import RunFolder, StepFolder
 from apr_dist.runs.saved_state import SavedState, newest_whole, read_state
@@ -42,6 +43,10 @@ _FREE = {
         "loader.max_unread",
         "loader.any_split",
         "evaluation.max_shared",
+        "evaluation.sets",
+        "evaluation.counts",
+        "evaluation.prompts",
+        "evaluation.answer_tokens",
         "compute.activation_checkpointing",
         "compute.kernels",
     ),
@@ -50,7 +55,7 @@ _FREE = {
 """Keys that change where and how often, not what is computed. Files are compared by content instead; a
 mixture's fingerprint contains its weights."""
 
-_FREE_SECTIONS = ("checkpoint.", "loader.mixture.", "tracking.")
+_FREE_SECTIONS = ("checkpoint.", "loader.mixture.", "evaluation.sets.", "tracking.")
 
 _ORDER = ("seed", "seq_length", "loader.shuffle", "loader.block_sequences")
 """Keys that change which sequence comes when."""
@@ -65,12 +70,19 @@ class ResumePoint:
     changed: bool
 
 
+_SAME = {("memory.weights", "split"): "f32"}
+"""Values that stand for another one: what is saved and trained is the same bit for bit."""
+
+
 def binding(config: TrainConfig) -> dict[str, Any]:
     """The settings that a resumed run must share with the run that was saved, by dotted key."""
-    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if not _is_free(key)}
+    settings = flat(config.model_dump(mode="json")).items()
+    return {key: _SAME.get((key, str(value)), value) for key, value in settings if not _is_free(key)}
 
 
-def find_resume_point(config: TrainConfig, run: RunFolder, say: Callable[[str], None]) -> ResumePoint | None:
+def find_resume_point(
+    config: TrainConfig, run: RunFolder, say: Callable[[str], None], progress: Progress = lambda *_: None
+) -> ResumePoint | None:
     """The step folder ``--resume`` means, or None to begin at step 0; says which ones it skips.
 
     Raises:
@@ -88,7 +100,7 @@ def find_resume_point(config: TrainConfig, run: RunFolder, say: Callable[[str], 
                 expected=f"{NEVER}, {AUTO}, or a folder such as {run.steps / '000100'}",
                 remedy=f"use --resume {AUTO} for the newest step of --run-dir",
             )
-    elif (newest := newest_whole(run, lambda reason: say(f"skipped: {reason}"))) is not None:
+    elif (newest := newest_whole(run, lambda reason: say(f"skipped: {reason}"), progress)) is not None:
         folder = newest
     elif run.whole() and not config.overwrite:
         raise DamagedModelFile(
@@ -100,7 +112,7 @@ def find_resume_point(config: TrainConfig, run: RunFolder, say: Callable[[str], 
         )
     else:
         return None
-    state = read_state(folder)
+    state = read_state(folder, verify=config.resume != AUTO, progress=progress)  # the newest was compared
     changed = refuse_changes(config, folder, state)
     return ResumePoint(folder, _with_origin(config, folder, state, say), changed)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from apr_dist.atomic_files import flush_folder, write_atomically
 from apr_dist.errors import DamagedModelFile
+from apr_dist.gates.model_file import Progress
 from apr_dist.parallel.state_index import STATE_DAMAGED, file_digest, read_index
 from apr_dist.parsing import parse_json
 from apr_dist.runs.folder import RunFolder, StepFolder
@@ -86,12 +87,15 @@ def write_state(folder: StepFolder, state: SavedState) -> None:
     flush_folder(folder.path.parent)
 
 
-def read_state(folder: StepFolder, *, verify: bool = True) -> SavedState:
+def read_state(
+    folder: StepFolder, *, verify: bool = True, progress: Progress = lambda *_: None
+) -> SavedState:
     """The state of a step folder, after comparing every file in it with its digest.
 
     Args:
         folder: the step folder.
         verify: off, the other files are not read.
+        progress: called with what is done, and the bytes read of how many.
 
     Raises:
         DamagedModelFile: the marker is missing or malformed, or a file is not the one it names.
@@ -108,22 +112,25 @@ def read_state(folder: StepFolder, *, verify: bool = True) -> SavedState:
         raise _damaged(folder, folder.state.name, f"is the state of step {state.step}")
     if verify:
         named = {folder.checkpoint.name: state.checkpoint_digest, folder.index.name: state.optimizer_digest}
-        _compare(folder, named)
-        _compare(folder, read_index(folder.path)["files"])
+        _compare(folder, named, progress)
+        _compare(folder, read_index(folder.path)["files"], progress)
     return state
 
 
-def newest_whole(run: RunFolder, skipped: Callable[[str], None] = lambda _: None) -> StepFolder | None:
+def newest_whole(
+    run: RunFolder, skipped: Callable[[str], None] = lambda _: None, progress: Progress = lambda *_: None
+) -> StepFolder | None:
     """The newest step folder of this run whose files are what its marker says.
 
     Args:
         run: the run folder.
         skipped: called with the reason for each newer one that does not count.
+        progress: as of `read_state`.
     """
     history = History.read(run)
     for folder in reversed(run.whole()):
         try:
-            state = read_state(folder)
+            state = read_state(folder, progress=progress)
         except DamagedModelFile as damaged:
             skipped(str(damaged))
             continue
@@ -168,10 +175,17 @@ def retire(
             folder.remove()
 
 
-def _compare(folder: StepFolder, digests: dict[str, str]) -> None:
-    for name, digest in digests.items():
-        file = folder.path / name
-        if not file.is_file() or file_digest(file) != digest:
+def _compare(folder: StepFolder, digests: dict[str, str], progress: Progress) -> None:
+    files = {name: folder.path / name for name in digests}
+    of, done = sum(file.stat().st_size for file in files.values() if file.is_file()), 0
+
+    def counted(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("comparing the saved step with its digests", done, of)
+
+    for name, file in files.items():
+        if not file.is_file() or file_digest(file, counted) != digests[name]:
             raise _damaged(folder, name, "is missing or not the file that was saved")
 
 

@@ -70,7 +70,7 @@ class _Job:
     def copied_bytes(self) -> int:
         """Bytes of those copies."""
         pieces = [*self.pieces, *self.weights.pieces.values()]
-        return sum(piece.values.numel() * piece.values.element_size() for piece in pieces)
+        return sum(piece.nbytes for piece in pieces)
 
 
 class Saver:

@@ -49,10 +49,10 @@ def build_model(
     digests: dict[str, str] = {}
 
     def load() -> None:
-        digests.update(load_weights(model, weights.reader, runtime))
+        digests.update(load_weights(model, weights.reader, runtime, say.working))
 
     if weights.named is None:
-        digests.update(draw_weights(model, model_config, runtime, seed=config.seed))
+        digests.update(draw_weights(model, model_config, runtime, seed=config.seed, progress=say.working))
     elif weights.compared and config.evaluation.random_sequences and not config.synthetic:
         random_start = _compare_with_random(config, model, model_config, runtime, load, say)
     else:

@@ -45,6 +45,7 @@ from apr_dist.runs.resume import flat
 from apr_dist.runs.saved_state import SavedState
 from apr_dist.runs.saving import Saver
 from apr_dist.runs.trackers import Trackers
+from apr_dist.training.answers import Questions, open_questions
 from apr_dist.training.arrival import Weights, build_model
 from apr_dist.training.compute import set_up_compute, set_up_machine
 from apr_dist.training.efficiency import efficiency_of
@@ -111,6 +112,7 @@ class Opening:
         self.start = self._start(reader, facts, model_config, identity)
         self._open_outputs(stack, resumed, writes=writes)
         self._open_engine()
+        self._open_questions()
         if resumed is not None and step_folder is not None:
             self._restore(resumed, step_folder)
 
@@ -158,7 +160,7 @@ class Opening:
         # PyTorch's own generator is part of a saved step, whether or not anything draws from it.
         torch.manual_seed((config.seed * 1_000_003 + runtime.rank) % 2**63)
         began = time.perf_counter()
-        measurable = config.init is not None and config.val_dataset is not None
+        measurable = config.init is not None and bool(config.held_out)
         weights = Weights(reader=reader, named=facts["weights_from"], compared=compared and measurable)
         self.model, arrived, self._random = build_model(config, model_config, weights, runtime, self.display)
         self.gates.append(arrived)
@@ -225,6 +227,8 @@ class Opening:
             alone=runtime.strategy is Strategy.SINGLE,
             offloaded=runtime.strategy.zero_stage > 0 and runtime.offload is not Offload.NONE,
             state_bits=options.state_bits,
+            runtime=runtime,
+            seed=config.seed,
         )
         self.schedule = schedule_of(config)
         self.engine = prepare(
@@ -247,6 +251,18 @@ class Opening:
             origin=self.progress.data_origin,
             state=self.progress.guard,
         )
+
+    def _open_questions(self) -> None:
+        options, model = self.config.evaluation, self.start.model_config
+        self.questions: Questions | None = None
+        if options.prompts is not None and not self.config.synthetic:
+            self.questions = open_questions(
+                options.prompts,
+                self.start.metadata,
+                answer_tokens=options.answer_tokens,
+                positions=model.max_position_embeddings,
+                runtime=self.runtime,
+            )
 
     def make_feed(self, kind: type[BatchFeed] = BatchFeed) -> BatchFeed:
         """A feed of this session's training batches, on the device."""
@@ -294,6 +310,8 @@ def join(config: TrainConfig) -> Runtime:
         shard_size=options.shard_size,
         offload=options.offload,
         state_bits=config.optimizer.state_bits,
+        weights=config.memory.weights,
+        gradients=config.memory.gradients,
     )
 
 

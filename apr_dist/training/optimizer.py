@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apr_dist.choices import WeightStorage
 from apr_dist.errors import DistributedError, UsageError, WeightsRefused
 from apr_dist.parallel.eight_bit import AdamW8bit
-from apr_dist.parallel.pieces import whole_shape
+from apr_dist.parallel.pieces import span, whole_shape
+from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state_bits import FLAG, LEAST_ELEMENTS, is_eligible
+from apr_dist.parallel.stored_adamw import Place, StoredAdamW
 from apr_dist.training.adamw import AdamW
 
 
@@ -24,13 +27,17 @@ def build_optimizer(
     offloaded: bool = False,
     state_bits: int = 32,
     alone: bool = False,
+    runtime: Runtime | None = None,
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay on tensors of two or more dimensions only.
 
     Uses torch's fused kernel, which exists for CPU and CUDA and updates each element in one pass; for
     an optimizer that ZeRO keeps in host memory, DeepSpeed's vectorised one, which it compiles at first use;
     with ``state_bits`` 8 the moments of large matrices in 8 bits, see ``parallel.eight_bit``; in a process
-    that trains ``alone`` the same fused kernel without loading PyTorch's compiler, see ``adamw``.
+    that trains ``alone`` the same fused kernel without loading PyTorch's compiler, see ``adamw``. Where the
+    runtime stores weights or gradients otherwise than as f32 on the device, see ``parallel.stored_adamw``;
+    ``seed`` is that of its rounding.
 
     Raises:
         WeightsRefused: a trainable parameter is in no group or in two, or there is none.
@@ -48,8 +55,20 @@ def build_optimizer(
     vectors = [weight for weight in parameters if len(whole_shape(weight)) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    if state_bits == 8:
-        optimizer: torch.optim.Optimizer = AdamW8bit(_by_bits(model, groups), lr=lr, betas=betas, eps=eps)
+    if runtime is not None and _is_stored(runtime):
+        optimizer: torch.optim.Optimizer = StoredAdamW(
+            _by_bits(model, groups) if state_bits == 8 else [{**group, "state_bits": 32} for group in groups],
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            storage=runtime.storage.weights,
+            seed=seed,
+            places=_places(model, runtime),
+            device=runtime.device,
+            offloaded=runtime.storage.streams(runtime.strategy),
+        )
+    elif state_bits == 8:
+        optimizer = AdamW8bit(_by_bits(model, groups), lr=lr, betas=betas, eps=eps)
     elif offloaded:
         optimizer = _on_host(groups, lr=lr, betas=betas, eps=eps)
     else:
@@ -58,6 +77,17 @@ def build_optimizer(
         optimizer = kind(groups, lr=lr, betas=betas, eps=eps, fused=True)
     assert_each_parameter_once(model, optimizer)
     return optimizer
+
+
+def _is_stored(runtime: Runtime) -> bool:
+    return runtime.storage.is_own(runtime.strategy) or runtime.storage.weights is not WeightStorage.F32
+
+
+def _places(model: nn.Module, runtime: Runtime) -> dict[int, Place]:
+    return {
+        id(weight): Place(name, span(whole_shape(weight), runtime, runtime.rank)[0])
+        for name, weight in model.named_parameters()
+    }
 
 
 def _by_bits(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -108,13 +108,14 @@ def _prove(config: TrainConfig, world_size: int, around: Around) -> Proven:
     refuse_launched_precision(config.parallel.precision)
     if lock is not None:
         lock.take()
-    point = find_resume_point(config, run, display.warn)
+    point = find_resume_point(config, run, display.warn, display.working)
     found = run_preflight(
         config,
         world_size=world_size,
         say=display,
         resume_from=point.folder.checkpoint if point else None,
         own_data=around.own is not None,
+        progress=display.working,
     )
     parameters = found.model_config.parameter_count()
     try:

@@ -6,8 +6,9 @@ How batches are made is in ``data``; whether the shards are good was asked befor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from apr_dist.config import TrainConfig
@@ -44,15 +45,18 @@ class RunData:
     Attributes:
         train: global batches by number.
         held_out: held-out sequences, iterated once per evaluation; None without any.
+        further: held-out sequences of the named sets that do not count.
     """
 
     train: TrainingData
     held_out: HeldOut | None
+    further: Mapping[str, HeldOut] = field(default_factory=dict)
 
     def facts(self) -> dict[str, str]:
         """The identities of both, which must be the same on every rank."""
         held_out = "none" if self.held_out is None else self.held_out.fingerprint
-        return {"training data": self.train.fingerprint, "held-out data": held_out}
+        further = {f"held-out data {name}": one.fingerprint for name, one in self.further.items()}
+        return {"training data": self.train.fingerprint, "held-out data": held_out, **further}
 
 
 def open_data(
@@ -76,14 +80,20 @@ def open_data(
         drawn = SyntheticTokens(vocab_size=rows, batch_size=batch_size, seed=config.seed, **sizes)
         return RunData(train=drawn, held_out=SyntheticEvaluation(drawn))
     evaluation: HeldOut | None = None
-    if config.val_dataset is not None:
-        evaluation = held_out(config, runtime, config.evaluation.max_sequences)
-        stack.callback(evaluation.close)
+    further: dict[str, HeldOut] = {}
+    for number, (name, folder) in enumerate(config.held_out.items()):
+        one = held_out(config, runtime, config.evaluation.max_sequences, folder)
+        stack.callback(one.close)
+        if number:
+            further[name] = one
+            say(f"held out and measured as well: {name}, {one.describe()}")
+        else:
+            evaluation = one
     if own is not None:
         if own.held_out is not None:
             evaluation = OwnHeldOut(own.held_out, vocab_size=rows, batch_size=batch_size, **sizes)
         train = OwnBatches(own.train, vocab_size=rows, batch_size=batch_size, **sizes)
-        return RunData(train=train, held_out=evaluation)
+        return RunData(train=train, held_out=evaluation, further=further)
     loader = TokenLoader(
         open_training_set(config.dataset, config.loader.mixture),
         global_batch=batch_size,
@@ -102,14 +112,15 @@ def open_data(
     stack.callback(loader.close)
     described = evaluation.describe() if isinstance(evaluation, EvaluationLoader) else "none"
     say(f"training on {loader.sequences_per_epoch:,} sequences; held out: {described}")
-    return RunData(train=loader, held_out=evaluation)
+    return RunData(train=loader, held_out=evaluation, further=further)
 
 
-def held_out(config: TrainConfig, runtime: Runtime, max_sequences: int | None) -> EvaluationLoader:
-    """This rank's share of a fixed sample of the held-out sequences; None takes all of them."""
-    assert config.val_dataset is not None
+def held_out(
+    config: TrainConfig, runtime: Runtime, max_sequences: int | None, folder: Path | None = None
+) -> EvaluationLoader:
+    """This rank's share of a fixed sample of held-out sequences; None takes all, of the set that counts."""
     return EvaluationLoader(
-        Manifest.load(config.val_dataset),
+        Manifest.load(folder or next(iter(config.held_out.values()))),
         seq_length=config.seq_length,
         micro_batch=config.evaluation.micro_batch_size or config.micro_batch(runtime.world_size),
         rank=runtime.rank,

@@ -16,7 +16,13 @@ _LIBRARIES = ("torch", "accelerate", "deepspeed", "numpy", "safetensors", "token
 
 _OF_ONE_HOST = {
     *("run_dir", "init", "dataset", "val_dataset", "tokenizer", "resume", "progress", "track"),
-    *("parallel.cpu_threads", "loader.access", "loader.prefetch_batches", "loader.pin_memory"),
+    *(
+        "evaluation.prompts",
+        "parallel.cpu_threads",
+        "loader.access",
+        "loader.prefetch_batches",
+        "loader.pin_memory",
+    ),
 }
 """Paths and choices that may differ between hosts. Files are compared by content, the run folder by a proof
 of its own; rank 0 alone reads ``resume`` and shows progress."""
@@ -33,7 +39,7 @@ def facts_of(config: TrainConfig, *, init: str | None, init_digest: str | None) 
     settings = {
         key: str(value)
         for key, value in flat(config.model_dump(mode="json")).items()
-        if key not in _OF_ONE_HOST and not key.startswith("loader.mixture.")
+        if key not in _OF_ONE_HOST and not key.startswith(("loader.mixture.", "evaluation.sets."))
     }
     versions = {name: _version(name) for name in _LIBRARIES}
     return {

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 
 from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError, DataError
+from apr_dist.gates.updates import refuse_lost_updates
 from apr_dist.model.sending import send
 from apr_dist.parallel.engine import Engine
 from apr_dist.parallel.live_weights import read_weight, write_weight
+from apr_dist.parallel.lost_updates import UpdateSample
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.checkpoint import perplexity
 from apr_dist.runs.metrics import StepMetrics
 from apr_dist.runs.progress import Evaluation
+from apr_dist.training.answers import answer_all
 from apr_dist.training.efficiency import gpu_utilisation
-from apr_dist.training.evaluation import evaluate
+from apr_dist.training.evaluation import HeldOut, evaluate
 from apr_dist.training.garbage import collect
 from apr_dist.training.guards import check_targets
 from apr_dist.training.opening import Opening
@@ -64,6 +67,7 @@ class Session(Opening):
             super().__init__(config, proven, around, stack)
             self.stepper = self.make_stepper(self.engine, self.make_feed())
             self._open_recorder()
+            self.sample = UpdateSample(self.model, self.engine.optimizer, self.runtime)
             self._stack = stack.pop_all()
 
     def make_stepper(self, engine: Engine, feed: BatchFeed) -> Stepper:
@@ -166,8 +170,14 @@ class Session(Opening):
         state, final = self.progress, self.config.num_steps
         HERE.enter(Phase.TRAINING, step=state.step)
         compare = state.step in (0, final - 1)
+        sampled = self._is_evaluated(state.step + 1) and self.sample.can_measure
         try:
+            if sampled:
+                self.sample.look()
             self.stepper.take(state.step, compare=compare, more=state.step + 1 < final)
+            if sampled:
+                lost = self.sample.compare()
+                state.updates_lost = None if lost is None else lost.to_json()
         except AprDistError:
             self._read_figures()  # of the steps before, which are done
             raise
@@ -175,6 +185,9 @@ class Session(Opening):
         if compare or state.step == last or self.stepper.waiting >= self.log_every:
             return self._read_figures()
         return []
+
+    def _is_evaluated(self, step: int) -> bool:
+        return step % self.config.eval_every == 0 or step == self.config.num_steps
 
     def _read_figures(self) -> list[StepMetrics]:
         """Record the steps taken since the last time.
@@ -227,14 +240,8 @@ class Session(Opening):
         collect()
         state, number = self.progress, len(self.progress.evaluations)
         with HERE.during(Phase.EVALUATION, step=state.step):
-            result = evaluate(
-                self.engine.evaluated,
-                self.data.held_out,
-                self.runtime,
-                progress=self.display.evaluating,
-                ignored_ids=self.config.loader.ignored_ids,
-                stop=lambda: bool(first_signal(self.runtime.sum(self.signals()).tolist())),
-            )
+            result = self._measured(self.data.held_out)
+            further = {name: self._measured(one) for name, one in self.data.further.items()}
         self.metrics.event(
             "evaluation",
             {
@@ -243,13 +250,44 @@ class Session(Opening):
                 "val_loss": result.loss if result.is_finite else None,
                 "val_ppl": perplexity(result.loss),
                 "tokens": result.tokens,
-                "wall_ms": result.wall_s * 1e3,
+                "wall_ms": (result.wall_s + sum(one.wall_s for one in further.values())) * 1e3,
+                "updates_lost": state.updates_lost,
+                **_losses_by_name(further),
             },
         )
+        if state.updates_lost is not None:
+            refuse_lost_updates(
+                state.updates_lost["below_half_ulp"], self.config.memory.weights, step=state.step
+            )
         check(result)
         state.evaluations.append(result)
         state.evaluated_at = state.step
+        self._answer_prompts()
         return result
+
+    def _measured(self, held_out: HeldOut) -> Evaluation:
+        return evaluate(
+            self.engine.evaluated,
+            held_out,
+            self.runtime,
+            progress=self.display.evaluating,
+            ignored_ids=self.config.loader.ignored_ids,
+            stop=self._asked_to_stop,
+        )
+
+    def _answer_prompts(self) -> None:
+        """Record what the present weights answer to the prompts of the run, if it has any."""
+        if self.questions is None:
+            return
+        with HERE.during(Phase.EVALUATION, step=self.progress.step):
+            line = answer_all(
+                self.questions, self.model, self.engine.evaluated, self.runtime, stop=self._asked_to_stop
+            )
+        self.metrics.event("answers", {"step": self.progress.step, **line})
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal came to any rank; a collective."""
+        return bool(first_signal(self.runtime.sum(self.signals()).tolist()))
 
     def save(self) -> None:
         """Save model, optimizer and progress as a step folder; written in the background where it fits.
@@ -262,3 +300,10 @@ class Session(Opening):
             self.saver.save(self.model, self.engine.optimizer, self.progress)
         wall_ms = (time.perf_counter() - began) * 1e3
         self.metrics.event("save", {"step": self.progress.step, "wall_ms": wall_ms})
+
+
+def _losses_by_name(further: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """What an evaluation line says of the named sets that do not count; nothing without any."""
+    if not further:
+        return {}
+    return {"val_losses": {name: one.loss if one.is_finite else None for name, one in further.items()}}

@@ -22,6 +22,7 @@ from apr_dist.gates.losses import (
     step_zero_gates,
 )
 from apr_dist.gates.result import GateResult
+from apr_dist.gates.updates import updates_gate
 from apr_dist.parallel.weights import model_digest
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.checkpoint import json_bytes
@@ -223,6 +224,8 @@ def _verdict(session: Session, status: Status, detail: str) -> Verdict:
             finetune=session.start.from_init,
             steps=state.step,
         )
+    if state.updates_lost is not None:
+        gates.append(updates_gate(state.updates_lost["below_half_ulp"], config.memory.weights))
     facts = {
         **session.start.provenance,
         "config_digest": config.digest(),
@@ -233,6 +236,7 @@ def _verdict(session: Session, status: Status, detail: str) -> Verdict:
         "data": {name: asdict(one) for name, one in session.data.train.progress(state.step).items()},
         "train_loss": state.train_loss,
         "val_losses": [result.loss for result in state.evaluations],
+        "updates_lost": state.updates_lost,
         "wall_seconds": time.perf_counter() - session.began,
         "weights_digest": model_digest(session.model, runtime),
         "strategy": runtime.strategy.value,

@@ -9,15 +9,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from cures import CURES
-from refusals import Refusal, judged, refusals
-
 from apr_dist import cli
 from apr_dist.cli import VERBS
+from apr_dist.contracts.entries import entries
 from apr_dist.contracts.overview import contract_rows
-from apr_dist.contracts.repository import Repository, read_repository
-from apr_dist.contracts.schema import Contract, Falsifier
-from apr_dist.errors import ExitCode
+from apr_dist.contracts.repository import read_repository
 from apr_dist.model.config import PRESETS
 from apr_dist.model.families import GGUF_KEYS, HF_KEYS, TOKENIZER_KEYS, Effect, Family, Key
 
@@ -26,35 +22,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def gates() -> str:
     """An entry for every falsifier, contract by contract: cause, and what to do."""
-    found = read_repository(REPOSITORY)
-    raised, verdicts = refusals(REPOSITORY), judged(REPOSITORY)
     lines: list[str] = []
-    for contract in found.contracts:
-        described = " ".join(contract.body.metadata.description.split())
-        lines += [f"## {contract.id}", "", described, ""]
-        for falsifier in contract.falsifiers:
-            lines += [f"### {falsifier.id}", "", f"**{_text(falsifier.rule)}**", ""]
-            lines += [f"Without it: {_lowered(_text(falsifier.if_fails))}", ""]
-            if falsifier.id in raised:
-                lines += _refused(raised[falsifier.id])
-            elif falsifier.id in verdicts:
-                lines += _judged(verdicts[falsifier.id], CURES[falsifier.id])
-            else:
-                lines += _property(found, contract, falsifier)
-            lines.append("")
+    contract = ""
+    for entry in entries():
+        if entry.contract != contract:
+            contract = entry.contract
+            lines += [f"## {contract}", "", entry.description, ""]
+        lines += [f"### {entry.id}", "", f"**{entry.rule}**", "", f"Without it: {entry.without}", ""]
+        lines += _term("Cause", [_escaped(cause) for cause in entry.causes])
+        lines += _term("Fix", [_escaped(fix) for fix in entry.fixes])
+        if entry.exit_codes:
+            codes = ", ".join(f"{int(code)} ({code.name})" for code in entry.exit_codes)
+            lines += ["Exit code", f": {codes}", ""]
     return "\n".join(lines)
-
-
-def _refused(raised: list[Refusal]) -> Iterator[str]:
-    """What refusals say: each with what it found, then what they advise."""
-    told = [one for one in raised if not re.fullmatch("<[^<>]*>", one.what)] or raised
-    causes = dict.fromkeys(one.what + (f"; expected {one.expected}" if one.expected else "") for one in told)
-    yield from _term("Cause", [_escaped(cause) for cause in causes])
-    cures = list(dict.fromkeys(one.remedy for one in raised if one.remedy))
-    named = "mend what the message names: what was found, where, and what was expected"
-    yield from _term("Cure", [_escaped(cure) for cure in cures or [named]])
-    codes = sorted({ExitCode[one.exit_code] for one in raised})
-    yield from ("Exit code", f": {', '.join(f'{int(code)} ({code.name})' for code in codes)}")
 
 
 def _term(term: str, texts: list[str]) -> Iterator[str]:
@@ -65,33 +45,6 @@ def _term(term: str, texts: list[str]) -> Iterator[str]:
     else:
         yield from (f"{': ' if text is texts[0] else '  '}- {text}" for text in texts)
     yield ""
-
-
-def _judged(gates_of_it: list[tuple[str, str]], cure: str) -> Iterator[str]:
-    """What the verdict of a run requires, and what to do when it was not measured."""
-    causes = [
-        f"{_escaped(gate)}: required {_escaped(required)}, and something else was measured"
-        for gate, required in gates_of_it
-    ]
-    yield from _term("Cause", causes)
-    yield from _term("Cure", [cure])
-
-
-def _property(found: Repository, contract: Contract, falsifier: Falsifier) -> Iterator[str]:
-    """A promise about the program itself, which no setting breaks."""
-    owed = [one.property for one in contract.body.proof_obligations if one.id in falsifier.obligations]
-    files = sorted({cited.file.as_posix() for cited in found.citations() if cited.id == falsifier.id})
-    yield "Cause"
-    yield (
-        f": no file or setting: this is a property of the program ({_lowered(_text(owed[0]).rstrip('.'))})."
-        f" What its tests try: {'; '.join(_text(one) for one in falsifier.counter_example_classes)}."
-        + (f" It is decided in {', '.join(f'`{file}`' for file in files)}." if files else "")
-    )
-    yield from ("", "Cure")
-    yield (
-        f": a run that contradicts it has met a defect. In a checkout, `apr-dist contracts explain"
-        f" {falsifier.id}` names the tests to run; report what they say."
-    )
 
 
 def _escaped(text: str) -> str:
@@ -218,15 +171,6 @@ def configs() -> str:
         comment = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
         lines.append(f"| `configs/{path.name}` | {comment.split('. ')[0].removesuffix('.')}. |")
     return "\n".join(lines)
-
-
-def _text(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _lowered(text: str) -> str:
-    first = text.split(" ", 1)[0]
-    return text if first.isupper() and len(first) > 1 else text[0].lower() + text[1:]
 
 
 PARTS: Mapping[str, Callable[[], str]] = {

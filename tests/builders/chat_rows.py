@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from apr_dist.corpus.row_writer import RowSettings, TooLong, write_rows
 from apr_dist.corpus.split_writer import SplitWriter
@@ -18,7 +21,8 @@ from apr_dist.data.flags import flag
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.manifest_file import Conversations, TokenizerIdentity
 
-PAD = 0
+PAD, END = 0, 5
+"""Ids of padding, and of what ends a turn."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,19 @@ def build_rows(
         writer.append(flag(one.ids, one.is_target), xxhash.xxh3_64_intdigest(one.ids.tobytes()))
     writer.close_shard()
     settings = RowSettings(
-        seq_length=seq_length, too_long=too_long, packed=packed, pad_id=PAD, shard_tokens=shard_tokens
+        seq_length=seq_length,
+        too_long=too_long,
+        packed=packed,
+        pad_id=PAD,
+        shard_tokens=shard_tokens,
+        turn_end=facts.get("turn_end", END),
     )
     shards, made = write_rows(staged, writer.shards, folder, settings)
     described = {
         "seq_length": seq_length,
         "train_on": "assistant",
         "template": "sha256:" + "0" * 64,
-        "turn_end": None,
+        "turn_end": settings.turn_end,
         "packing": "best-fit" if packed else "none",
         "too_long": too_long.value,
         "pad_id": PAD,
@@ -99,3 +108,77 @@ def build_rows(
         **facts,
     ).write()
     return Manifest.load(folder)
+
+
+@cache
+def smollm2_words() -> Tokenizer:
+    """SmolLM2's tokenizer, that reads special tokens of a text as text."""
+    tokenizer = Tokenizer.from_str(smollm2_json().decode())
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+"""What SmolLM2's template says where the conversation has no message of the system."""
+
+
+def rendered(messages: Sequence[dict[str, Any]], *, train_on: str = "assistant") -> list[int]:
+    """The words of a conversation under SmolLM2's template, by hand: nothing of the package renders here.
+
+    Each message is ``<|im_start|>ROLE``, a line end, its content, ``<|im_end|>``, a line end.
+    """
+    tokenizer = smollm2_words()
+    begin, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": SYSTEM}, *messages]
+    answers = [place for place, one in enumerate(messages) if one["role"] == "assistant"]
+    chosen = answers if train_on == "assistant" else answers[-1:]
+    found: list[tuple[int, bool]] = []
+    for place, message in enumerate(messages):
+        head, body = message["role"] + "\n", message["content"]
+        both = tokenizer.encode(head + body, add_special_tokens=False)
+        trained = place in chosen
+        found.append((begin, False))
+        found += [
+            (one, trained and start >= len(head))
+            for one, (start, _) in zip(both.ids, both.offsets, strict=True)
+        ]
+        found.append((end, trained))
+        found += [(one, False) for one in tokenizer.encode("\n", add_special_tokens=False).ids]
+    words = [one if is_target else one + 2**31 for one, is_target in found]
+    return [words[0] + 2**30, *words[1:]]
+
+
+@cache
+def smollm2_json() -> bytes:
+    """SmolLM2's tokenizer.json."""
+    from builders.chats import model_chat  # noqa: PLC0415  (reads a model file)
+
+    return model_chat("smollm2").tokenizer._content  # type: ignore[return-value]
+
+
+def tiny_chat_model(folder: Path) -> Path:
+    """An APR file of a network of two heads that carries SmolLM2's tokenizer, template and turn end."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  (takes seconds)
+
+    from apr_dist.interop.importing import import_model  # noqa: PLC0415
+    from builders.chats import model_chat  # noqa: PLC0415
+
+    chat, source = model_chat("smollm2"), folder / "hf"
+    config = LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=49_152,
+        intermediate_size=16,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        eos_token_id=chat.tokenizer.id_of("<|im_end|>"),
+    )
+    LlamaForCausalLM(config).save_pretrained(source)
+    (source / "tokenizer.json").write_bytes(smollm2_json())
+    stated = {**chat.special, "chat_template": chat.template.text, "tokenizer_class": "GPT2Tokenizer"}
+    (source / "tokenizer_config.json").write_text(json.dumps(stated))
+    import_model(source, folder / "chat.apr")
+    return folder / "chat.apr"

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from apr_dist.apr.layout import DType, Flag, Header, align
 from apr_dist.apr.metadata import AprMetadata
+from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 
 _DTYPES = {"<f4": DType.F32, "<f2": DType.F16, "<u2": DType.BF16}
@@ -288,3 +289,17 @@ def write_tokenizer(folder: Path) -> Path:
     (folder / "generation_config.json").write_text('{"eos_token_id": 33}')
     (folder / "tokenizer.model").write_bytes(bytes(range(256)))
     return folder
+
+
+def write_without_tokenizer(source: Path, target: Path) -> None:
+    """The same model as earlier versions saved it: no tokenizer inside."""
+    with AprReader(source) as reader:
+        kept = reader.metadata.to_mapping().items()
+        plain = {key: value for key, value in kept if not key.startswith(("tokenizer.", "apr_dist.files"))}
+        tensors = [TensorSpec(one.name, one.dtype, one.shape) for one in reader.tensors.values()]
+        metadata = AprMetadata.from_mapping(plain)
+        with AprWriter(
+            target, metadata=metadata, tensors=tensors, flags=reader.header.flags, verbatim=True
+        ) as out:
+            for name in reader.tensors:
+                out.write(name, reader.raw(name))

@@ -60,6 +60,30 @@ EIGHT_BIT = {1: ("single",), 2: ("ddp", "fsdp2")}
 EIGHT_BIT_MOVED = {1: {"single": (2, "fsdp2")}, 4: {"fsdp2": (2, "ddp")}}
 """As `MOVED`, of those."""
 
+STORED = {
+    2: {
+        "ddp-f32": ("ddp", "--micro-batch-size", "2"),
+        "ddp-split": ("ddp", "--micro-batch-size", "2", "--memory.weights", "split"),
+        "ddp-offload": (
+            *("ddp", "--micro-batch-size", "2", "--memory.weights", "split"),
+            *("--parallel.offload", "optimizer"),
+        ),
+        "ddp-bf16": (
+            *("ddp", "--micro-batch-size", "2", "--memory.weights", "bf16"),
+            *("--memory.gradients", "bf16"),
+        ),
+        "fsdp2-f32": ("fsdp2", "--micro-batch-size", "2"),
+        "fsdp2-split": ("fsdp2", "--micro-batch-size", "2", "--memory.weights", "split"),
+        "fsdp2-split-8bit": (
+            *("fsdp2", "--micro-batch-size", "2", "--memory.weights", "split"),
+            *("--optimizer.state-bits", "8"),
+        ),
+        "fsdp2-8bit": ("fsdp2", "--micro-batch-size", "2", "--optimizer.state-bits", "8"),
+        "fsdp2-bf16": ("fsdp2", "--micro-batch-size", "2", "--memory.weights", "bf16"),
+    }
+}
+"""World size to name to flags: runs of 50 steps in bf16 arithmetic, with weights stored in several ways."""
+
 BF16 = ("ddp", "fsdp2", "zero1", "zero3")
 """Strategies that are also run in bf16, on two processes."""
 
@@ -106,17 +130,30 @@ def plan(inputs: Inputs, folder: Path, world: int) -> list[list[str]]:
                 moved = ("--resume", _saved(folder, f"{other_world}/{other}"))
                 runs.append(_flags(inputs, folder / f"{run}-moved", strategy, *moved))
     runs += _eight_bit(inputs, folder, world)
+    runs += _stored(inputs, folder, world)
     for name in Z_LOSS.get(world, ()):
         if HAS_COMPILER or not name.startswith("zero"):
             runs.append(_flags(inputs, folder / f"{world}/{name}-z", STRATEGIES[world][name], *WITH_Z))
     return runs
 
 
-def _flags(inputs: Inputs, run_dir: Path, strategy: tuple[str, ...], *more: str) -> list[str]:
+def _flags(
+    inputs: Inputs, run_dir: Path, strategy: tuple[str, ...], *more: str, steps: int = STEPS
+) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
-    given += ["--batch-size", "8", "--num-steps", str(STEPS), "--eval-every", str(HALF)]
+    given += ["--batch-size", "8", "--num-steps", str(steps), "--eval-every", str(HALF)]
     given += ["--lr", "1e-3", "--warmup-steps", "2", "--checkpoint.keep-last", "9"]
     return [*given, "--target-val-loss", "0.1", "--parallel.strategy", *strategy, *more]
+
+
+def _stored(inputs: Inputs, folder: Path, world: int) -> Iterator[list[str]]:
+    for name, strategy in STORED.get(world, {}).items():
+        flags = (*strategy, PRECISION, "bf16", "--early-stop.min-evaluations", "99")
+        run = f"{world}/stored-{name}"
+        yield _flags(inputs, folder / run, flags, steps=50)
+        if name in {"ddp-offload", "ddp-bf16", "fsdp2-split", "fsdp2-bf16"}:
+            again = ("--resume", str(folder / run / "steps" / "000040"))
+            yield _flags(inputs, folder / f"{run}-resumed", flags, *again, steps=50)
 
 
 def _saved(folder: Path, run: str) -> str:

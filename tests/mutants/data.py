@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mutants.change import (
+    DATA_GATE,
     IMPORT,
     LOADER,
     LOADER_FILE,
@@ -33,6 +34,15 @@ MUTANTS: tuple[Change, ...] = (
         "Manifest.check_rows",
         "rows is not None and seq_length % rows.seq_length",
         "False",
+    ),
+    Change(
+        TRAINER + "040",
+        "the first token of a conversation is a target",
+        FLAGS_FILE,
+        "flag",
+        "words[:1] |= NOT_A_TARGET | BEGINS",
+        "words[:1] |= BEGINS",
+        also=(LOADER + "014", TRAINER + "037", TRAINER + "038"),
     ),
     Change(
         TRAINER + "037",
@@ -300,5 +310,45 @@ MUTANTS: tuple[Change, ...] = (
         "VERBS",
         "'tokenize import-hf'",
         "'tokenize import'",
+    ),
+    Change(
+        LOADER + "015",
+        "records under a name of plain text are text",
+        "apr_dist/corpus/recognition.py",
+        "_kind_of",
+        "_is_json_object(begin.partition(b'\\n')[0])",
+        "suffix == '.jsonl'",
+    ),
+    Change(
+        LOADER + "015",
+        "a compression is believed by its name",
+        "apr_dist/corpus/recognition.py",
+        "recognise",
+        "named not in (None, packing)",
+        "named not in (None, packing, Packing.GZIP)",
+    ),
+    Change(
+        LOADER + "016",
+        "files that were not read are not counted in the manifest",
+        "apr_dist/corpus/encode_job.py",
+        "describe_sources",
+        "len(listed.left_out)",
+        "0",
+    ),
+    Change(
+        LOADER + "017",
+        "a part file is believed as long as it is there",
+        "apr_dist/corpus/journal.py",
+        "Journal._intact",
+        "is_open_intact(self.folder / name, closed, opened)",
+        "(self.folder / name).is_dir()",
+    ),
+    Change(
+        LOADER + "018",
+        "documents of the first shard alone are compared",
+        DATA_GATE,
+        "check_shared_documents",
+        "part.document_fingerprints(shard)",
+        "part.document_fingerprints(part.shards[0])",
     ),
 )

@@ -20,6 +20,22 @@ from mutants.change import (
 
 MUTANTS: tuple[Change, ...] = (
     Change(
+        TRAINER + "039",
+        "a turn end that is never trained on is accepted",
+        "apr_dist/gates/conversations.py",
+        "_faults",
+        "not rows.turn_end_targets",
+        "False",
+    ),
+    Change(
+        TRAINER + "039",
+        "another template is accepted",
+        "apr_dist/gates/conversations.py",
+        "_faults",
+        "template is not None and template != rows.template",
+        "False",
+    ),
+    Change(
         INIT + "005",
         "a file without any witness is Llama",
         FAMILY_GATE,
@@ -172,7 +188,7 @@ MUTANTS: tuple[Change, ...] = (
         "values are not looked at before training",
         MODEL_FILE_GATE,
         "prove_model",
-        "check_values(reader, list(expected), where=where, progress=progress)",
+        "check_values(reader, list(expected), where=where, progress=seen)",
         "len(expected)",
     ),
     Change(
@@ -220,10 +236,10 @@ MUTANTS: tuple[Change, ...] = (
         "the encoder is asked for on the CPU only",
         PREFLIGHT,
         "run_preflight",
-        "prove_model_file(path, stack, say, read_weights)",
+        "prove_model_file(path, stack, say, read_weights, progress)",
         (
             "(_from_scratch(config.model) if config.device == 'cuda'\n"
-            "else prove_model_file(path, stack, say, read_weights))"
+            "else prove_model_file(path, stack, say, read_weights, progress))"
         ),
         also=(ARCH + "CUDA-002",),
     ),

@@ -109,7 +109,7 @@ MUTANTS: tuple[Change, ...] = (
         "the configuration is not compared",
         FINISHED,
         "_about_the_end",
-        "run.facts.get('config_digest') != run.config.digest()",
+        "run.facts.get('config_digest') not in run.config_digests",
         "not run.facts.get('config_digest')",
     ),
     Change(

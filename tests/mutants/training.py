@@ -25,6 +25,38 @@ from mutants.change import (
 
 MUTANTS: tuple[Change, ...] = (
     Change(
+        TRAINER + "041",
+        "half a unit is a whole one",
+        "apr_dist/parallel/lost_updates.py",
+        "UpdateSample.compare",
+        "before.double().frexp().exponent - _BITS[stored] - 1",
+        "before.double().frexp().exponent - _BITS[stored]",
+    ),
+    Change(
+        TRAINER + "041",
+        "updates of exactly nothing count",
+        "apr_dist/parallel/lost_updates.py",
+        "UpdateSample.compare",
+        "update != 0",
+        "update == update",
+    ),
+    Change(
+        TRAINER + "041",
+        "the bound is not asked",
+        "apr_dist/gates/updates.py",
+        "refuse_lost_updates",
+        "gate.passed or not gate.ship_blocking",
+        "gate.passed or gate.ship_blocking",
+    ),
+    Change(
+        TRAINER + "041",
+        "the share is not in the verdict",
+        "apr_dist/training/trainer.py",
+        "_verdict",
+        '"updates_lost": state.updates_lost',
+        '"updates_lost": None',
+    ),
+    Change(
         TRAINER + "038",
         "each rank takes the mean over its own targets",
         "apr_dist/training/stepping.py",

@@ -42,6 +42,7 @@ FAMILY = FamilyDefinition(
         "qwen2.5-coder-0.5b": _HALF_B,
         "qwen2.5-1.5b": _ONE_AND_A_HALF_B,
         "qwen2.5-coder-1.5b": _ONE_AND_A_HALF_B,
+        "qwen2.5-3b": sizes(151_936, 2048, 36, 16, 2, 128, 11_008, 32_768, 1e6, 1e-6, True),
         "qwen2.5-7b": _SEVEN_B,
         "qwen2.5-coder-7b": _SEVEN_B | {"max_position_embeddings": 32_768},
     },

@@ -132,7 +132,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros(2, dtype=torch.float32, device=rows.device)
         d_rows = torch.empty_like(rows) if wants_rows else None
         d_weight = _empty_total(weight, rows) if wants_weight else None
-        head_dtype, weight, mm = weight.dtype, weight.to(rows.dtype), plan.style.mm
+        head_dtype, weight, mm = gradient_dtype(weight), weight.to(rows.dtype), plan.style.mm
         for start in range(0, rows.shape[0], plan.chunk_tokens):
             chunk = slice(start, start + plan.chunk_tokens)
             logits = mm(rows[chunk], weight.t())
@@ -161,6 +161,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(upstream)
         return *gradients, None, None
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Type of a weight's gradient: the one it asks for (``grad_dtype``), else its own."""
+    asked = weight.grad_dtype if weight.is_leaf else None
+    return asked or weight.dtype
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, plan: _Plan, *, gradient_in_place: bool) -> Tensor:

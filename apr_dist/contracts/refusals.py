@@ -33,13 +33,18 @@ class Refusal:
     remedy: str
 
 
-def refusals(repository: Path) -> Mapping[str, list[Refusal]]:
-    """Falsifier id to the refusals that carry it, in the order of files and lines."""
-    trees = {path: ast.parse(path.read_text()) for path in sorted((repository / "apr_dist").rglob("*.py"))}
-    own = {_module(path, repository): dict(_constants(tree)) for path, tree in trees.items()}
+def refusals(package: Path) -> Mapping[str, list[Refusal]]:
+    """Falsifier id to the refusals that carry it, in the order of files and lines.
+
+    Args:
+        package: the folder of the package, in a checkout or installed.
+    """
+    paths = sorted(package.rglob("*.py"))
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    own = {_module(path, package.parent): dict(_constants(tree)) for path, tree in trees.items()}
     found: dict[str, list[Refusal]] = {}
     for path, tree in trees.items():
-        known = {**dict(_imported(tree, own)), **own[_module(path, repository)]}
+        known = {**dict(_imported(tree, own)), **own[_module(path, package.parent)]}
         for call in ast.walk(tree):
             if isinstance(call, ast.Call):
                 for falsifier, refusal in _read(call, known):
@@ -48,8 +53,8 @@ def refusals(repository: Path) -> Mapping[str, list[Refusal]]:
     return found
 
 
-def _module(path: Path, repository: Path) -> str:
-    return ".".join(path.relative_to(repository).with_suffix("").parts)
+def _module(path: Path, folder: Path) -> str:
+    return ".".join(path.relative_to(folder).with_suffix("").parts)
 
 
 def _imported(tree: ast.Module, constants: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str]]:
@@ -103,11 +108,10 @@ def _read(call: ast.Call, known: Mapping[str, str]) -> Iterator[tuple[str, Refus
         yield identifier, refusal
 
 
-def judged(repository: Path) -> Mapping[str, list[tuple[str, str]]]:
+def judged(package: Path) -> Mapping[str, list[tuple[str, str]]]:
     """Falsifier id to the gates of a verdict that carry it: what each is called, and what it requires."""
     found: dict[str, list[tuple[str, str]]] = {}
-    path = repository / "apr_dist" / "gates" / "losses.py"
-    tree = ast.parse(path.read_text())
+    tree = ast.parse((package / "gates" / "losses.py").read_text(encoding="utf-8"))
     constants = dict(_constants(tree))
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         known = {**constants, **dict(_locals(function, constants))}
@@ -124,8 +128,10 @@ def _locals(function: ast.FunctionDef, known: Mapping[str, str]) -> Iterator[tup
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             target, value = node.targets[0], node.value
-            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-            pairs = zip(target.elts, value.elts, strict=True) if several else [(target, value)]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs = list(zip(target.elts, value.elts, strict=True))
+            else:
+                pairs = [(target, value)]
             for name, text in pairs:
                 if isinstance(name, ast.Name) and isinstance(text, ast.JoinedStr | ast.Constant):
                     yield name.id, _text(text, known)
@@ -147,8 +153,8 @@ def _text(node: ast.expr | None, known: Mapping[str, str]) -> str:
     match node:
         case None | ast.Constant(value=None):
             text = ""
-        case ast.Constant() | ast.FormattedValue(value=ast.Constant()):
-            text = str(node.value if isinstance(node, ast.Constant) else node.value.value)
+        case ast.Constant(value=value) | ast.FormattedValue(value=ast.Constant(value=value)):
+            text = str(value)
         case ast.JoinedStr():
             text = "".join(_text(part, known) for part in node.values)
         case ast.FormattedValue():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-CURES: Mapping[str, str] = {
+FIXES: Mapping[str, str] = {
     "FALSIFY-APR-PRETRAIN-INIT-006": (
         "with `--init`, the text and the weights do not belong together: use the tokenizer the model "
         "was trained with, encode the corpus with it, and import the model again; from random "
@@ -33,4 +33,4 @@ CURES: Mapping[str, str] = {
         "advisory: train for longer, or set `target_val_loss` to what this model can reach on this data"
     ),
 }
-"""Id of a gate of ``gates/losses.py`` to its cure."""
+"""Id of a gate of ``gates/losses.py`` to what to do."""

@@ -1,0 +1,68 @@
+"""Bytes of what is trained, by how it is stored, from dimensions alone; no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from apr_dist.choices import GradientStorage, Offload, Strategy, WeightStorage
+from apr_dist.model.config import TransformerConfig
+from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
+from apr_dist.parallel.storage import Storage, is_narrow
+
+F32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes of the whole model.
+
+    Attributes:
+        weights: what products read.
+        low: the bits that split weights lost.
+        gradients: of a step.
+        moments: both.
+        largest_gradient: of one parameter of a block in f32, which is on the device whole before it leaves.
+    """
+
+    weights: int
+    low: int
+    gradients: int
+    moments: int
+    largest_gradient: int
+
+
+def stored_bytes(
+    model: TransformerConfig, strategy: Strategy, storage: Storage, state_bits: int
+) -> StoredBytes:
+    """Of every trained tensor, stored as the strategy can."""
+    if strategy.zero_stage:
+        storage = Storage(offload=storage.offload)
+    weights = low = gradients = 0
+    for count, narrow in _tensors(model, strategy):
+        is_low = narrow and storage.weights is not WeightStorage.F32
+        weights += count * (BF16 if is_low else F32)
+        low += count * BF16 if is_low and storage.weights is WeightStorage.SPLIT else 0
+        bf16 = narrow and storage.gradients is GradientStorage.BF16 and not strategy.is_fsdp
+        gradients += count * (BF16 if bf16 else F32)
+    shapes = model.parameter_shapes().items()
+    largest = max(math.prod(shape) for name, shape in shapes if ".layers." in name)
+    moments = moment_bytes(model, strategy, storage.offload, state_bits)
+    return StoredBytes(weights, low, gradients, moments, F32 * largest)
+
+
+def _tensors(model: TransformerConfig, strategy: Strategy) -> Iterator[tuple[int, bool]]:
+    for name, shape in model.parameter_shapes().items():
+        yield math.prod(shape), is_narrow(name, shape, strategy)
+
+
+def moment_bytes(model: TransformerConfig, strategy: Strategy, offload: Offload, state_bits: int) -> int:
+    """Both moments of the whole model; in 8 bits a byte an element and 4 for each block."""
+    if state_bits == 32 or not can_have(strategy, offload):
+        return 2 * F32 * model.parameter_count()
+    total = 0
+    for name, shape in model.parameter_shapes().items():
+        count = math.prod(shape)
+        total += count + F32 * -(-count // BLOCK) if is_eligible(name, shape) else F32 * count
+    return 2 * total

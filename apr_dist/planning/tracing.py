@@ -1,0 +1,209 @@
+"""A training step on fake tensors: the session's own decoder, optimizer and engine, and what they would hold.
+
+PyTorch's `FakeTensorMode` computes shapes and types alone, so a model of any size is traced on any machine,
+on an imagined GPU; its `MemTracker` adds up what is alive at each moment, by device. What depends on a value
+is given the usual answer: the step is taken, and no weight lies on a tie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from apr_dist.choices import KernelChoice, Precision, Strategy
+from apr_dist.config import TrainConfig
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.kernels.choice import SETS
+from apr_dist.model.kernels.cuda import CudaKernels
+from apr_dist.parallel import engine as engines
+from apr_dist.parallel.eight_bit import Quantized, code_values
+from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.sharding import build_decoder
+from apr_dist.parallel.split_weights import split_of
+from apr_dist.parallel.storage import Storage
+from apr_dist.parallel.stored_adamw import StoredAdamW
+from apr_dist.training.optimizer import build_optimizer
+
+GPU, HOST = torch.device("cpu"), torch.device("meta")
+"""Fake tensors of a GPU need one for their backward, so others stand for it and for host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """Bytes of one process.
+
+    Attributes:
+        weights: of the parameters.
+        low: of the bits that split weights lost.
+        gradients: when backward is done.
+        optimizer: both moments.
+        on_host: of ``low``, ``gradients`` and ``optimizer``, what is in host memory.
+        peak: the most that was alive on the GPU.
+        host_peak: the most that was alive in host memory.
+    """
+
+    weights: int
+    low: int
+    gradients: int
+    optimizer: int
+    on_host: int
+    peak: int
+    host_peak: int
+
+
+def trace(model: TransformerConfig, config: TrainConfig) -> Traced:
+    """Two steps of one process on an imagined GPU.
+
+    Args:
+        model: the decoder.
+        config: batch sizes, precision, and the rungs of the memory ladder.
+    """
+    micro = config.micro_batch(1)
+    if config.optimizer.state_bits == 8:
+        for signed in (True, False):  # kept from here on, with their values
+            code_values(signed=signed)
+    with _imagined(), FakeTensorMode(allow_non_fake_inputs=True):
+        runtime = _runtime(config)
+        decoder = build_decoder(model, runtime)
+        decoder.use_kernels(SETS[KernelChoice.CUDA])
+        decoder.set_checkpointing(config.compute.activation_checkpointing)
+        options = config.optimizer
+        optimizer = build_optimizer(
+            decoder,
+            lr=config.peak_lr,
+            weight_decay=options.weight_decay,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            alone=True,
+            state_bits=options.state_bits,
+            runtime=runtime,
+        )
+        engine = engines.prepare(decoder, optimizer, runtime, micro_batch=micro, grad_clip=options.grad_clip)
+        if isinstance(optimizer, StoredAdamW):
+            for weight in decoder.parameters():
+                optimizer.state[weight] = optimizer.blank(weight, updates=0)
+        tracker = MemTracker()
+        lows = [held.low for weight in decoder.parameters() if (held := split_of(weight)) is not None]
+        moments = _moments(optimizer)
+        tracker.track_external(decoder, optimizer, *lows, *moments)
+        ids = torch.zeros((micro, config.seq_length), dtype=torch.int32, device=GPU)
+        targets, hold = ids.long(), torch.zeros((), dtype=torch.bool, device=GPU)
+        gradients: list[Tensor] = []
+        batches = max(1, config.batch_size // micro)
+        with tracker:
+            for _ in range(1 if isinstance(optimizer, StoredAdamW) else 2):  # the first makes the state
+                for number in range(batches):
+                    tracker.reset_mod_stats()
+                    engine.accumulate(ids, targets, scale=1.0, last=number == batches - 1)
+                gradients = _gradients(optimizer)
+                kept = sum(map(_bytes, gradients)), sum(_bytes(one) for one in gradients if one.is_meta)
+                gradients = []
+                engine.step(hold)
+        peaks = tracker.get_tracker_snapshot("peak")
+        moments = _moments(optimizer)
+        return Traced(
+            weights=sum(_bytes(weight) for weight in decoder.parameters()),
+            low=sum(map(_bytes, lows)),
+            gradients=kept[0],
+            optimizer=sum(map(_bytes, moments)),
+            on_host=sum(_bytes(one) for one in [*lows, *moments] if one.is_meta) + kept[1],
+            peak=_total(peaks, GPU),
+            host_peak=_total(peaks, HOST),
+        )
+
+
+def _total(peaks: Any, kind: torch.device) -> int:
+    return sum(int(by["Total"]) for device, by in peaks.items() if device.type == kind.type)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    found = getattr(optimizer, "gradient_of", lambda weight: weight.grad)
+    return [gradient for weight in weights if (gradient := found(weight)) is not None]
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    found: list[Tensor] = []
+    for state in optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            held = state[key]
+            found += [held.codes, held.scales] if isinstance(held, Quantized) else [held]
+    return found
+
+
+def _runtime(config: TrainConfig) -> Runtime:
+    """A rank of one process on the imagined GPU, with what its accelerator would do there."""
+    bf16 = config.parallel.precision is Precision.BF16
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+
+    def prepare_model(model: nn.Module, **_: Any) -> Any:
+        forward = model.forward
+
+        def called(*args: Any, **named: Any) -> Any:
+            with autocast():
+                return forward(*args, **named)
+
+        model.forward = called
+        return model
+
+    accelerator = SimpleNamespace(
+        autocast=autocast,
+        prepare_model=prepare_model,
+        no_sync=lambda _: contextlib.nullcontext(),
+        mixed_precision="bf16" if bf16 else "no",
+    )
+    return Runtime(
+        accelerator=cast(Accelerator, accelerator),
+        strategy=Strategy.SINGLE,
+        rank=0,
+        world_size=1,
+        shard_size=1,
+        device=GPU,
+        cpu_threads=1,
+        offload=config.parallel.offload,
+        storage=Storage(
+            weights=config.memory.weights,
+            gradients=config.memory.gradients,
+            offload=config.parallel.offload,
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _imagined() -> Iterator[None]:
+    """What a GPU without a driver cannot do, and what fake tensors cannot say."""
+
+    def no_places(values: Tensor) -> Tensor:
+        return values.new_empty((0, values.dim()), dtype=torch.int64)
+
+    def host_empty(count: int, kind: torch.dtype, **_: Any) -> Tensor:
+        return torch.empty(count, dtype=kind, device=HOST)
+
+    share = SimpleNamespace(device=torch.device("cuda"), to=lambda kind: torch.ones((), dtype=kind))
+    users = ("model.host_copies", "parallel.gradients", "parallel.sharding", "parallel.stored_adamw")
+    with contextlib.ExitStack() as stack:
+        for user in users:
+            stack.enter_context(mock.patch(f"apr_dist.{user}.host_empty", host_empty))
+        stack.enter_context(mock.patch.object(Tensor, "__bool__", return_value=False))  # no step is held back
+        stack.enter_context(mock.patch.object(engines, "clip_share", return_value=share))
+        stack.enter_context(mock.patch.object(engines, "assert_spread", return_value={}))
+        stack.enter_context(mock.patch.object(Tensor, "nonzero", no_places))
+        stack.enter_context(mock.patch.object(CudaKernels, "has_own_loss", return_value=True))
+        stack.enter_context(mock.patch("apr_dist.model.kernels.cuda.has_varlen", return_value=False))
+        yield
