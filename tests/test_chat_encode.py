@@ -246,9 +246,24 @@ def test_a_preview_marks_what_is_trained_on(
     assert said.count("[[") == 2
     assert main(["tokenize", "preview", str(tmp_path / "out"), "--color"]) == 0
     assert "\033[32mHello<|im_end|>\033[0m" in capsys.readouterr().out
-    assert main(["tokenize", "decode", str(tmp_path / "out")]) == 0
+    tokenizer = str(tmp_path / "tokenizer")
+    assert main(["tokenize", "import-hf", str(model), "-o", tokenizer]) == 0
+    assert main(["tokenize", "decode", str(tmp_path / "out"), "--tokenizer", tokenizer]) == 0
     assert "<|im_start|>user\nHi [x]<|im_end|>\n" in capsys.readouterr().out
     assert main(["tokenize", "preview", str(tmp_path / "out"), "--count", "0"]) == 2
+
+
+def test_the_report_shows_three_conversations_of_a_run(model: Path, tmp_path: Path) -> None:
+    corpus, run = write_chats(tmp_path / "chats.jsonl", small_talk(12, longest=5)), tmp_path / "run"
+    assert encode(model, tmp_path / "out", corpus=corpus) == 0
+    run.mkdir()
+    (run / "config.yaml").write_text(f"dataset: {tmp_path / 'out'}\nnum_steps: 1\n")
+    (run / "metrics.jsonl").write_text("")
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("tokens trained on</h3>") == 3
+    assert page.count("&lt;|im_end|&gt;</mark>") >= 3
+    assert "<mark>&lt;|im_start|&gt;" not in page
 
 
 def test_plain_encoding_points_to_the_verb_for_conversations(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def test_a_session_trains_as_the_command_line_does(inputs: Inputs, tmp_path: Pat
         first = session.evaluate()
         steps = list(session.steps())
         last = session.evaluate()
+        assert last.perplexity == pytest.approx(math.exp(last.loss))
         session.save()
     assert [step.train_loss for step in steps] == [line["train_loss"] for line in expected]
     assert [step.grad_norm for step in steps] == [line["grad_norm"] for line in expected]

@@ -263,7 +263,7 @@ def test_an_aborted_run_never_ends_well() -> None:
 
 
 def step_metrics(**changes: float) -> StepMetrics:
-    values = {"step": 1, "train_loss": 2.0, "grad_norm": 1.0, "lr": 1e-4, "tokens_per_sec": 9.0}
+    values = {"step": 1, "train_loss": 2.0, "grad_norm": 1.0, "lr": 1e-4, "tokens_per_sec": 9.0, "targets": 9}
     values |= {"gpu_util_pct": 0.0, "wall_ms": 5.0, "data_wait_ms": 0.1, "tokens_seen": 64, "data_epoch": 0}
     values |= {"forward_ms": 1.0, "backward_ms": 2.0, "update_ms": 1.5}
     return StepMetrics(data_epochs={"train": 0}, **(values | changes))  # type: ignore[arg-type]

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
-
-from tokenizers import Tokenizer
 
 from apr_dist.cli.progress import encode_progress
 from apr_dist.cli.tokens import Output, Source, print_met
 from apr_dist.corpus.chat_encoding import TrainOn
 from apr_dist.corpus.chat_pool import ChatRules, RewrittenTurns
 from apr_dist.corpus.conversations import Shape
-from apr_dist.corpus.encode_chat import ChatModel
 from apr_dist.corpus.encode_chat import encode_chat as encode_conversations
 from apr_dist.corpus.encode_facts import EncodeSummary
-from apr_dist.corpus.preview import Decode, ShownConversation, preview_conversations
+from apr_dist.corpus.preview import ShownConversation, preview_conversations
 from apr_dist.corpus.row_writer import TooLong
-from apr_dist.corpus.tokenizer import identify, load_tokenizer
-from apr_dist.corpus.tokenizer_json import parse_tokenizer_json
 from apr_dist.data.manifest import Manifest
-from apr_dist.errors import TokenizerError, UsageError
-from apr_dist.interop.chat import ModelChat, read_chat
+from apr_dist.errors import UsageError
+from apr_dist.interop.chat import read_chat
+from apr_dist.interop.chat_shards import chat_model, decoder_of
 from apr_dist.parsing import printable
 
 _COLOUR, _PLAIN = "\033[32m", "\033[0m"
@@ -99,7 +94,7 @@ def encode_chat(
     with encode_progress() as progress:
         summary = encode_conversations(
             sources=corpus,
-            model=_model(model, chat),
+            model=chat_model(model, chat),
             rules=rules,
             output=output,
             seq_length=seq_length,
@@ -131,7 +126,7 @@ def preview(folder: Source, /, *, count: int = 3, tokenizer: Path | None = None,
         color: colour what is trained on also where output is no terminal, or NO_COLOR is set.
     """
     coloured = color or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-    for shown in preview_conversations(folder, _decoder(folder, tokenizer), count=count):
+    for shown in preview_conversations(folder, decoder_of(Manifest.load(folder), tokenizer), count=count):
         print(
             f"--- conversation {shown.number}, {shown.shard} at {shown.first_token:,}:"
             f" {shown.tokens:,} tokens, {shown.targets:,} trained on"
@@ -141,47 +136,6 @@ def preview(folder: Source, /, *, count: int = 3, tokenizer: Path | None = None,
 
 def _coloured(shown: ShownConversation) -> str:
     return "".join(f"{_COLOUR}{one.text}{_PLAIN}" if one.trained else one.text for one in shown.stretches)
-
-
-def _decoder(folder: Path, named: Path | None) -> Decode:
-    """What makes text of the ids of a shard folder: its tokenizer, named, beside it, or in its model."""
-    manifest = Manifest.load(folder)
-    path = named or (Path(manifest.tokenizer_dir) if manifest.tokenizer_dir else None)
-    model = manifest.source.get("model")
-    if path is not None and (named is not None or path.is_dir()):
-        loaded = load_tokenizer(path)
-        found, sha256 = loaded.tokenizer, loaded.identity.sha256
-    elif isinstance(model, str) and Path(model).is_file():
-        path, chat = Path(model), read_chat(Path(model))
-        found, sha256 = chat.tokenizer.tokenizer, _model(path, chat).identity.sha256
-    else:
-        raise TokenizerError(
-            f"neither its tokenizer ({path}) nor its model ({model}) is there",
-            where=folder,
-            remedy="name a tokenizer folder with --tokenizer",
-        )
-    if manifest.tokenizer is not None and manifest.tokenizer.sha256 != sha256:
-        raise TokenizerError(
-            f"it is not the tokenizer the shards were made with (sha256 {sha256[:16]}...)",
-            where=path,
-            expected=f"sha256 {manifest.tokenizer.sha256[:16]}..., as {folder} records",
-        )
-    return lambda ids: _decode(found, ids)
-
-
-def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
-def _model(path: Path, chat: ModelChat) -> ChatModel:
-    beside = path.with_suffix(".tokenizer")
-    if chat.tokenizer_from.is_dir():
-        identity, folder = load_tokenizer(chat.tokenizer_from).identity, chat.tokenizer_from
-        return ChatModel(path=path, identity=identity, tokenizer_dir=folder)
-    content = chat.tokenizer_json
-    roles = dict(chat.template.special_tokens) if chat.template else {}
-    identity = identify(parse_tokenizer_json(content, where=path), content, roles)
-    return ChatModel(path=path, identity=identity, tokenizer_dir=beside if beside.is_dir() else None)
 
 
 def _date(text: str | None) -> datetime:

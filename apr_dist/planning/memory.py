@@ -205,9 +205,10 @@ def estimate(
             **state, **at_start, activations=activations, copies=beside, moment="start of backward", **apart
         ),
         Memory(**state, **at_end, activations=0, copies=beside, moment="end of backward", **apart),
-        Memory(**state, **at_update, activations=0, copies=beside, moment="update", **apart),
         Memory(**state, **nothing, activations=0, copies=here, moment="save", **apart),
     ]
+    if updating:
+        fullest.append(Memory(**state, **at_update, activations=0, copies=beside, moment="update", **apart))
     return max(fullest, key=lambda moment: moment.total)
 
 

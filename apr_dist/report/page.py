@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from apr_dist.atomic_files import write_atomically
+from apr_dist.report.conversations import trained_on
 from apr_dist.report.figures import Picture, draw
 from apr_dist.report.run_folder import Run, config_differences, read_runs
 from apr_dist.report.samples import Samples, make_samples
@@ -56,7 +57,7 @@ def render(runs: Sequence[Run], pictures: Sequence[Picture], samples: Sequence[S
     )
     return environment.get_template("page.html.jinja").render(
         runs=[
-            {"run": run, "facts": _facts(run), "samples": said}
+            {"run": run, "facts": _facts(run), "samples": said, "trained_on": trained_on(run)}
             for run, said in zip(runs, samples, strict=True)
         ],
         pictures=[

@@ -32,6 +32,11 @@ class Evaluation:
         """Whether the loss is a number."""
         return math.isfinite(self.loss)
 
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite when that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
 
 @dataclass(frozen=True, kw_only=True)
 class RandomStart:

@@ -1,0 +1,220 @@
+"""The memory ladder: what fits, what a traced step holds, what rounding costs, how fast updates stream.
+
+python benchmarks/bench_memory.py table                    # the table and picture of docs/memory.md
+python benchmarks/bench_memory.py trace qwen3-8b           # plan beside a step on fake tensors; minutes
+python benchmarks/bench_memory.py update                   # a streamed update over the bytes it moves
+python benchmarks/bench_memory.py losses --init MODEL ...  # 200 steps a rung, with the trainer's flags
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from apr_dist.choices import WeightStorage
+from apr_dist.config.reading import parse_command_line
+from apr_dist.config.schema import TrainConfig
+from apr_dist.model.config import TransformerConfig, preset
+from apr_dist.model.host_copies import host_empty
+from apr_dist.parallel.runtime import reset_state
+from apr_dist.parallel.split_weights import SplitWeight, attach
+from apr_dist.parallel.stored_adamw import Place, StoredAdamW
+from apr_dist.planning import plan as planning
+from apr_dist.planning.memory import Memory
+from apr_dist.planning.tracing import trace
+from apr_dist.train import main as train
+
+GIB = 1 << 30
+MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-4b", "qwen3-8b")
+CARDS = (12, 16, 24, 48, 80)
+PICTURE = Path(__file__).parents[1] / "docs" / "_static" / "memory.svg"
+
+CARD = ["--synthetic", "--parallel.precision", "bf16", "--device", "cuda", "--no-checkpoint.background"]
+CARD += ["--micro-batch-size", "1", "--batch-size", "16", "--seq-length", "2048"]
+
+FULL = ("--compute.activation-checkpointing", "full")
+SPLIT, BF16 = ("--memory.weights", "split"), ("--memory.weights", "bf16")
+HALVED = ("--memory.gradients", "bf16", "--optimizer.state-bits", "8")
+OFFLOAD = ("--parallel.offload", "optimizer")
+RUNGS: dict[str, tuple[str, ...]] = {
+    "f32": FULL,
+    "split": (*FULL, *SPLIT),
+    "split, bf16 gradients, 8-bit moments": (*FULL, *SPLIT, *HALVED),
+    "bf16, bf16 gradients, 8-bit moments": (*FULL, *BF16, *HALVED),
+    "the same as split, offloaded": (
+        *("--compute.activation-checkpointing", "full-offload"),
+        *(*SPLIT, *HALVED, *OFFLOAD),
+    ),
+}
+LOSSES: dict[str, tuple[str, ...]] = {
+    "f32": (),
+    "split": SPLIT,
+    "split, offloaded": (*SPLIT, *OFFLOAD),
+    "8-bit moments": ("--optimizer.state-bits", "8"),
+    "bf16 gradients": ("--memory.gradients", "bf16"),
+    "bf16": BF16,
+    "bf16, bf16 gradients, 8-bit moments": (*BF16, *HALVED),
+    "bf16-nearest": ("--memory.weights", "bf16-nearest"),
+}
+
+
+def planned(model: TransformerConfig, config: TrainConfig) -> Memory:
+    """The plan of one process, with the loss that is traced."""
+    with mock.patch.object(planning, "_has_liger", return_value=False):
+        return next(iter(planning._memory(model, config, 1).values()))
+
+
+def table() -> None:
+    """What each model takes at each rung, GiB on the card and on the host; and as a picture."""
+    print("| model | " + " | ".join(RUNGS) + " |\n|---|" + "---|" * len(RUNGS))
+    found: dict[str, list[Memory]] = {}
+    for name in MODELS:
+        config = [parse_command_line([*CARD, *flags]).config for flags in RUNGS.values()]
+        found[name] = [planned(preset(name), one) for one in config]
+        cells = [
+            f"{one.total / GIB:.1f}" + (f" + {one.host / GIB:.1f} host" if one.host else "")
+            for one in found[name]
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    PICTURE.write_text(picture(found))
+
+
+def picture(found: dict[str, list[Memory]]) -> str:
+    """Bars of every rung of every model, against the sizes of cards, as SVG."""
+    width, row, left, most = 760, 12, 110, 90.0
+    scale = (width - left - 20) / most
+    colours = ("#7f8c8d", "#2980b9", "#16a085", "#d35400", "#8e44ad")
+    lines, y = [], 30
+    for name, memories in found.items():
+        lines.append(f'<text x="4" y="{y + 2.6 * row:.0f}" font-size="12">{name}</text>')
+        for memory, colour in zip(memories, colours, strict=True):
+            length = min(memory.total / GIB, most) * scale
+            bar = f'x="{left}" y="{y}" width="{length:.1f}" height="{row - 2}"'
+            lines.append(f'<rect {bar} fill="{colour}"/>')
+            y += row
+        y += row
+    for card in CARDS:
+        x = left + card * scale
+        lines.append(
+            f'<line x1="{x:.1f}" y1="20" x2="{x:.1f}" y2="{y}" stroke="#c0392b" stroke-dasharray="4"/>'
+        )
+        lines.append(f'<text x="{x - 14:.1f}" y="14" font-size="11">{card} GiB</text>')
+    for number, (rung, colour) in enumerate(zip(RUNGS, colours, strict=True)):
+        at = y + 16 + 16 * number
+        lines.append(f'<rect x="{left}" y="{at - 9}" width="10" height="10" fill="{colour}"/>')
+        lines.append(f'<text x="{left + 16}" y="{at}" font-size="12">{rung}</text>')
+    height = y + 16 * len(RUNGS) + 20
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">'
+    return (
+        "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *lines, "</svg>"]) + "\n"
+    )
+
+
+def traced(names: Sequence[str]) -> int:
+    """Plan beside trace for every rung; 1 if a total is more than 5 % off, or a part of the state 1 %."""
+    worst = 0.0
+    print("| model | rung | planned GiB | traced GiB | ratio | state |\n|---|---|---|---|---|---|")
+    for name in names:
+        for rung, flags in RUNGS.items():
+            config = parse_command_line([*CARD, *flags, "--batch-size", "1"]).config
+            said, found = planned(preset(name), config), trace(preset(name), config)
+            parts = said.host_parts
+            state = said.low + parts.get("low bits", 0) + said.optimizer + parts.get("moments", 0)
+            off = abs(state / (found.low + found.optimizer) - 1)
+            ratio = said.total / found.peak
+            worst = max(worst, abs(ratio - 1) / 5, off)
+            row = f"{said.total / GIB:.2f} | {found.peak / GIB:.2f} | {ratio:.3f} | {off:.2%} off"
+            print(f"| {name} | {rung} | {row} |", flush=True)
+    return int(worst > 0.01)
+
+
+def update(elements: int = 1 << 26, rounds: int = 5) -> None:
+    """A streamed update of split weights beside copying the same bytes to the device and back."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weight = torch.nn.Parameter(
+        torch.empty(elements, dtype=torch.bfloat16, device=device), requires_grad=False
+    )
+    held = SplitWeight.around(weight, host_empty(elements, torch.int16, device=device))
+    held.fill(torch.randn(elements, generator=torch.Generator().manual_seed(0)))
+    attach(weight, held)
+    gradient = host_empty(elements, torch.bfloat16, device=device).normal_()
+    optimizer = StoredAdamW(
+        [{"params": [weight], "weight_decay": 0.1, "state_bits": 32}],
+        lr=1e-4,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        storage=WeightStorage.SPLIT,
+        seed=0,
+        places={id(weight): Place("weight", 0)},
+        device=device,
+        offloaded=True,
+    )
+    optimizer.gradient_of = lambda _: gradient
+    there = [gradient, held.low, host_empty(elements, torch.float32, device=device)]
+    there.append(host_empty(elements, torch.float32, device=device).zero_())
+    found: dict[str, list[float]] = {"update": [], "copies": []}
+    for _ in range(rounds + 1):
+        for name, work in (("update", optimizer.step), ("copies", lambda: _round_trip(there, device))):
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found[name].append(time.perf_counter() - began)
+    seconds = {name: statistics.median(times[1:]) for name, times in found.items()}
+    ratio = seconds["update"] / seconds["copies"]
+    print(f"{elements:,} weights on {device}: update {seconds['update']:.2f} s, copying its bytes")
+    print(f"there and back {seconds['copies']:.2f} s, ratio {ratio:.2f}")
+
+
+def _round_trip(tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+    """What an update moves: gradients come, everything else comes and goes."""
+    for number, tensor in enumerate(tensors):
+        here = torch.empty_like(tensor, device=device).copy_(tensor, non_blocking=True)
+        if number:
+            tensor.copy_(here, non_blocking=True)
+
+
+def losses(flags: Sequence[str]) -> None:
+    """200 steps at every rung: validation loss beside that of f32, and updates lost."""
+    print(
+        "| rung | validation loss | beside f32 | below half an ulp | changed nothing |\n|---|---|---|---|---|"
+    )
+    base = None
+    for rung, more in LOSSES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            steps = ["--num-steps", "200", "--eval-every", "200", "--progress", "quiet"]
+            reset_state()
+            train([*flags, *steps, "--parallel.precision", "bf16", "--run-dir", str(run), *more])
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in lines if line["kind"] == "evaluation"][-1]
+        base = last["val_loss"] if base is None else base
+        lost = last["updates_lost"] or {"below_half_ulp": float("nan"), "unchanged": float("nan")}
+        row = f"{last['val_loss']:.4f} | {last['val_loss'] - base:+.4f}"
+        print(f"| {rung} | {row} | {lost['below_half_ulp']:.2%} | {lost['unchanged']:.2%} |", flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See the module."""
+    verb, *rest = arguments or ["table"]
+    if verb == "trace":
+        return traced(rest or MODELS)
+    if verb == "losses":
+        losses(rest)
+    elif verb == "update":
+        update()
+    else:
+        table()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
