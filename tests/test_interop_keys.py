@@ -54,6 +54,9 @@ ROPES: list[dict[str, Any] | None] = [
     YARN | {"extrapolation_factor": 1.0},
     {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
     {"full_attention": {"rope_type": "default", "rope_theta": 10.0}},
+    {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}},
+    {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}},
+    {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
 ]
 FULL, SLIDING = "full_attention", "sliding_attention"
 CHOICES: dict[str, list[Any]] = {
@@ -87,6 +90,13 @@ CHOICES: dict[str, list[Any]] = {
     "logit_scale": [0.5],
     "attention_multiplier": [0.1],
     "no_rope_layers": [[0, 1]],
+    "hidden_activation": ["gelu_pytorch_tanh", "gelu", "silu"],
+    "query_pre_attn_scalar": [4, 16, 100],
+    "attn_logit_softcapping": [None, 0.5, 20.0],
+    "final_logit_softcapping": [None, 0.5, 20.0],
+    "sliding_window_pattern": [1, 2, 3],
+    "rope_local_base_freq": [50.0, 10_000],
+    "use_bidirectional_attention": [None, False, True],
     "use_qk_norm": [True, False],
     "torch_dtype": ["float32", "bfloat16"],
     "_name_or_path": ["somewhere"],
@@ -176,14 +186,16 @@ def test_every_causal_model_of_the_library_is_one_of_ours_or_refused_by_name(
 def test_the_default_of_an_absent_key_is_that_of_the_library(family: Family) -> None:
     theirs = CONFIG_MAPPING[family.hf_model_type]()
     for key, value in family.definition.hf_defaults.items():
-        if key == "rope_theta":
-            assert theirs.rope_parameters["rope_theta"] == value
+        if key in ("rope_theta", "rope_local_base_freq"):
+            kind = "full_attention" if key == "rope_theta" else "sliding_attention"
+            rope = theirs.rope_parameters
+            assert rope.get(kind, rope)["rope_theta"] == value
         elif value is not None:
             assert getattr(theirs, key) == value, key
     values, notes = metadata_from_config(claims(family), where=Path("config.json"))
     assert values["num_kv_heads"] == theirs.num_key_value_heads
     assert values["head_dim"] == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
-    assert "rms_norm_eps 1e-06" in notes[0]
+    assert f"rms_norm_eps {theirs.rms_norm_eps:g}" in notes[0]
 
 
 @pytest.mark.parametrize("family", Family)

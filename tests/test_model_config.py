@@ -177,6 +177,36 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
         None,
     ),
 }
+_GEMMA_2 = (256_000, 1e4, 1e-6, 8192, False, False, True, 4096, None)
+_GEMMA_3 = (262_144, 1e6, 1e-6, 32_768, False, True, True, 512, None)
+_OLMO_2 = (100_352, 5e5, 1e-6, 4096, False, True, False, None, None)
+_YARN = RopeScaling(
+    rope_type=RopeScalingType.YARN,
+    factor=8.0,
+    original_max_position_embeddings=8192,
+    attention_factor=1.2079441541679836,
+)
+PUBLISHED |= {
+    "gemma-2-2b": ("gemma2", 2304, 26, 8, 4, 256, 9216, *_GEMMA_2),
+    "gemma-2-9b": ("gemma2", 3584, 42, 16, 8, 256, 14_336, *_GEMMA_2),
+    "gemma-2-27b": ("gemma2", 4608, 46, 32, 16, 128, 36_864, *_GEMMA_2),
+    "gemma-3-270m": ("gemma3", 640, 18, 4, 1, 256, 2048, *_GEMMA_3),
+    "gemma-3-1b": ("gemma3", 1152, 26, 4, 1, 256, 6912, *_GEMMA_3),
+    "olmo-2-1b": ("olmo2", 2048, 16, 16, 16, 128, 8192, *_OLMO_2),
+    "olmo-2-7b": ("olmo2", 4096, 32, 32, 32, 128, 11_008, *_OLMO_2),
+    "olmo-3-7b": (
+        *("olmo3", 4096, 32, 32, 32, 128, 11_008, 100_278, 5e5, 1e-6, 65_536),
+        *(False, True, False, 4096, _YARN),
+    ),
+    "granite-3.3-2b": (
+        *("granite", 2048, 40, 32, 8, 64, 8192, 49_159, 1e7, 1e-5, 131_072),
+        *(False, False, True, None, None),
+    ),
+    "smollm3-3b": (
+        *("smollm3", 2048, 36, 16, 4, 128, 11_008, 128_256, 5e6, 1e-6, 65_536),
+        *(False, False, True, None, None),
+    ),
+}
 PUBLISHED["qwen2.5-coder-0.5b"] = PUBLISHED["qwen2.5-0.5b"]
 PUBLISHED["qwen2.5-coder-1.5b"] = PUBLISHED["qwen2.5-1.5b"]
 
@@ -201,7 +231,14 @@ def test_qwen25_05b_has_its_290_parameters_of_which_72_are_biases() -> None:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("llama-370m", 322_045_952), ("smollm2-135m", 134_515_008), ("qwen3-0.6b", 596_049_920)],
+    [
+        ("llama-370m", 322_045_952),
+        ("smollm2-135m", 134_515_008),
+        ("qwen3-0.6b", 596_049_920),
+        ("gemma-3-270m", 268_098_176),
+        ("gemma-2-2b", 2_614_341_888),
+        ("olmo-2-1b", 1_484_916_736),
+    ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, count: int) -> None:
     assert preset(name).parameter_count() == count

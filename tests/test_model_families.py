@@ -108,7 +108,7 @@ def test_more_than_twelve_real_architectures_are_listed() -> None:
 @pytest.mark.parametrize("family", Family)
 def test_our_own_parameter_names_show_their_family(family: Family) -> None:
     shown = family_from_tensor_names(tiny_config(family).parameter_shapes())
-    assert shown == ("llama" if family is Family.MISTRAL else family)
+    assert shown == family.named_like
 
 
 @pytest.mark.parametrize("family", [one for one in Family if one.definition.optional_attention_bias])
@@ -143,8 +143,11 @@ def test_what_a_family_states_fits_together(family: Family) -> None:
     assert set(facts.pre_tokenizers) <= PRE_TOKENIZERS.keys()
     assert facts.hf_defaults.keys() <= {*HF_KEYS, *facts.hf_keys}
     assert family_named(facts.hf_architecture) is family_named(facts.hf_model_type) is family
-    translated = {to_huggingface(to_gguf(name, facts.gguf) or "", facts.gguf) for name in OPEN[family]}
-    assert translated == OPEN[family]
+    translated = {to_huggingface(to_gguf(name, facts.gguf) or "", facts.gguf) for name in OPEN[family]} - {
+        None
+    }
+    assert translated <= OPEN[family]
+    assert OPEN[family] - translated <= {"lm_head.weight"}  # of architectures whose head is always tied
 
 
 OPEN = {family: {*tiny_config(family, tie_word_embeddings=False).parameter_shapes()} for family in Family}
@@ -211,7 +214,7 @@ def test_mistral_is_told_from_llama_by_its_model_type() -> None:
     assert decoder_family("llama", "some-custom-name") is None
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "granite", "smollm3", "phi3", "cohere", "olmo2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["gemma2", "cohere", "gemma3n", "mixtral"])
 def test_a_model_that_only_shares_llamas_names_is_no_decoder_of_ours(model_type: str) -> None:
     assert decoder_family("llama", model_type) is None
 

@@ -166,7 +166,7 @@ def test_a_packed_row_is_to_each_document_what_the_reference_computes_of_it_alon
     family: Family, kernels: KernelCase
 ) -> None:
     """Logits, loss and gradients."""
-    config = tiny_config(family, sliding_window=4 if family is Family.MISTRAL else None)
+    config = tiny_config(family, **({"sliding_window": 4} if family is Family.MISTRAL else {}))
     ours, tokens = tiny_decoder(config), random_tokens(config, (2, 19))
     theirs = reference_model(ours)
     kernels.put(ours)

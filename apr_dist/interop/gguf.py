@@ -23,6 +23,7 @@ from apr_dist.interop.gguf_names import (
     EMBEDDING,
     OUTPUT,
     ROPE_FACTORS,
+    norm_shift,
     rotary_projection,
     split_halves,
     to_gguf,
@@ -39,11 +40,19 @@ _KEPT = {"F32": DType.F32, "F16": DType.F16, "BF16": DType.BF16}
 
 @dataclass(frozen=True)
 class _Plan:
-    """One tensor to be written, where its values come from, and the head size if rows are reordered."""
+    """One tensor to be written and where its values come from.
+
+    Attributes:
+        spec: what is written.
+        tensor: where its values are.
+        reordered_head_dim: the head size if rows are reordered.
+        shift: what the file adds to the values.
+    """
 
     spec: TensorSpec
     tensor: GgufTensor
     reordered_head_dim: int | None
+    shift: float
 
 
 def import_gguf(request: ImportRequest) -> ImportSummary:
@@ -141,7 +150,8 @@ def _plan(
         )  # refuses an unknown type before anything is written
         chosen = dtype if dtype is not None else _KEPT.get(tensor.type_name, DType.F16)
         head_dim = _head_dim(file, name, tensor, model) if form.permuted else None
-        plans.append(_Plan(TensorSpec(name, chosen, tensor.shape), tensor, head_dim))
+        spec = TensorSpec(name, chosen, tensor.shape)
+        plans.append(_Plan(spec, tensor, head_dim, norm_shift(name, form)))
     return plans
 
 
@@ -165,7 +175,7 @@ def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:
     """The tensor's elements in the target's dtype and row order, some rows at a time."""
     tensor, spec, head_dim = plan.tensor, plan.spec, plan.reordered_head_dim
     bias = len(tensor.shape) == 1
-    keep = _KEPT.get(tensor.type_name) is spec.dtype and not head_dim
+    keep = _KEPT.get(tensor.type_name) is spec.dtype and not head_dim and not plan.shift
     for first, last in _row_ranges(tensor, 1 if bias else head_dim or 1):
         if keep:
             yield np.frombuffer(file.packed_rows(tensor, first, last), np.uint8)
@@ -173,6 +183,8 @@ def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:
         values = file.float32_rows(tensor, first, last)
         if head_dim:
             values = split_halves(values.reshape(-1) if bias else values, head_dim)
+        if plan.shift:
+            values = values - np.float32(plan.shift)
         yield encode(values, spec.dtype, name=tensor.name, where=file.path)
 
 

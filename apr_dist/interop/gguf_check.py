@@ -17,7 +17,7 @@ from apr_dist.errors import OutputError, UnsupportedModelFile
 from apr_dist.interop.convert import CHUNK_ELEMENTS
 from apr_dist.interop.gguf_file import GgufFile, GgufTensor
 from apr_dist.interop.gguf_metadata import read_metadata
-from apr_dist.interop.gguf_names import OUTPUT, ROPE_FACTORS, rotary_projection, split_halves
+from apr_dist.interop.gguf_names import OUTPUT, ROPE_FACTORS, norm_shift, rotary_projection, split_halves
 from apr_dist.interop.gguf_rope import rope_divisors
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import TransformerConfig
@@ -115,7 +115,8 @@ def _check_tensor(
         found = file.float32_rows(tensor, first, last)
         if permuted:
             found = split_halves(found.reshape(-1) if whole else found, model.head_dim).reshape(found.shape)
-        if not _within(expected[first:last], found, tensor.type_name):
+        shift = np.float32(norm_shift(name, model.family.definition.gguf))
+        if not _within(expected[first:last] + shift, found, tensor.type_name):
             raise _differs(f"tensor {name!r} with other values", reader.path)
     file.forget(tensor)
     reader.forget(name)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,13 @@ from apr_dist.interop.chat_settings import gguf_sampling, stated_template
 from apr_dist.interop.convert import Progress, counted
 from apr_dist.interop.gguf_check import check_read_back, refuse_too_large
 from apr_dist.interop.gguf_file import load_gguf_package
-from apr_dist.interop.gguf_names import ROPE_FACTORS, adjacent_pairs, rotary_projection, to_gguf
+from apr_dist.interop.gguf_metadata import query_scalar
+from apr_dist.interop.gguf_names import ROPE_FACTORS, adjacent_pairs, norm_shift, rotary_projection, to_gguf
 from apr_dist.interop.gguf_rope import rope_divisors, rope_fields
 from apr_dist.interop.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from apr_dist.interop.hf_export import ExportSummary
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.families import GGUF_KEYS, GgufForm
+from apr_dist.model.families import GGUF_KEYS, GgufForm, layer_kinds, rope_layers
 from apr_dist.model.rope_scaling import RopeScalingType
 
 
@@ -42,7 +43,6 @@ class GgufType(StrEnum):
 
 _FILE_TYPES = {GgufType.F32: "ALL_F32", GgufType.F16: "MOSTLY_F16", GgufType.Q8_0: "MOSTLY_Q8_0"}
 _Q8_BLOCK = 32
-_KEYS: Final = {ours: key for key, rule in GGUF_KEYS.items() if (ours := rule.ours) is not None}
 
 
 def export_gguf(
@@ -106,9 +106,21 @@ def export_gguf(
 def _refuse_unsayable(model: TransformerConfig, where: Path) -> None:
     """Refuse what llama.cpp would compute differently because a GGUF file has no word for it."""
     scaling, form = model.rope_scaling, model.family.definition.gguf
-    what = None
-    if model.sliding_window is not None and model.sliding_window < model.max_position_embeddings:
-        what = f"its window of {model.sliding_window} tokens"
+    facts, what = model.family.definition, None
+    window = model.sliding_window
+    if facts.full_every is None and window is not None and window < model.max_position_embeddings:
+        what = f"its window of {window} tokens"
+    if facts.full_every is not None and model.layer_types != _kinds_read(model, facts.full_every):
+        what = "which of its layers have a window"
+    if facts.no_rope_every is not None and model.no_rope_layers != rope_layers(
+        model.num_layers, facts.no_rope_every
+    ):
+        what = "which of its layers rotate nothing"
+    if not form.exported:
+        what = f"the blocks of {model.family}"
+    scalar = query_scalar(form, model.num_layers, vars(model))
+    if model.query_pre_attn_scalar not in (None, scalar):
+        what = f"query_pre_attn_scalar {model.query_pre_attn_scalar:g} (llama.cpp computes with {scalar})"
     if scaling is not None and scaling.rope_type is RopeScalingType.LLAMA3 and not form.rope_factors:
         what = f"the rotary scaling {scaling.rope_type.value} of a {model.family} model"
     if what is not None:
@@ -118,6 +130,11 @@ def _refuse_unsayable(model: TransformerConfig, where: Path) -> None:
             expected="a model that llama.cpp computes as it is",
             remedy="export to a Hugging Face folder instead",
         )
+
+
+def _kinds_read(model: TransformerConfig, full_every: int) -> tuple[str, ...]:
+    """The kinds of layers that llama.cpp gives the model."""
+    return layer_kinds(model.num_layers, full_every if any(model.windows) else 1)
 
 
 def _names(reader: AprReader, model: TransformerConfig, form: GgufForm) -> dict[str, str]:
@@ -150,7 +167,7 @@ def _add_fields(writer: Any, reader: AprReader, model: TransformerConfig, archit
         if text:
             writer.add_string(key, text)
     values: dict[str, str | int | float] = {
-        **{key: getattr(model, ours) for ours, key in _KEYS.items()},
+        **_stated(model),
         "vocab_size": model.vocab_size,
         "attention.value_length": model.head_dim,
         "rope.dimension_count": model.head_dim,
@@ -160,6 +177,15 @@ def _add_fields(writer: Any, reader: AprReader, model: TransformerConfig, archit
     for key, value in values.items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(f"{architecture}.{key}", value)
+
+
+def _stated(model: TransformerConfig) -> dict[str, Any]:
+    """Fields of the model by their keys, the family's own over those that all have."""
+    keys = {**GGUF_KEYS, **model.family.definition.gguf.keys}
+    values = {key: getattr(model, rule.ours) for key, rule in keys.items() if rule.ours is not None}
+    if not any(model.windows):
+        values.pop("attention.sliding_window", None)
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, reader: AprReader) -> None:
@@ -229,7 +255,9 @@ def _type_of(shape: tuple[int, ...], kind: GgufType, gguf: Any) -> Any:
 
 
 def _rows(reader: AprReader, name: str, model: TransformerConfig) -> npt.NDArray[np.float32]:
-    values = reader.float32(name)
-    if not model.family.definition.gguf.permuted or rotary_projection(name) is None:
+    form, values = model.family.definition.gguf, reader.float32(name)
+    if shift := norm_shift(name, form):
+        return values + np.float32(shift)
+    if not form.permuted or rotary_projection(name) is None:
         return values
     return np.ascontiguousarray(adjacent_pairs(values, model.head_dim))

@@ -21,7 +21,16 @@ from apr_dist.interop.gguf_file import GgufFile
 from apr_dist.interop.gguf_names import EMBEDDING, ROPE_FACTORS
 from apr_dist.interop.gguf_rope import read_rope_scaling
 from apr_dist.model.config import SPLIT_HALVES
-from apr_dist.model.families import GGUF_KEYS, TOKENIZER_KEYS, Effect, Family, family_of_gguf
+from apr_dist.model.families import (
+    GGUF_KEYS,
+    TOKENIZER_KEYS,
+    Effect,
+    Family,
+    GgufForm,
+    family_of_gguf,
+    layer_kinds,
+    rope_layers,
+)
 
 _DEFAULT_ROPE_THETA = 10000.0  # what llama.cpp assumes when the field is absent
 _SPECIAL_TOKENS = {
@@ -130,8 +139,9 @@ def _dimensions(file: GgufFile, family: Family) -> tuple[dict[str, Any], tuple[s
             )
     embedding = file.tensors.get(EMBEDDING)
     notes: tuple[str, ...] = ()
+    theta = family.definition.gguf.absent.get("rope_theta", _DEFAULT_ROPE_THETA)
     if "rope.freq_base" not in fields:
-        notes = (f"no rope.freq_base: {_DEFAULT_ROPE_THETA:g} was assumed",)
+        notes = (f"no rope.freq_base: {theta:g} was assumed",)
     eps = "attention.layer_norm_rms_epsilon"
     values: dict[str, Any] = {
         "hidden_size": hidden,
@@ -141,12 +151,13 @@ def _dimensions(file: GgufFile, family: Family) -> tuple[dict[str, Any], tuple[s
         "vocab_size": embedding.shape[0] if embedding else None,
         "intermediate_size": integer("feed_forward_length"),
         "max_position_embeddings": integer("context_length"),
-        "rope_theta": _number(file, f"{architecture}.rope.freq_base", fields, _DEFAULT_ROPE_THETA),
+        "rope_theta": _number(file, f"{architecture}.rope.freq_base", fields, theta),
         "rms_norm_eps": _number(file, f"{architecture}.{eps}", fields, None),
         "head_dim": head_dim,
     }
     if family.definition.optional_attention_bias and f"blk.0.{_OUTPUT_BIAS}" in file.tensors:
         values["attention_bias"] = True
+    values |= _options(file, family, fields, values)
     scaling = read_rope_scaling(
         fields,
         _rope_divisors(file, family),
@@ -156,6 +167,41 @@ def _dimensions(file: GgufFile, family: Family) -> tuple[dict[str, Any], tuple[s
         where=file.path,
     )
     return values | {"rope_scaling": scaling and scaling.to_mapping()}, notes
+
+
+def _options(
+    file: GgufFile, family: Family, fields: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the family's own keys state, and what llama.cpp computes without a key."""
+    facts = family.definition
+    form, found = facts.gguf, dict[str, Any]()
+    for key, rule in form.keys.items():
+        if rule.ours == "sliding_window":
+            stated = fields.get(key, form.absent.get(rule.ours, 0))
+            found[rule.ours] = None if stated == 0 else _integer(file, f"{form.architecture}.{key}", stated)
+        elif rule.ours is not None:
+            absent = form.absent.get(rule.ours)
+            stated = fields.get(key, absent)
+            unset = stated is None or (absent is None and stated == 0.0)
+            found[rule.ours] = None if unset else _number(file, f"{form.architecture}.{key}", fields, absent)
+    layers = values["num_layers"]
+    if facts.full_every is not None:
+        every = 1 if found["sliding_window"] is None else facts.full_every
+        found["layer_types"] = list(layer_kinds(layers, every))
+    if facts.no_rope_every is not None:
+        found["no_rope_layers"] = list(rope_layers(layers, facts.no_rope_every))
+    if "attention_multiplier" in facts.options and found.get("attention_multiplier") is None:
+        found["attention_multiplier"] = float(values["head_dim"]) ** -0.5
+    if "query_pre_attn_scalar" in facts.options:
+        found["query_pre_attn_scalar"] = query_scalar(form, layers, values)
+    return found
+
+
+def query_scalar(form: GgufForm, layers: int, sizes: Mapping[str, Any]) -> int:
+    """By the square root of which llama.cpp divides scores of the architecture; a file has no word for it."""
+    if layers == form.wide_queries_at:
+        return int(sizes["hidden_size"]) // int(sizes["num_heads"])
+    return int(sizes["head_dim"])
 
 
 def _rope_divisors(file: GgufFile, family: Family) -> Any:

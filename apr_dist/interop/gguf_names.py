@@ -46,6 +46,11 @@ def _is_top_level(hf_name: str) -> bool:
     return hf_name.startswith(("model.", "lm_head."))
 
 
+def norm_shift(hf_name: str, form: GgufForm) -> float:
+    """What a GGUF file adds to the tensor: one to the norms of a family that multiplies by one plus these."""
+    return form.norm_shift if hf_name.endswith("norm.weight") else 0.0
+
+
 def rotary_projection(hf_name: str) -> str | None:
     """``"q"`` or ``"k"`` when the tensor is that projection's weight or bias, else None."""
     match = re.search(r"self_attn\.([qk])_proj\.(?:weight|bias)$", hf_name)

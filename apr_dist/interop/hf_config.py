@@ -19,15 +19,32 @@ from apr_dist.apr.layout import HF_CONFIG, DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.errors import ArchitectureRefused, DamagedModelFile
 from apr_dist.model.config import SPLIT_HALVES, TransformerConfig
-from apr_dist.model.families import HF_KEYS, Effect, Family, Key, family_of_model_type
+from apr_dist.model.families import (
+    FULL_ATTENTION,
+    HF_KEYS,
+    SLIDING_ATTENTION,
+    Effect,
+    Family,
+    Key,
+    family_of_model_type,
+    layer_kinds,
+    rope_layers,
+)
 from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, refuse_key
 
-"""Custom metadata key that keeps the whole ``config.json`` of the source."""
-
 _TORCH_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
-_OWN_CODE = ("rope_theta", "rope_scaling", "tie_word_embeddings", "sliding_window")
-_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_INTERVAL = "no_rope_layer_interval"
+_PATTERN = "sliding_window_pattern"
+_LOCAL_THETA = "rope_local_base_freq"
+_OWN_CODE = (
+    *("rope_theta", "rope_scaling", "tie_word_embeddings", "sliding_window", "layer_types"),
+    "no_rope_layers",
+    _LOCAL_THETA,
+)
+_ROPE_KEYS = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
+    _LOCAL_THETA,
+)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -69,10 +86,16 @@ def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dic
         "hf_model_type": family.hf_model_type,
         **{ours: stated[key] for key, rule in keys.items() if (ours := _plain(key, rule)) and key in stated},
         "rope_type": SPLIT_HALVES,
-        "sliding_window": _window(config, family, stated, where),
+        **_windows(config, family, stated, where),
+        **_without_rope(config, family, stated, where),
         HF_CONFIG: _kept(config, keys),
     }
-    values["rope_theta"], scaling = _rope(config, stated, where)
+    if family.definition.local_rope:
+        values["rope_theta"], scaling, values["rope_local_theta"] = _layered_rope(
+            config, family, stated, where
+        )
+    else:
+        values["rope_theta"], scaling = _rope(config, stated, where)
     values["rope_scaling"] = scaling and scaling.to_mapping()
     if values["num_kv_heads"] is None:
         values["num_kv_heads"] = values["num_heads"]
@@ -171,17 +194,43 @@ def _assumed(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     return (f"config.json does not state what {family} models have by default: {listed}",)
 
 
-def _window(config: Mapping[str, Any], family: Family, stated: Mapping[str, Any], where: Path) -> int | None:
-    """The window of all layers in tokens, where they have one."""
-    window: int | None = stated.get("sliding_window") if family.definition.sliding_window else None
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        kind, layers = _FULL if window is None else _SLIDING, stated["num_hidden_layers"]
-        if kinds != [kind] * (layers if type(layers) is int else 0):
+def _windows(
+    config: Mapping[str, Any], family: Family, stated: Mapping[str, Any], where: Path
+) -> dict[str, Any]:
+    """The window in tokens, where the family has one, and the layers that have it, where not all do."""
+    facts = family.definition
+    window: int | None = stated.get("sliding_window") if facts.sliding_window else None
+    kinds, layers = config.get("layer_types"), stated["num_hidden_layers"]
+    count = layers if type(layers) is int else 0
+    if facts.full_every is None:
+        kind = FULL_ATTENTION if window is None else SLIDING_ATTENTION
+        if kinds is not None and kinds != [kind] * count:
             raise refuse_key(
                 "layer_types", _shortened(kinds), f"{kind} for each of the {layers} layers", where=where
             )
-    return window
+        return {"sliding_window": window}
+    if kinds is None:
+        every = config.get(_PATTERN, facts.full_every) if _PATTERN in facts.hf_keys else facts.full_every
+        if type(every) is not int or every < 1:
+            raise refuse_key(_PATTERN, every, "a positive integer", where=where)
+        kinds = list(layer_kinds(count, every))
+    return {"sliding_window": window, "layer_types": kinds}
+
+
+def _without_rope(
+    config: Mapping[str, Any], family: Family, stated: Mapping[str, Any], where: Path
+) -> dict[str, Any]:
+    """Which layers rotate, where the family has some that do not."""
+    every = family.definition.no_rope_every
+    if every is None:
+        return {}
+    listed, layers = config.get("no_rope_layers"), stated["num_hidden_layers"]
+    if listed is None:
+        every = config.get(_INTERVAL, every)
+        if type(every) is not int or every < 1:
+            raise refuse_key(_INTERVAL, every, "a positive integer", where=where)
+        listed = list(rope_layers(layers if type(layers) is int else 0, every))
+    return {"no_rope_layers": listed}
 
 
 def _shortened(kinds: object) -> object:
@@ -197,6 +246,40 @@ def _rope(
         raise refuse_key("rope_scaling", given, "an object or null", where=where)
     if any(isinstance(value, Mapping) for value in given.values()):
         raise refuse_key("rope_parameters", dict(given), "one rotation for all layers", where=where)
+    return _rotation(given, stated["rope_theta"], config, stated, where)
+
+
+def _layered_rope(
+    config: Mapping[str, Any], family: Family, stated: Mapping[str, Any], where: Path
+) -> tuple[Any, RopeScaling | None, Any]:
+    """Theta and scaling of layers that see everything, and theta of those with a window.
+
+    ``transformers`` reads an object for each kind of layer; a ``rope_scaling`` is of the first alone.
+    """
+    given = config.get("rope_parameters")
+    given = {} if given is None else given
+    kinds = (FULL_ATTENTION, SLIDING_ATTENTION)
+    if not isinstance(given, Mapping) or not all(
+        kind in kinds and isinstance(one, Mapping | None) for kind, one in given.items()
+    ):
+        raise refuse_key("rope_parameters", given, f"an object for each of {', '.join(kinds)}", where=where)
+    older = config.get("rope_scaling")
+    if older is not None and not isinstance(older, Mapping):
+        raise refuse_key("rope_scaling", older, "an object or null", where=where)
+    far = dict(given.get(FULL_ATTENTION) or {}) | dict(older or {})
+    theta, scaling = _rotation(far, stated["rope_theta"], config, stated, where)
+    near = given.get(SLIDING_ATTENTION) or {}
+    own = stated.get(_LOCAL_THETA, family.definition.hf_defaults["rope_theta"])
+    local, stretched = _rotation(near, own, config, stated, where)
+    if stretched is not None:
+        raise refuse_key("rope_parameters", dict(near), "no scaling for layers with a window", where=where)
+    return theta, scaling, local
+
+
+def _rotation(
+    given: Mapping[str, Any], default: Any, config: Mapping[str, Any], stated: Mapping[str, Any], where: Path
+) -> tuple[Any, RopeScaling | None]:
+    """Theta and scaling of one object of parameters."""
     rope = dict(given)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise refuse_key(
@@ -205,7 +288,7 @@ def _rope(
             "1.0: the whole head is rotated",
             where=where,
         )
-    theta = rope.pop("rope_theta", stated["rope_theta"])
+    theta = rope.pop("rope_theta", default)
     kind = rope.get("rope_type", rope.get("type"))
     positions = stated["max_position_embeddings"]
     if kind in ("llama3", "yarn"):
@@ -261,9 +344,10 @@ def config_from_metadata(
     config |= {"architectures": [family.hf_architecture], "model_type": family.hf_model_type}
     for key in defaults:
         rule = keys[key]
-        if rule.ours is None or key == "rope_theta":
+        if rule.ours is None or key in _ROPE_KEYS:
             continue
         value = getattr(model, rule.ours)
+        value = list(value) if isinstance(value, tuple) else value
         derived = key == "head_dim" and not family.definition.head_dim_stated
         if key in config or not derived or model.query_size != model.hidden_size:
             config[key] = value
@@ -271,7 +355,7 @@ def config_from_metadata(
     config["dtype" if "dtype" in config else "torch_dtype"] = _TORCH_NAMES[dtype]
     for key, value in token_ids.items():
         config.setdefault(key, value)
-    config.setdefault("hidden_act", "silu")
+    config.setdefault("hidden_activation" if "hidden_activation" in keys else "hidden_act", model.activation)
     _check_read_back(config, model, where)
     return config
 
@@ -295,12 +379,21 @@ def _check_read_back(config: Mapping[str, Any], model: TransformerConfig, where:
 def _state_rope(config: dict[str, Any], model: TransformerConfig) -> None:
     scaling = model.rope_scaling.to_mapping() if model.rope_scaling else None
     newer, null = isinstance(config.get("rope_parameters"), Mapping), "rope_scaling" in config
+    defaults = model.family.definition.hf_defaults
+    if model.rope_local_theta is not None and _LOCAL_THETA not in defaults:
+        newer |= model.rope_local_theta != defaults["rope_theta"]  # no older key states it
     for key in _ROPE_KEYS:
         config.pop(key, None)
     if newer:  # the spelling of transformers 5
-        config["rope_parameters"] = (scaling or {"rope_type": "default"}) | {"rope_theta": model.rope_theta}
+        plain = {"rope_type": "default"}
+        rope: dict[str, Any] = (scaling or plain) | {"rope_theta": model.rope_theta}
+        if model.rope_local_theta is not None:
+            rope = {FULL_ATTENTION: rope, SLIDING_ATTENTION: plain | {"rope_theta": model.rope_local_theta}}
+        config["rope_parameters"] = rope
         return
     config["rope_theta"] = model.rope_theta
+    if _LOCAL_THETA in defaults:
+        config[_LOCAL_THETA] = model.rope_local_theta
     if scaling or null:
         config["rope_scaling"] = scaling
 

@@ -26,6 +26,7 @@ from apr_dist.interop.hf_config import metadata_from_config, read_config
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
 from apr_dist.interop.stored_names import CLAIM, model_tensors
+from apr_dist.model.families import Family
 from apr_dist.parsing import parse_yaml
 
 _INDEX = "model.safetensors.index.json"
@@ -62,7 +63,8 @@ def import_huggingface(request: ImportRequest) -> ImportSummary:
     """Write the model of a Hugging Face folder as an APR file, its tokenizer inside.
 
     The source is a folder with ``config.json`` and one or many safetensors, or one ``.safetensors`` file with
-    ``config.json`` beside it. Where neither configuration nor ``tie`` says so, the head is not the embedding.
+    ``config.json`` beside it. Where neither configuration nor ``tie`` says so, the head is what it is in
+    ``transformers``, which for most families is not the embedding.
 
     Raises:
         ModelFileError: the source is missing, damaged, or something in it is not supported.
@@ -79,7 +81,7 @@ def import_huggingface(request: ImportRequest) -> ImportSummary:
             stored,
             rope_theta=values["rope_theta"],
             values=lambda name: stored[name].float32(),
-            claimed=config.get(CLAIM, False),  # what transformers takes where the key is absent
+            claimed=config.get(CLAIM, Family(values["architecture"]).definition.hf_defaults[CLAIM]),
             asked=request.tie,
             equal=lambda left, right: _same_bytes(stored[left], stored[right]),
             where=folder,

@@ -122,9 +122,11 @@ def tokenizer_json(
 
 
 def _merges(kinds: Sequence[tuple[str, int]], scores: Sequence[float]) -> list[list[str]]:
-    """The pairs that make each piece, those of the highest score first."""
-    mergeable = (TokenType.NORMAL, TokenType.USER_DEFINED)
-    ids = {token: one for one, (token, kind) in enumerate(kinds) if kind in mergeable}
+    """The pairs that make each piece, those of the highest score first.
+
+    User-defined pieces are found whole before anything is merged, so none is made of a pair or part of one.
+    """
+    ids = {token: one for one, (token, kind) in enumerate(kinds) if kind == TokenType.NORMAL}
     merges: list[list[str]] = []
     for token in sorted(ids, key=lambda one: (-scores[ids[one]], ids[one])):
         pairs = [[token[:place], token[place:]] for place in range(1, len(token))]

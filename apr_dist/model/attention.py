@@ -6,12 +6,14 @@ set of kernels makes it once per batch for all blocks (`Kernels.attention`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.kernels.plain import Attend
+from apr_dist.model.kernels.plain import Attend, Kernels
 from apr_dist.model.layers import Computed, Linear, RMSNorm
 from apr_dist.model.rotary import Rotation
 
@@ -51,25 +53,48 @@ class Attention(Computed):
         self.k_proj = Linear(hidden, config.kv_size, bias=config.qkv_bias)
         self.v_proj = Linear(hidden, config.kv_size, bias=config.qkv_bias)
         self.o_proj = Linear(config.query_size, hidden, bias=config.attention_bias)
-        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = _norm(config, config.query_size) if config.qk_norm else None
+        self.k_norm = _norm(config, config.kv_size) if config.qk_norm else None
+        self.whole_norms = config.qk_norm_whole
+        # Every way to attend divides by the root of the head's size; another scale is made of the query.
+        self.query_factor = config.attention_scale * math.sqrt(config.head_dim)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None
+        self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None = None
     ) -> Tensor:
         """``[batch, seq, hidden]`` to the same shape; position ``i`` sees positions up to ``i``.
 
         Args:
             x: hidden states.
-            rotation: of the positions of ``x``.
+            rotation: of the positions of ``x``; None: this block rotates nothing.
             attend: mixes the values of the positions that each one sees.
             cache: positions before those of ``x``, which are appended to it.
         """
         heads, kernels = (*x.shape[:-1], -1, self.head_dim), self.kernels_for(x)
-        query, key, value = (project(x).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None and self.whole_norms:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = kernels.rotate(query, *rotation), kernels.rotate(key, *rotation)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads)
+        if self.q_norm is not None and self.k_norm is not None and not self.whole_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotation is not None:
+            query, key = _rotated(kernels, query, rotation), _rotated(kernels, key, rotation)
+        if not math.isclose(self.query_factor, 1.0):
+            query = query * self.query_factor
         if cache is not None:
             key, value = cache.extend(key, value)
         return self.o_proj(attend(query, key, value).flatten(2))  # type: ignore[no-any-return]
+
+
+def _norm(config: TransformerConfig, width: int) -> RMSNorm:
+    """The norm of q or k: over its whole width, or of each head."""
+    size = width if config.qk_norm_whole else config.head_dim
+    return RMSNorm(size, eps=config.rms_norm_eps, one_plus=config.one_plus_norms)
+
+
+def _rotated(kernels: Kernels, x: Tensor, rotation: Rotation) -> Tensor:
+    """``[batch, seq, heads, head_dim]`` whose first dimensions, as many as the rotation has, are rotated."""
+    turned = 2 * rotation.cos.shape[-1]
+    if turned == x.shape[-1]:
+        return kernels.rotate(x, *rotation)
+    return torch.cat((kernels.rotate(x[..., :turned], *rotation), x[..., turned:]), dim=-1)

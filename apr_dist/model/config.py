@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from apr_dist.errors import ArchitectureRefused, DimensionsUnstated, UsageError
-from apr_dist.model.families import Family, FamilyDefinition
+from apr_dist.model.block_options import BlockOptions, stated_options
+from apr_dist.model.families import SLIDING_ATTENTION, Activation, Family, FamilyDefinition, Norms
 from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, one_of, refuse_key
 
 SPLIT_HALVES: Final = 2
@@ -23,12 +24,12 @@ SPLIT_HALVES: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(BlockOptions):
     """Everything that decides the shapes and the arithmetic of one decoder.
 
     Sizes are numbers of elements, ``max_position_embeddings`` and ``sliding_window`` numbers of tokens.
     ``attention_bias`` adds biases to q, k, v and o; whether q, k and v have them anyway and whether q and k
-    are normalised follows from the family.
+    are normalised follows from the family. Further options are those of `BlockOptions`.
 
     Raises:
         ArchitectureRefused: on construction, when a field is impossible; the text names it.
@@ -64,6 +65,7 @@ class TransformerConfig:
         if self.head_dim % 2:
             raise refuse_key("head_dim", self.head_dim, "an even number, because RoPE rotates pairs")
         self._check_options()
+        self.check_options(self.family, self._facts, layers=self.num_layers, window=self.sliding_window)
 
     def _check_options(self) -> None:
         """Refuse what the family's block does not have."""
@@ -90,6 +92,49 @@ class TransformerConfig:
     def qk_norm(self) -> bool:
         """Whether each head of q and k passes an RMSNorm before RoPE."""
         return self._facts.qk_norm
+
+    @property
+    def qk_norm_whole(self) -> bool:
+        """Whether that norm is over all heads together."""
+        return self._facts.qk_norm_whole
+
+    @property
+    def norms(self) -> Norms:
+        """Where a block has norms."""
+        return self._facts.norms
+
+    @property
+    def one_plus_norms(self) -> bool:
+        """Whether norms multiply by one plus their weight."""
+        return self._facts.one_plus_norms
+
+    @property
+    def activation(self) -> Activation:
+        """What the MLP applies to its gate."""
+        return self._facts.activation
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by."""
+        return math.sqrt(self.hidden_size) if self._facts.root_embedding else self.embedding_multiplier
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores of attention are multiplied by."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
+        return 1.0 / math.sqrt(self.query_pre_attn_scalar or self.head_dim)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Positions that each layer sees, its own among them; None: all before it."""
+        kinds = self.layer_types or (SLIDING_ATTENTION,) * self.num_layers
+        return tuple(self.sliding_window if kind == SLIDING_ATTENTION else None for kind in kinds)
 
     @property
     def query_size(self) -> int:
@@ -124,7 +169,7 @@ class TransformerConfig:
                 remedy=f"apr-dist import {where} -o split-halves.apr reorders the rows",
                 falsifier=INCOMPLETE_METADATA,
             )
-        sizes = {key: _positive_integer(values, key, where) for key in _INTEGER_KEYS}
+        sizes: dict[str, Any] = {key: _positive_integer(values, key, where) for key in _INTEGER_KEYS}
         try:
             return cls(
                 family=family,
@@ -136,6 +181,7 @@ class TransformerConfig:
                 rope_scaling=RopeScaling.from_mapping(values.get("rope_scaling"), where=where),
                 sliding_window=_sliding_window(values, family, where),
                 attention_bias=_attention_bias(values, family),
+                **stated_options(values),
             )
         except ArchitectureRefused as refusal:
             refusal.where = str(where)
@@ -160,7 +206,7 @@ class TransformerConfig:
             values["sliding_window"] = self.sliding_window
         if self.attention_bias:
             values["attention_bias"] = True
-        return values
+        return values | self.set_options()
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter by its Hugging Face name, in the order of the network."""
@@ -184,7 +230,8 @@ class TransformerConfig:
 
     def _block_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+        (before, after), (mlp_before, mlp_after) = self.norms.names
+        shapes = _norm_shapes(before, hidden)
         for name, size in (("q", self.query_size), ("k", self.kv_size), ("v", self.kv_size)):
             shapes[f"self_attn.{name}_proj.weight"] = (size, hidden)
             if self.qkv_bias:
@@ -193,11 +240,18 @@ class TransformerConfig:
         if self.attention_bias:
             shapes["self_attn.o_proj.bias"] = (hidden,)
         if self.qk_norm:
-            shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
-        shapes["post_attention_layernorm.weight"] = (hidden,)
+            whole = self.qk_norm_whole
+            shapes["self_attn.q_norm.weight"] = (self.query_size if whole else self.head_dim,)
+            shapes["self_attn.k_norm.weight"] = (self.kv_size if whole else self.head_dim,)
+        shapes |= _norm_shapes(after, hidden) | _norm_shapes(mlp_before, hidden)
         shapes["mlp.gate_proj.weight"] = shapes["mlp.up_proj.weight"] = (inner, hidden)
         shapes["mlp.down_proj.weight"] = (hidden, inner)
-        return shapes
+        return shapes | _norm_shapes(mlp_after, hidden)
+
+
+def _norm_shapes(name: str | None, size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of a block's norm by its name, where the block has it."""
+    return {} if name is None else {f"{name}.weight": (size,)}
 
 
 _INTEGER_KEYS = (

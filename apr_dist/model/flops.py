@@ -43,7 +43,7 @@ def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: boo
 
     Each weight of a matrix is one multiplication and one addition forward and twice that backward: 6
     per weight, the head included, the embedding lookup not. Scores and mixing add
-    ``12 * layers * heads * head_dim * seq_length``, or with a sliding window its length; as in that
+    ``12 * layers * heads * head_dim * seq_length``, or in layers with a window its length; as in that
     convention, the causal half that is not computed counts. Recomputation is not counted.
 
     Args:
@@ -57,8 +57,8 @@ def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: boo
     )
     if not config.tie_word_embeddings:
         matrices -= config.vocab_size * config.hidden_size
-    seen = seq_length if config.sliding_window is None else min(seq_length, config.sliding_window)
-    forward = 2 * matrices + 4 * config.num_layers * config.query_size * seen
+    seen = sum(min(seq_length, window or seq_length) for window in config.windows)
+    forward = 2 * matrices + 4 * config.query_size * seen
     return 3 * forward if backward else forward
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from apr_dist.model.families import Activation
 from apr_dist.model.kernels.choice import kernels_on
 from apr_dist.model.kernels.loss import Loss
 from apr_dist.model.kernels.plain import Kernels
@@ -45,12 +46,15 @@ class Head(Linear):
     """The linear map to the vocabulary, which with targets computes the loss instead of its logits."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, targets: Tensor | None = None, *, z_loss: float = 0.0
+        self, x: Tensor, targets: Tensor | None = None, *, z_loss: float = 0.0, softcap: float | None = None
     ) -> Tensor | Loss:
-        """``[..., hidden]`` to logits ``[..., vocab]``, or with targets ``[...]`` to the summed loss."""
+        """``[..., hidden]`` to logits ``[..., vocab]``, or with targets ``[...]`` to the summed loss.
+
+        With ``softcap`` the loss is that of capped logits (`Kernels.cross_entropy`).
+        """
         if targets is None:
             return super().forward(x)
-        return self.kernels_for(x).cross_entropy(x, self.weight, targets, z_loss=z_loss)
+        return self.kernels_for(x).cross_entropy(x, self.weight, targets, z_loss=z_loss, softcap=softcap)
 
 
 class Embedding(Computed, nn.Embedding):
@@ -68,16 +72,21 @@ class Embedding(Computed, nn.Embedding):
 
 
 class RMSNorm(Computed):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in f32 inside (arXiv:1910.07467)."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in f32 inside (arXiv:1910.07467).
 
-    def __init__(self, size: int, *, eps: float) -> None:
+    With ``one_plus`` it multiplies by ``1 + weight``, added in f32, as Gemma does.
+    """
+
+    def __init__(self, size: int, *, eps: float, one_plus: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.zeros(size) if one_plus else torch.ones(size))
         self.eps = eps
+        self.one_plus = one_plus
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` to the same shape, in the type products are computed in."""
-        return self.kernels_for(x).rms_norm(x, self.weight, self.eps)
+        weight = 1.0 + self.weight.float() if self.one_plus else self.weight
+        return self.kernels_for(x).rms_norm(x, weight, self.eps)
 
     def extra_repr(self) -> str:
         """Size and eps, for printing the network."""
@@ -85,15 +94,18 @@ class RMSNorm(Computed):
 
 
 class GatedMLP(Computed):
-    """``down(silu(gate(x)) * up(x))``, without biases (SwiGLU, arXiv:2002.05202)."""
+    """``down(activation(gate(x)) * up(x))``, without biases (SwiGLU and GeGLU, arXiv:2002.05202)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: Activation = Activation.SILU
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size]`` to the same shape."""
-        gated = self.kernels_for(x).gated_silu(self.gate_proj(x), self.up_proj(x))
+        gated = self.kernels_for(x).gated(self.gate_proj(x), self.up_proj(x), self.activation)
         return self.down_proj(gated)  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of a batch's positions, each f32 ``[1 or batch, seq, 1, head_dim / 2]``."""
+    """Cosines and sines of a batch's positions, each f32 ``[1 or batch, seq, 1, rotary_dim / 2]``."""
 
     cos: Tensor
     sin: Tensor
@@ -28,17 +28,21 @@ class RotaryEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, local: bool = False) -> None:
         super().__init__()
-        self._config = config
-        self.attention_factor = attention_factor(config.rope_scaling)
+        self._config, self._local = config, local
+        self.attention_factor = 1.0 if local else attention_factor(config.rope_scaling)
         # Computed on the meta device they would load PyTorch's compiler, for nothing (seconds).
-        frequencies = _frequencies_on_cpu(config).to(torch.get_default_device())
+        frequencies = self._on_cpu().to(torch.get_default_device())
         self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def _on_cpu(self) -> Tensor:
+        with torch.device("cpu"):
+            return inverse_frequencies(self._config, local=self._local)
 
     def reset(self) -> None:
         """Compute the frequencies again, in place; needed after ``to_empty``."""
-        self.frequencies.copy_(_frequencies_on_cpu(self._config))
+        self.frequencies.copy_(self._on_cpu())
 
     def forward(self, position_ids: Tensor) -> Rotation:
         """Integer positions ``[1 or batch, seq]`` to their rotations."""
@@ -46,9 +50,14 @@ class RotaryEmbedding(nn.Module):
         return Rotation(angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
 
 
-def inverse_frequencies(config: TransformerConfig) -> Tensor:
-    """Radians per token of each pair of dimensions, f32 ``[head_dim / 2]``, after scaling."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+def inverse_frequencies(config: TransformerConfig, *, local: bool = False) -> Tensor:
+    """Radians per token of each pair of rotated dimensions, f32 ``[rotary_dim / 2]``, after scaling.
+
+    With ``local`` those of layers with a window, where these have a base of their own and no scaling.
+    """
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+    if local:
+        return torch.as_tensor(1.0 / (config.rope_local_theta or config.rope_theta) ** exponents)
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
@@ -58,11 +67,6 @@ def inverse_frequencies(config: TransformerConfig) -> Tensor:
     if scaling.rope_type is RopeScalingType.LLAMA3:
         return _llama3(frequencies, scaling)
     return _yarn(frequencies, scaling, config)
-
-
-def _frequencies_on_cpu(config: TransformerConfig) -> Tensor:
-    with torch.device("cpu"):
-        return inverse_frequencies(config)
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
@@ -89,7 +93,7 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 def _yarn(frequencies: Tensor, scaling: RopeScaling, config: TransformerConfig) -> Tensor:
     """YaRN (arXiv:2309.00071, section 3.2): interpolate dimensions that turn seldom, keep the fast ones."""
     original = scaling.original_max_position_embeddings or 0
-    size = config.head_dim
+    size = config.rotary_dim
 
     def dimension(turns: float) -> float:
         return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))

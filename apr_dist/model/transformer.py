@@ -20,8 +20,9 @@ from apr_dist.model.adapters import Adapter
 from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import run_checkpointed
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import FULL_ATTENTION
 from apr_dist.model.host_copies import HostInputs
-from apr_dist.model.kernels.loss import cross_entropy_of
+from apr_dist.model.kernels.loss import cross_entropy_of, soft_capped
 from apr_dist.model.kernels.plain import Attend, Kernels, compute_dtype
 from apr_dist.model.kernels.tied_gradient import TiedGradient
 from apr_dist.model.layers import Computed, Embedding, GatedMLP, Head, RMSNorm
@@ -33,20 +34,32 @@ INITIAL_STD = 0.02
 
 
 class DecoderBlock(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``: the unit of sharding and compiling."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``: the unit of sharding and compiling.
+
+    A family may have norms after attention and MLP instead, or both before and after (`Norms`), and multiply
+    what is added.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._attention_norms, self._mlp_norms = config.norms.names
+        self.residual_multiplier = config.residual_multiplier
+        self._add_norm(self._attention_norms[0], config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self._add_norm(self._attention_norms[1], config)
+        self._add_norm(self._mlp_norms[0], config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
+        self._add_norm(self._mlp_norms[1], config)
         self.checkpointing = ActivationCheckpointing.OFF
         self.draws = False
         self.inputs_on_host: HostInputs | None = None
 
+    def _add_norm(self, name: str | None, config: TransformerConfig) -> None:
+        if name is not None:
+            self.add_module(name, _norm(config))
+
     def forward(
-        self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None = None
+        self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None = None
     ) -> Tensor:
         """``[batch, seq, hidden]`` to the same shape; arguments as `Attention.forward`."""
         return self._run(x, rotation, attend, cache)
@@ -58,15 +71,31 @@ class DecoderBlock(nn.Module):
         """
         self._run = torch.compile(self._run, **options)  # type: ignore[method-assign]
 
-    def _run(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
+    def _run(self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None) -> Tensor:
         given = (x, rotation, attend, cache)
         return run_checkpointed(
             self.checkpointing, self._compute, *given, inputs=self.inputs_on_host, draws=self.draws
         )
 
-    def _compute(self, x: Tensor, rotation: Rotation, attend: Attend, cache: LayerCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, attend, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+    def _compute(
+        self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None
+    ) -> Tensor:
+        before, after = self._attention_norms
+        mixed = self.self_attn(self._normed(x, before), rotation, attend, cache)
+        x = self._added(x, self._normed(mixed, after))
+        before, after = self._mlp_norms
+        return self._added(x, self._normed(self.mlp(self._normed(x, before)), after))
+
+    def _normed(self, x: Tensor, name: str | None) -> Tensor:
+        return x if name is None else getattr(self, name)(x)
+
+    def _added(self, x: Tensor, change: Tensor) -> Tensor:
+        return x + (change if self.residual_multiplier == 1.0 else change * self.residual_multiplier)
+
+
+def _norm(config: TransformerConfig) -> RMSNorm:
+    """A norm of the residual stream."""
+    return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, one_plus=config.one_plus_norms)
 
 
 class Backbone(Computed):
@@ -74,12 +103,13 @@ class Backbone(Computed):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.sliding_window = config.sliding_window
+        self.config = config
         self.compiled = False
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = _norm(config)
         self.rotary = RotaryEmbedding(config)
+        self.local_rotary = RotaryEmbedding(config, local=True) if config.rope_local_theta else None
 
     def forward(
         self,
@@ -90,7 +120,9 @@ class Backbone(Computed):
         *,
         tied: TiedGradient | None = None,
     ) -> Tensor:
-        """Token ids ``[batch, seq]`` to hidden states ``[batch, seq, hidden]`` after the final norm.
+        """Token ids ``[batch, seq]`` to hidden states ``[batch, seq, hidden]``, after the final norm.
+
+        They are divided by ``logits_scaling``, so that the head's products are the logits.
 
         Args:
             input_ids: the tokens.
@@ -109,22 +141,52 @@ class Backbone(Computed):
             first = caches[0].length if caches else 0
             position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
         x = self.embed_tokens(input_ids, tied=tied) if tied else self.embed_tokens(input_ids)
-        rotation = self.rotary(position_ids)
-        attend = self.kernels_for(x, compiled=self.compiled).attention(
-            (input_ids.shape[0], input_ids.shape[1]),
-            x.device,
-            dtype=compute_dtype(x),
-            window=self.sliding_window,
-            documents=document_ids,
-            whole=caches is None,
-        )
+        if self.config.embedding_scale != 1.0:
+            x = x * _rounded(self.config.embedding_scale, x.dtype)
+        attend = self._attention(x, document_ids, whole=caches is None)
+        rotations = self._rotations(position_ids)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, attend, caches[index] if caches else None)
-        return self.norm(x)  # type: ignore[no-any-return]
+            window = self.config.windows[index]
+            x = layer(x, rotations[index], attend[window], caches[index] if caches else None)
+        scaling = self.config.logits_scaling
+        x = self.norm(x)
+        return x if scaling == 1.0 else x / scaling  # type: ignore[no-any-return]
+
+    def _attention(self, x: Tensor, documents: Boundaries | None, *, whole: bool) -> dict[int | None, Attend]:
+        """How each window attends."""
+        kernels = self.kernels_for(x, compiled=self.compiled)
+        return {
+            window: kernels.attention(
+                (x.shape[0], x.shape[1]),
+                x.device,
+                dtype=compute_dtype(x),
+                window=window,
+                softcap=self.config.attn_logit_softcapping,
+                documents=documents,
+                whole=whole,
+            )
+            for window in dict.fromkeys(self.config.windows)
+        }
+
+    def _rotations(self, position_ids: Tensor) -> list[Rotation | None]:
+        """The rotation of each layer."""
+        far = self.rotary(position_ids)
+        near = far if self.local_rotary is None else self.local_rotary(position_ids)
+        turns = self.config.no_rope_layers or (1,) * self.config.num_layers
+        kinds = self.config.layer_types or (FULL_ATTENTION,) * self.config.num_layers
+        return [
+            (far if kind == FULL_ATTENTION else near) if turn else None
+            for kind, turn in zip(kinds, turns, strict=True)
+        ]
+
+
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    """The scale in the type of the embedding's weight, in which ``transformers`` multiplies."""
+    return torch.tensor(scale, dtype=dtype, device="cpu").item()
 
 
 class Decoder(Computed):
-    """A causal language model: Llama, Qwen2, Qwen3 or Mistral as its configuration says."""
+    """A causal language model of any family, as its configuration says."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -177,16 +239,21 @@ class Decoder(Computed):
         hidden = self.model(input_ids, position_ids, document_ids, caches, tied=tied)
         if targets is None:
             return self.logits(hidden[:, -1:] if last else hidden)
+        terms = self._loss_terms
         if isinstance(self.lm_head, Head):
-            loss = self.lm_head(hidden, targets, z_loss=self.z_loss)
+            loss = self.lm_head(hidden, targets, **terms)
         elif self.lm_head is not None:  # what wraps the head knows no targets
-            loss = cross_entropy_of(self.lm_head(hidden), targets, z_loss=self.z_loss)
+            loss = cross_entropy_of(self.lm_head(hidden), targets, **terms)
         else:
             weight = self.head_weight
             if tied is not None:
                 hidden, weight = tied.catch(hidden, weight)
-            loss = self.kernels_for(hidden).cross_entropy(hidden, weight, targets, z_loss=self.z_loss)
+            loss = self.kernels_for(hidden).cross_entropy(hidden, weight, targets, **terms)
         return loss.total - loss.penalty, loss.targets
+
+    @property
+    def _loss_terms(self) -> dict[str, Any]:
+        return {"z_loss": self.z_loss, "softcap": self.config.final_logit_softcapping}
 
     def _gives_one_gradient(self, x: Tensor) -> bool:
         """Whether head and embedding share a gradient, which only our own loss lets go of."""
@@ -196,14 +263,16 @@ class Decoder(Computed):
             and isinstance(embedding, Embedding)
             and embedding.weight.requires_grad
             and torch.is_grad_enabled()
-            and self.kernels_for(x).has_own_loss(z_loss=self.z_loss)
+            and self.kernels_for(x).has_own_loss(**self._loss_terms)
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` to logits ``[..., vocab]``."""
         if self.lm_head is not None:
-            return self.lm_head(hidden)  # type: ignore[no-any-return]
-        return self.kernels_for(hidden).linear(hidden, self.head_weight, None)
+            logits = self.lm_head(hidden)
+        else:
+            logits = self.kernels_for(hidden).linear(hidden, self.head_weight, None)
+        return soft_capped(logits, self.config.final_logit_softcapping)
 
     def empty_caches(self, capacity: int) -> list[LayerCache]:
         """One empty cache per block, for up to ``capacity`` positions."""
@@ -233,7 +302,9 @@ class Decoder(Computed):
 
     def reset_buffers(self) -> None:
         """Recompute every buffer that is not in the state dict (RoPE); needed after ``to_empty``."""
-        self.model.rotary.reset()
+        for module in self.modules():
+            if isinstance(module, RotaryEmbedding):
+                module.reset()
 
 
 def init_weights(model: Decoder, *, seed: int) -> None:
@@ -246,13 +317,13 @@ def init_weights(model: Decoder, *, seed: int) -> None:
 def initial_weight(name: str, shape: tuple[int, ...], *, config: TransformerConfig, seed: int) -> Tensor:
     """The f32 value one parameter starts from, a pure function of seed and name.
 
-    Norms are one and biases zero. Matrices are normal with standard deviation 0.02; those that write
+    Norms multiply by one, biases are zero. Matrices are normal with standard deviation 0.02; those that write
     into the residual stream (``o_proj``, ``down_proj``) are smaller by ``sqrt(2 * layers)``, the number
     of such writes, so that the stream does not grow with depth (GPT-2, Radford et al. 2019, section
     2.3). Each draws from its own stream, so neither order nor world size matters and no two are alike.
     """
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return torch.zeros(shape) if config.one_plus_norms else torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     std = INITIAL_STD

@@ -21,6 +21,7 @@ from apr_dist.choices import (
 )
 from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Norms
 from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
 from apr_dist.parallel.storage import PLAIN, Storage
 from apr_dist.parallel.stored_bytes import F32, stored_bytes, trained_count
@@ -302,6 +303,9 @@ def layer_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = 
     hidden, inner = model.hidden_size, model.intermediate_size
     attention = 2 * model.query_size + 2 * model.kv_size
     normed = model.query_size + model.kv_size if model.qk_norm else 0
+    normed += 2 * hidden if model.norms is Norms.BOTH else 0
+    # Capped scores are held: the hyperbolic tangents and the softmax.
+    scores = 2 * model.num_heads * load.seq_length if model.attn_logit_softcapping else 0
     # Two residual inputs in f32; then what linear maps, attention and the MLP keep.
     width = load.compute_bytes
     # On the CPU a norm's output is computed again; on a GPU autocast casts it for each map that reads it.
@@ -310,7 +314,9 @@ def layer_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = 
     if adapter is not None and load.cuda:  # a frozen map keeps no input
         linear_inputs, gates = 0, 3 * inner
     per_token = (
-        F32 * 2 * hidden + width * (linear_inputs + attention + normed + gates) + F32 * model.num_heads
+        F32 * 2 * hidden
+        + width * (linear_inputs + attention + normed + gates)
+        + F32 * (model.num_heads + scores)
     )
     beside = 0 if adapter is None else adapter_bytes(model, load, adapter)
     return load.tokens * per_token + beside

@@ -102,8 +102,9 @@ def presets() -> str:
 def families() -> str:
     """A row for each family: what names it, and what its block does differently."""
     lines = [
-        "| family | `model_type` | class | GGUF architecture | biases | q and k normalised | window |",
-        "|---|---|---|---|---|---|---|",
+        "| family | `model_type` | class | GGUF | biases | norms | q and k normalised | MLP | window"
+        " | options |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family in Family:
         facts = family.definition
@@ -111,10 +112,17 @@ def families() -> str:
         if facts.optional_attention_bias:
             biases = "none, or q, k, v and o (`attention_bias`)"
         imported = "" if facts.gguf.imported else " (written only)"
+        architecture = f"`{facts.gguf.architecture}`{imported}" if facts.gguf.exported else "refused"
+        window = "as the file states" if facts.sliding_window else "no"
+        if facts.full_every:
+            window = f"all layers but every {facts.full_every}th, or as listed"
+        normed = "all heads together" if facts.qk_norm_whole else "each head"
+        norms = f"{facts.norms}{', times one plus weight' if facts.one_plus_norms else ''}"
+        options = ", ".join(f"`{name}`" for name in facts.options) or "none"
         lines.append(
             f"| {family} | `{facts.hf_model_type}` | `{facts.hf_architecture}` |"
-            f" `{facts.gguf.architecture}`{imported} | {biases} | {'yes' if facts.qk_norm else 'no'} |"
-            f" {'as the file states' if facts.sliding_window else 'no'} |"
+            f" {architecture} | {biases} | {norms} | {normed if facts.qk_norm else 'no'} |"
+            f" {facts.activation} | {window} | {options} |"
         )
     return "\n".join(lines)
 

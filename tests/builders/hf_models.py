@@ -43,7 +43,9 @@ def hf_folder(folder: Path, config: Mapping[str, Any], *, seed: int = 0) -> Path
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if name.endswith("norm.weight") else 0.0
+            mean = (
+                float(parameter[0]) if name.endswith("norm.weight") else 0.0
+            )  # one, or of one-plus norms zero
             parameter.normal_(mean, 0.2, generator=generator)
     tensors = dict(model.named_parameters())  # a tied head is listed once
     save_file(

@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.families import Family
+from apr_dist.model.families import FULL_ATTENTION, Family, layer_kinds
 from apr_dist.model.transformer import Decoder
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 16},
+    "gemma2": {
+        "sliding_window": 5,
+        "layer_types": layer_kinds(2, 2),
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 0.7,
+        "final_logit_softcapping": 1.5,
+    },
+    "gemma3": {
+        "sliding_window": 5,
+        "layer_types": layer_kinds(2, 2),
+        "rope_local_theta": 100.0,
+        "query_pre_attn_scalar": 5,
+        "final_logit_softcapping": 1.5,
+        "head_dim": 16,
+    },
+    "olmo3": {"sliding_window": 5, "layer_types": layer_kinds(2, 2), "rope_local_theta": 100.0},
+    "granite": {
+        "embedding_multiplier": 0.5,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 1.7,
+    },
+    "smollm3": {"no_rope_layers": (1, 0)},
+}
+"""What a tiny model of a family has that others have not: nothing of it is neutral."""
 
 
 def tiny_config(family: Family = Family.LLAMA, **changes: Any) -> TransformerConfig:
     """Two layers, hidden 32, 4 heads on 2 KV heads, vocabulary 97, tied; ``changes`` replace fields."""
-    config = TransformerConfig(
-        family=family,
-        vocab_size=97,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16 if family is Family.QWEN3 else 8,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-    )
-    return replace(config, **changes)
+    fields: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    fields |= OPTIONS.get(family, {}) | changes
+    for name, entry in (("layer_types", FULL_ATTENTION), ("no_rope_layers", 1)):
+        if name in fields and name not in changes:  # as many as there are layers
+            fields[name] = (*fields[name], *(entry,) * fields["num_layers"])[: fields["num_layers"]]
+    return TransformerConfig(family=family, **fields)
 
 
 def random_weights(config: TransformerConfig, *, seed: int = 0) -> dict[str, np.ndarray]:

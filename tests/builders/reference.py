@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
 
 
@@ -14,16 +13,20 @@ def reference_model(ours: Decoder) -> Any:
     """The class of the same family in ``transformers`` with the same weights, eager attention."""
     transformers = pytest.importorskip("transformers")
     config = ours.config
-    kind = config.family.value.capitalize()
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
         rope = config.rope_scaling.to_mapping()
-    extra: dict[str, Any] = {}
-    if config.family is Family.MISTRAL:
+    rope |= {"rope_theta": config.rope_theta}
+    extra: dict[str, Any] = config.set_options()
+    if (local := extra.pop("rope_local_theta", None)) is not None:
+        near = {"rope_type": "default", "rope_theta": local}
+        rope = {"full_attention": rope, "sliding_attention": near}
+    if config.family.definition.sliding_window:
         extra["sliding_window"] = config.sliding_window
     if config.attention_bias:
         extra["attention_bias"] = True
-    settings = getattr(transformers, f"{kind}Config")(
+    settings = transformers.AutoConfig.for_model(
+        config.family.hf_model_type,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
@@ -33,9 +36,10 @@ def reference_model(ours: Decoder) -> Any:
         intermediate_size=config.intermediate_size,
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_theta": config.rope_theta, **rope},
+        rope_parameters=rope,
         tie_word_embeddings=config.tie_word_embeddings,
         attn_implementation="eager",
+        pad_token_id=None,  # the gradient of its row would be left out
         **extra,
     )
     model = getattr(transformers, config.family.hf_architecture)(settings)

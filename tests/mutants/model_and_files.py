@@ -133,7 +133,7 @@ MUTANTS: tuple[Change, ...] = (
         "a device changes the rotation",
         "apr_dist/model/transformer.py",
         "Decoder.reset_buffers",
-        "self.model.rotary.reset()",
+        "module.reset()",
         "pass",
     ),
 )

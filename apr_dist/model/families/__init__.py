@@ -5,7 +5,18 @@ A file of this package without an underscore defines a family; nothing else in t
 families share, ``_others`` the families that are refused by name.
 """
 
-from apr_dist.model.families._definition import Effect, FamilyDefinition, GgufForm, Key
+from apr_dist.model.families._definition import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    Activation,
+    Effect,
+    FamilyDefinition,
+    GgufForm,
+    Key,
+    Norms,
+    layer_kinds,
+    rope_layers,
+)
 from apr_dist.model.families._gguf import KEYS as GGUF_KEYS
 from apr_dist.model.families._gguf import TOKENIZER_KEYS
 from apr_dist.model.families._huggingface import HF_KEYS
@@ -23,21 +34,27 @@ from apr_dist.model.families._registry import (
 )
 
 __all__ = [
+    "FULL_ATTENTION",
     "GGUF_KEYS",
     "HF_KEYS",
+    "SLIDING_ATTENTION",
     "TOKENIZER_KEYS",
     "UNKNOWN",
+    "Activation",
     "Effect",
     "Family",
     "FamilyDefinition",
     "GgufForm",
     "Key",
+    "Norms",
     "decoder_family",
     "family_from_tensor_names",
     "family_named",
     "family_of_gguf",
     "family_of_model_type",
     "is_encoder",
+    "layer_kinds",
     "normalize_metadata_family",
     "only_shares_names",
+    "rope_layers",
 ]

@@ -60,6 +60,37 @@ def irrelevant(why: str) -> Key:
     return Key(effect=Effect.IRRELEVANT, why=why)
 
 
+class Norms(StrEnum):
+    """Where a block has norms: before attention and MLP, after them, or both."""
+
+    BEFORE = "before"
+    AFTER = "after"
+    BOTH = "before and after"
+
+    @property
+    def names(self) -> tuple[tuple[str | None, str | None], tuple[str | None, str | None]]:
+        """Names of the norms before and after attention, and before and after the MLP."""
+        return _NORM_NAMES[self]
+
+
+_Names = tuple[str | None, str | None]
+_NORM_NAMES: Final[Mapping[Norms, tuple[_Names, _Names]]] = {
+    Norms.BEFORE: (("input_layernorm", None), ("post_attention_layernorm", None)),
+    Norms.AFTER: ((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm")),
+    Norms.BOTH: (
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+
+
+class Activation(StrEnum):
+    """What an MLP applies to its gate, by the name in a ``config.json``."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_pytorch_tanh"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufForm:
     """How a family lies in a GGUF file.
@@ -68,16 +99,25 @@ class GgufForm:
         architecture: ``general.architecture``.
         tensors: Hugging Face names of the tensors by their GGUF names; of blocks without their prefix.
         imported: whether a file of that architecture is read as this family.
+        exported: whether such a file is written.
         permuted: rows of q and k are stored for adjacent pairs.
         rope_factors: a ``rope_freqs.weight`` is read by that architecture.
+        norm_shift: what is added to the weights of norms, as llama.cpp multiplies by them alone.
+        absent: values of keys that a file may leave out, by our names, as llama.cpp takes them.
+        wide_queries_at: number of layers of the model whose queries llama.cpp scales by hidden size over
+            heads instead of the size of a head; only for families with ``query_pre_attn_scalar``.
         keys: keys of its own, without the architecture's prefix, over those that all families have.
     """
 
     architecture: str
     tensors: Mapping[str, str]
     imported: bool = True
+    exported: bool = True
     permuted: bool = False
     rope_factors: bool = False
+    norm_shift: float = 0.0
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    wide_queries_at: int = 0
     keys: Mapping[str, Key] = field(default_factory=dict)
 
 
@@ -115,7 +155,17 @@ class FamilyDefinition:
         qkv_bias: q, k and v projections always add a bias.
         optional_attention_bias: q, k, v and o add biases where the configuration says so.
         qk_norm: each head of q and k passes an RMSNorm before RoPE.
+        qk_norm_whole: that norm is over all heads together.
+        norms: where a block has norms.
+        one_plus_norms: norms multiply by one plus their weight.
+        activation: what the MLP applies to its gate.
+        root_embedding: embeddings are multiplied by the square root of the hidden size.
         sliding_window: attention may be limited to a window.
+        full_every: of so many layers the last sees all positions and the others a window, where a
+            configuration does not list its layers.
+        no_rope_every: of so many layers the last rotates nothing, where a configuration does not list them.
+        local_rope: layers with a window rotate by ``rope_local_theta``, which no scaling stretches.
+        options: fields of ``block_options.BlockOptions`` that a model of the family may set.
         head_dim_stated: a file must state ``head_dim``; otherwise it may follow from the other sizes.
         presets: published configurations by name, as fields of ``TransformerConfig``.
     """
@@ -133,7 +183,16 @@ class FamilyDefinition:
     qkv_bias: bool = False
     optional_attention_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    norms: Norms = Norms.BEFORE
+    one_plus_norms: bool = False
+    activation: Activation = Activation.SILU
+    root_embedding: bool = False
     sliding_window: bool = False
+    full_every: int | None = None
+    no_rope_every: int | None = None
+    local_rope: bool = False
+    options: tuple[str, ...] = ()
     head_dim_stated: bool = False
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -141,3 +200,13 @@ class FamilyDefinition:
 FULL_ATTENTION: Final = "full_attention"
 SLIDING_ATTENTION: Final = "sliding_attention"
 """Names in ``layer_types`` of a ``config.json``."""
+
+
+def layer_kinds(layers: int, full_every: int) -> tuple[str, ...]:
+    """``layer_types`` of a model of which every so many layers the last sees all positions."""
+    return tuple(SLIDING_ATTENTION if (i + 1) % full_every else FULL_ATTENTION for i in range(layers))
+
+
+def rope_layers(layers: int, no_rope_every: int) -> tuple[int, ...]:
+    """``no_rope_layers`` of a model of which every so many layers the last rotates nothing."""
+    return tuple(int((i + 1) % no_rope_every != 0) for i in range(layers))

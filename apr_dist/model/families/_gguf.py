@@ -17,6 +17,11 @@ TOP_LEVEL: Final[Mapping[str, str]] = {
 }
 """Tensors outside the blocks."""
 
+TIED_TOP_LEVEL: Final[Mapping[str, str]] = {
+    gguf: name for gguf, name in TOP_LEVEL.items() if name != "lm_head.weight"
+}
+"""Of architectures whose head llama.cpp knows as the embedding alone."""
+
 BLOCK: Final[Mapping[str, str]] = {
     "attn_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -28,7 +33,22 @@ BLOCK: Final[Mapping[str, str]] = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-"""What every block has."""
+"""What a block with norms before attention and MLP has."""
+
+BLOCK_OF_BOTH_NORMS: Final[Mapping[str, str]] = {
+    **BLOCK,
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+}
+"""What a block with norms before and after them has."""
+
+BLOCK_OF_LATER_NORMS: Final[Mapping[str, str]] = {
+    name: BLOCK_OF_BOTH_NORMS[name]
+    for name in BLOCK_OF_BOTH_NORMS
+    if name not in ("attn_norm.weight", "ffn_norm.weight")
+}
+"""What a block with norms after them has."""
 
 QKV_BIASES: Final[Mapping[str, str]] = {
     f"attn_{name}.bias": f"self_attn.{name}_proj.bias" for name in ("q", "k", "v")

@@ -100,3 +100,15 @@ WINDOW_KEYS: Final[Mapping[str, Key]] = {
     "max_window_layers": irrelevant("not used without use_sliding_window"),
 }
 """Qwen's keys of a window that is off."""
+
+GEMMA_KEYS: Final[Mapping[str, Key]] = {
+    "hidden_activation": only("gelu_pytorch_tanh", why="the gate of the MLP is GELU by its tanh formula"),
+    "hidden_act": irrelevant("hidden_activation is read"),
+    "query_pre_attn_scalar": read("query_pre_attn_scalar"),
+    "sliding_window": read("sliding_window"),
+    "layer_types": read("layer_types"),
+    "final_logit_softcapping": read("final_logit_softcapping"),
+    "use_bidirectional_attention": only(False, why="attention is causal"),
+    "cache_implementation": irrelevant(_GENERATION),
+}
+"""Keys of Gemma 2 and 3."""

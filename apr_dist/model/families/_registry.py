@@ -95,7 +95,7 @@ _MARKS: Final = sorted(
 
 def only_shares_names(claim: str) -> bool:
     """Whether a class name or model type is of a model named like one of ours whose arithmetic differs."""
-    return NAMED_LIKE_OURS.match(claim) is not None
+    return NAMED_LIKE_OURS.match(claim) is not None and family_named(claim) is None
 
 
 def family_from_tensor_names(names: Iterable[str]) -> str:

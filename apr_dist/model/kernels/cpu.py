@@ -8,18 +8,19 @@ function for all of them would keep. Products are in ``products``, attention is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from apr_dist.choices import KernelChoice
+from apr_dist.model.families import Activation
 from apr_dist.model.kernels import cpu_attention
 from apr_dist.model.kernels.loss import LossStyle
-from apr_dist.model.kernels.plain import Attend, Causal, Kernels, compute_dtype
+from apr_dist.model.kernels.plain import Attend, Causal, Kernels, activated, compute_dtype
 from apr_dist.model.kernels.products import cpu_matmul_backend, linear, mm
 from apr_dist.model.kernels.tied_gradient import add_summed_rows
 
@@ -45,10 +46,10 @@ class CpuKernels(Kernels):
         normed: Tensor = _RMSNorm.apply(x, scale, weight, compute_dtype(x), again)  # type: ignore[no-untyped-call]
         return _made_of(normed, again, (x, scale, weight))
 
-    def gated_silu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """See `Kernels.gated_silu`."""
-        again = _Again(_gated)
-        product: Tensor = _GatedSilu.apply(gate, up, again)  # type: ignore[no-untyped-call]
+    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """See `Kernels.gated`."""
+        again = _Again(functools.partial(_gated, activation=activation))
+        product: Tensor = _Gated.apply(gate, up, activation, again)  # type: ignore[no-untyped-call]
         return _made_of(product, again, (gate, up))
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,10 +126,12 @@ def _normalized(x: Tensor, scale: Tensor, weight: Tensor, dtype: torch.dtype) ->
     return normed.to(dtype), None
 
 
-def _gated(gate: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """``silu(gate) * up``, and ``silu(gate)``."""
-    activated = F.silu(gate)
-    return (activated * up).to(dtype), activated
+def _gated(
+    gate: Tensor, up: Tensor, dtype: torch.dtype, *, activation: Activation
+) -> tuple[Tensor, Tensor | None]:
+    """``activation(gate) * up``, and ``activation(gate)``."""
+    factor = activated(gate, activation)
+    return (factor * up).to(dtype), factor
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -199,24 +202,27 @@ class _RMSNorm(torch.autograd.Function):
         return dx.view(x.shape).to(x.dtype), None, dw, None, None
 
 
-class _GatedSilu(torch.autograd.Function):
-    """``silu(gate) * up`` that keeps gate and up."""
+class _Gated(torch.autograd.Function):
+    """``activation(gate) * up`` that keeps gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, again: _Again) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation, again: _Again) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.again = again
-        return F.silu(gate).mul_(up)
+        ctx.activation, ctx.again = activation, again
+        return activated(gate, activation).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        activated = ctx.again.take()
-        d_up = (F.silu(gate) if activated is None else activated).mul_(gradient)
+        factor = ctx.again.take()
+        d_up = (activated(gate, ctx.activation) if factor is None else factor).mul_(gradient)
         d_gate = gradient * up
-        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-        return d_gate, d_up, None
+        if ctx.activation is Activation.SILU:
+            torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        else:
+            d_gate = torch.ops.aten.gelu_backward(d_gate, gate, approximate="tanh")
+        return d_gate, d_up, None, None
 
 
 class _Rotate(torch.autograd.Function):

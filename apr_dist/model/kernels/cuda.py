@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from apr_dist.choices import KernelChoice
-from apr_dist.model.kernels.loss import IGNORE_INDEX
+from apr_dist.model.kernels.loss import IGNORE_INDEX, LossTerms
 from apr_dist.model.kernels.plain import Attend, Kernels
 from apr_dist.model.packing import Boundaries
 
@@ -43,10 +43,15 @@ class CudaKernels(Kernels):
         *,
         dtype: torch.dtype,
         window: int | None = None,
+        softcap: float | None = None,
         documents: Boundaries | None = None,
         whole: bool = True,
     ) -> Attend:
-        """See `Kernels.attention`."""
+        """See `Kernels.attention`; capped scores are the plain set's, with all scores held."""
+        if softcap is not None:
+            return super().attention(
+                shape, device, dtype=dtype, window=window, softcap=softcap, documents=documents, whole=whole
+            )
         hidden = whole and window is not None and window < shape[1]
         if has_varlen(device, dtype) and (documents is not None or hidden):
             return Varlen.of(documents or Boundaries.of_rows(*shape, device), window)
@@ -58,15 +63,15 @@ class CudaKernels(Kernels):
         """See `Kernels.isolation`."""
         return "varlen" if has_varlen(device, dtype) else "flex"
 
-    def has_own_loss(self, *, z_loss: float) -> bool:
-        """See `Kernels.has_own_loss`; Liger's loss does not report what z-loss adds."""
-        return bool(z_loss) or find_spec("liger_kernel") is None
+    def has_own_loss(self, *, z_loss: float, softcap: float | None = None) -> bool:
+        """See `Kernels.has_own_loss`; Liger's loss does not report what z-loss adds, nor does it cap here."""
+        return bool(z_loss) or softcap is not None or find_spec("liger_kernel") is None
 
     def _summed_loss(
-        self, rows: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_tokens: int | None
+        self, rows: Tensor, weight: Tensor, targets: Tensor, terms: LossTerms, chunk_tokens: int | None
     ) -> tuple[Tensor, Tensor]:
-        if self.has_own_loss(z_loss=z_loss):
-            return super()._summed_loss(rows, weight, targets, z_loss, chunk_tokens)
+        if self.has_own_loss(z_loss=terms.z_loss, softcap=terms.softcap):
+            return super()._summed_loss(rows, weight, targets, terms, chunk_tokens)
         return liger_cross_entropy(rows, weight, targets), torch.zeros((), device=rows.device)
 
 

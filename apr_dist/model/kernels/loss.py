@@ -36,6 +36,19 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LossTerms:
+    """What a loss is besides the cross-entropy of plain logits.
+
+    Attributes:
+        z_loss: weight of ``logsumexp(logits)^2``.
+        softcap: logits ``l`` become ``softcap * tanh(l / softcap)`` first; None: they stay.
+    """
+
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
 class LossStyle:
     """How a device likes the chunked loss computed; only rounding depends on it.
 
@@ -55,14 +68,21 @@ def count_targets(targets: Tensor) -> Tensor:
     return (targets != IGNORE_INDEX).sum()
 
 
-def cross_entropy_of(logits: Tensor, targets: Tensor, *, z_loss: float = 0.0) -> Loss:
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(logits / softcap)``, or the logits where there is no cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def cross_entropy_of(
+    logits: Tensor, targets: Tensor, *, z_loss: float = 0.0, softcap: float | None = None
+) -> Loss:
     """The loss of logits ``[..., vocab]`` by the textbook, differentiated by autograd.
 
     For a head that is not a plain linear map, and to compare with.
     """
     targets = targets.reshape(-1).long()
     logits = logits.reshape(-1, logits.shape[-1])
-    logits = logits if logits.dtype is torch.float64 else logits.float()
+    logits = soft_capped(logits if logits.dtype is torch.float64 else logits.float(), softcap)
     total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     penalty = torch.zeros_like(total)
     if z_loss:
@@ -74,8 +94,8 @@ def chunked_cross_entropy(
     rows: Tensor,
     weight: Tensor,
     targets: Tensor,
+    terms: LossTerms,
     *,
-    z_loss: float,
     chunk_tokens: int | None = None,
     style: LossStyle,
 ) -> tuple[Tensor, Tensor]:
@@ -88,13 +108,13 @@ def chunked_cross_entropy(
         (summed loss, z-loss included; the z-loss part of it, without a graph), both f32.
     """
     chunk = chunk_tokens or logits_chunk(rows.shape[0], weight.shape[0], rows.element_size())
-    plan = _Plan(z_loss=z_loss, chunk_tokens=chunk, gradients=torch.is_grad_enabled(), style=style)
+    plan = _Plan(terms=terms, chunk_tokens=chunk, gradients=torch.is_grad_enabled(), style=style)
     return _ChunkedCrossEntropy.apply(rows, weight, targets, plan)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    z_loss: float
+    terms: LossTerms
     chunk_tokens: int
     gradients: bool
     style: LossStyle
@@ -154,21 +174,33 @@ def _chunk_loss(logits: Tensor, targets: Tensor, plan: _Plan, *, gradient_in_pla
 
     The logits become their own gradient where asked; else nothing is left of them.
     """
-    rows, z_loss = logits.shape[0], plan.z_loss
+    rows, z_loss = logits.shape[0], plan.terms.z_loss
     if plan.style.pass_bytes is not None:
         rows = max(1, plan.style.pass_bytes // (4 * logits.shape[1]))
     total = torch.zeros(2, dtype=torch.float32, device=logits.device)
     parts = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
     for part, part_targets in parts:
         wide = part.float()
+        slope = _cap(wide, plan.terms.softcap)
         if gradient_in_place:
             total += _to_gradient(wide, part_targets, z_loss, may_wait=plan.style.may_wait)
+            if slope is not None:
+                wide.mul_(slope)
             if wide is not part:
                 part.copy_(wide)
         else:
             chosen = _target_logits(wide, part_targets)
             total += _sum_loss(_log_sum_exp(wide), chosen, part_targets, z_loss)
     return total
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Cap f32 logits in place (`soft_capped`); returns the derivative, None where there is no cap."""
+    if softcap is None:
+        return None
+    slope = 1.0 - logits.div_(softcap).tanh_().square()
+    logits.mul_(softcap)
+    return slope
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, z_loss: float, *, may_wait: bool) -> Tensor:

@@ -7,8 +7,9 @@ what only CUDA has in ``cuda``. The loss and the gradient of a tied weight are i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from apr_dist.choices import KernelChoice
-from apr_dist.model.kernels.loss import Loss, LossStyle, chunked_cross_entropy, count_targets
+from apr_dist.model.families import Activation
+from apr_dist.model.kernels.loss import (
+    Loss,
+    LossStyle,
+    LossTerms,
+    chunked_cross_entropy,
+    count_targets,
+    soft_capped,
+)
 from apr_dist.model.kernels.tied_gradient import TiedGradient, add_rows, look_up
 from apr_dist.model.packing import Boundaries
 
@@ -47,9 +56,9 @@ class Kernels:
         # Autocast on CUDA makes this f32; cast here, it is read as it is by all maps behind the norm.
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(compute_dtype(x))
 
-    def gated_silu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """``silu(gate) * up`` of two tensors of one shape."""
-        return F.silu(gate) * up
+    def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """``activation(gate) * up`` of two tensors of one shape."""
+        return activated(gate, activation) * up
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn each pair ``(i, i + head_dim / 2)`` of ``[..., head_dim]`` by its angle, in f32."""
@@ -67,25 +76,30 @@ class Kernels:
         *,
         dtype: torch.dtype,
         window: int | None = None,
+        softcap: float | None = None,
         documents: Boundaries | None = None,
         whole: bool = True,
     ) -> Attend:
-        """Attention over one batch, prepared once for all blocks.
+        """Attention over one batch, prepared once for all blocks that see as much.
+
+        Capped scores are computed by `Capped` on every device: no set has a kernel of its own for them.
 
         Args:
             shape: ``(batch, seq)`` of the tokens.
             device: where they are.
             dtype: type of queries, keys and values.
             window: positions that one sees, its own among them; None: all before it.
+            softcap: scores ``s`` become ``softcap * tanh(s / softcap)``; None: they stay.
             documents: where documents begin that see only themselves.
             whole: whether the tokens are whole sequences; else more positions are before them, in a cache.
         """
         del dtype
+        causal = self.causal if softcap is None else functools.partial(Capped, softcap=softcap)
         if documents is not None:
-            return Spans(self.causal(window), documents.spans())
+            return Spans(causal(window), documents.spans())
         if whole and window is not None and window < shape[1]:
-            return self.causal(window, band(shape[1], shape[1], window, device))
-        return self.causal(window)
+            return causal(window, band(shape[1], shape[1], window, device))
+        return causal(window)
 
     def causal(self, window: int | None = None, mask: Tensor | None = None) -> Attend:
         """Causal attention of whole rows; ``mask`` is that of the window, where it was made before."""
@@ -98,6 +112,7 @@ class Kernels:
         targets: Tensor,
         *,
         z_loss: float = 0.0,
+        softcap: float | None = None,
         chunk_tokens: int | None = None,
     ) -> Loss:
         """Summed cross-entropy of ``softmax(hidden @ head_weight.T)``, of which only a chunk is ever held.
@@ -107,25 +122,25 @@ class Kernels:
             head_weight: ``[vocab, hidden]``.
             targets: integers ``[...]``; -100 does not count.
             z_loss: weight of ``logsumexp(logits)^2``, added per token (PaLM, arXiv:2204.02311, section 5).
+            softcap: logits ``l`` become ``softcap * tanh(l / softcap)`` first; None: they stay.
             chunk_tokens: tokens per chunk; by default equal chunks of at most 128 MB (`flops.logits_chunk`).
         """
         targets, dtype = targets.reshape(-1).long(), compute_dtype(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            total, penalty = self._summed_loss(rows, head_weight, targets, z_loss, chunk_tokens)
+            terms = LossTerms(z_loss=z_loss, softcap=softcap)
+            total, penalty = self._summed_loss(rows, head_weight, targets, terms, chunk_tokens)
         return Loss(total, penalty, count_targets(targets))
 
     def _summed_loss(
-        self, rows: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_tokens: int | None
+        self, rows: Tensor, weight: Tensor, targets: Tensor, terms: LossTerms, chunk_tokens: int | None
     ) -> tuple[Tensor, Tensor]:
         style = self._loss_style
-        return chunked_cross_entropy(
-            rows, weight, targets, z_loss=z_loss, chunk_tokens=chunk_tokens, style=style
-        )
+        return chunked_cross_entropy(rows, weight, targets, terms, chunk_tokens=chunk_tokens, style=style)
 
-    def has_own_loss(self, *, z_loss: float) -> bool:
+    def has_own_loss(self, *, z_loss: float, softcap: float | None = None) -> bool:
         """Whether the loss is the chunked one, which lets go of the head's gradient (`tied_gradient`)."""
-        del z_loss
+        del z_loss, softcap
         return True
 
     def isolation(self, device: torch.device, dtype: torch.dtype) -> str:
@@ -155,11 +170,35 @@ class Causal:
         if not windowed and not 1 < new < length:
             return self._unmasked(query, key, value)
         mask = band(new, length, window or length, query.device) if self.mask is None else self.mask
+        return self._masked(query, key, value, mask)
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Queries that see the keys where ``mask`` ``[new, seq]`` is true."""
         return _scaled_dot_product(query, key, value, mask)
 
     def _unmasked(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One query over all keys, or queries that see every position before them."""
         return _scaled_dot_product(query, key, value, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capped(Causal):
+    """Causal attention whose scores ``s`` become ``softcap * tanh(s / softcap)``, in f32; it holds all."""
+
+    window: int | None = field(default=None, kw_only=False)
+    mask: Tensor | None = field(default=None, kw_only=False)
+    softcap: float
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        grouped = query.view(*query.shape[:2], key.shape[2], -1, query.shape[3])
+        scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, key).float() * query.shape[3] ** -0.5
+        capped = soft_capped(scores, self.softcap).masked_fill(~mask, -torch.inf)
+        shares = capped.softmax(dim=-1).to(value.dtype)
+        return torch.einsum("bhgqk,bkhd->bqhgd", shares, value).flatten(2, 3)
+
+    def _unmasked(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        new, length = query.shape[1], key.shape[1]
+        return self._masked(query, key, value, band(new, length, length, query.device))
 
 
 @dataclass(frozen=True)
@@ -182,6 +221,11 @@ def band(new: int, length: int, window: int, device: torch.device) -> Tensor:
     """``[new, length]``, true where a query may look: the last ``window`` positions up to its own."""
     full = torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
     return full[length - new :]
+
+
+def activated(gate: Tensor, activation: Activation) -> Tensor:
+    """The activation of a gate."""
+    return F.silu(gate) if activation is Activation.SILU else F.gelu(gate, approximate="tanh")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
