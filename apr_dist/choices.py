@@ -191,6 +191,26 @@ class FinalCheckpoint(StrEnum):
     BEST = "best"
 
 
+class AdapterKind(StrEnum):
+    """What is trained beside frozen weights; ``off``: the weights themselves.
+
+    ``lora``: a low-rank map scaled by alpha / rank (arXiv:2106.09685); ``rslora``: by alpha / sqrt(rank)
+    (arXiv:2312.03732); ``dora``: as lora, with a trained length for every row (arXiv:2402.09353).
+    """
+
+    OFF = "off"
+    LORA = "lora"
+    RSLORA = "rslora"
+    DORA = "dora"
+
+
+class AdapterInit(StrEnum):
+    """How the first factor of an adapter begins; the second is zero, so that training begins at the base."""
+
+    KAIMING = "kaiming"
+    GAUSSIAN = "gaussian"
+
+
 class OnNonFinite(StrEnum):
     """What a loss or gradient norm that is not finite does."""
 

@@ -168,7 +168,7 @@ def test_bash_completes_verbs_and_their_flags(tmp_path: Path, capfd: pytest.Capt
     asked = {
         ("apr-dist", "va"): {"validate"},
         ("apr-dist", "trai"): {"train"},
-        ("apr-dist", "tokenize", "enc"): {"encode-corpus"},
+        ("apr-dist", "tokenize", "enc"): {"encode-corpus", "encode-chat"},
         ("apr-dist", "tokenize", "encode-corpus", "--par"): {"--parse-special"},
         ("apr-dist", "export", "--to", "hugg"): {"huggingface"},
         ("apr-dist", "export", "--to", "=", "hugg"): {"huggingface"},

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from builders.runs import REPOSITORY
 from builders.several import HAS_COMPILER
-from builders.state_ranks import CASES, EIGHT_BIT, SHAPE
+from builders.state_ranks import ADAPTED, ADAPTER, CASES, EIGHT_BIT, SHAPE
 
 from apr_dist.choices import Offload, Precision, Strategy
 from apr_dist.cli.plan import plan as plan_verb
+from apr_dist.config.sections import AdapterSection
+from apr_dist.gates.adapters import adapter_of
 from apr_dist.parallel.stored_bytes import F32
 from apr_dist.planning.memory import Load, estimate
 from apr_dist.planning.state import State, most_possible, shards
@@ -64,6 +66,23 @@ def test_a_plan_knows_how_small_8_bit_state_is(strategy: Strategy, held: list[di
     wanted = eight.weights + eight.optimizer + eight.buckets
     for rank in held:
         assert rank[f"{strategy} 8 bits"] == pytest.approx(wanted, rel=0.005)
+
+
+@pytest.mark.parametrize("strategy", ADAPTED)
+def test_a_plan_knows_what_an_adapter_and_its_frozen_base_hold(
+    strategy: Strategy, held: list[dict[str, int]]
+) -> None:
+    if strategy.zero_stage and not HAS_COMPILER:
+        pytest.skip("DeepSpeed builds its CPU modules with a C++ compiler, and there is none")
+    adapter = adapter_of(AdapterSection(**ADAPTER), SHAPE)
+    cut = shards(strategy, WORLD, WORLD)
+    said = State.of(SHAPE, cut, strategy, Offload.NONE, adapter=adapter)
+    whole = State.of(SHAPE, cut, strategy, Offload.NONE)
+    assert said.weights < 0.8 * whole.weights
+    assert said.optimizer < 0.5 * whole.optimizer
+    wanted = said.weights + said.optimizer + said.masters + said.buckets
+    for rank in held:
+        assert rank[f"{strategy} adapter"] == pytest.approx(wanted, rel=0.005)
 
 
 def test_a_plan_counts_8_bits_only_where_the_strategy_has_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,12 @@ def import_file(
     """
     with bytes_bar(f"importing {source.name}") as progress:
         summary, folder, tokenizer = import_with_tokenizer(
-            source, output, dtype=_dtype(dtype), tie=True if tie else None, overwrite=force, progress=progress
+            source,
+            output,
+            dtype=dtype_of(dtype),
+            tie=True if tie else None,
+            overwrite=force,
+            progress=progress,
         )
     head = "tied" if summary.tied else "own"
     print(
@@ -87,9 +92,16 @@ def import_file(
 
 
 def export_file(
-    source: Source, /, *, to: Format, output: Output, dtype: ElementType | None = None, force: bool = False
+    source: Source,
+    /,
+    *,
+    to: Format,
+    output: Output,
+    dtype: ElementType | None = None,
+    base: Path | None = None,
+    force: bool = False,
 ) -> None:
-    """Write an APR file's model in another format, its tokenizer with it.
+    """Write an APR file's model in another format, its tokenizer with it; or an adapter alone as GGUF.
 
     Example: apr-dist export model.apr --to huggingface -o model-hf
 
@@ -98,8 +110,12 @@ def export_file(
         to: huggingface (a folder with config, weights, tokenizer and model card), safetensors, or gguf.
         output: folder or file to write.
         dtype: element type; by default the source's, and f16 for gguf.
+        base: given, the source is an adapter (a folder, or checkpoint.apr of its run), and this its base.
         force: replace an existing output.
     """
+    if base is not None:
+        _export_adapter(source, base, to, output, dtype, force=force)
+        return
     with bytes_bar(f"exporting {source.name}") as progress:
         if to is Format.GGUF:
             if dtype is ElementType.BF16:
@@ -108,13 +124,29 @@ def export_file(
             summary = export_gguf(source, output, kind=kind, overwrite=force, progress=progress)
         else:
             write = export_huggingface if to is Format.HUGGINGFACE else export_safetensors
-            summary = write(source, output, dtype=_dtype(dtype), overwrite=force, progress=progress)
+            summary = write(source, output, dtype=dtype_of(dtype), overwrite=force, progress=progress)
     print(
         f"{output}: {summary.format}, {summary.tensor_count} tensors, {summary.size_bytes / 1e6:,.1f} MB in"
         f" {len(summary.files)} file(s)"
     )
     for note in summary.notes:
         print(f"note: {note}")
+
+
+def _export_adapter(
+    adapter: Path, base: Path, to: Format, output: Path, dtype: ElementType | None, *, force: bool
+) -> None:
+    if to is not Format.GGUF or dtype not in (None, ElementType.F32):
+        raise UsageError(
+            "an adapter alone is exported to gguf, in f32",
+            where="--base",
+            expected="--to gguf",
+            remedy="give peft the folder adapter/ of the run; or merge it, and export what is merged",
+        )
+    from apr_dist.interop.gguf_adapter import export_adapter_gguf  # noqa: PLC0415
+
+    summary = export_adapter_gguf(adapter, base, output, overwrite=force)
+    print(f"{output}: gguf adapter, {summary.tensor_count} tensors, {summary.size_bytes / 1e6:,.1f} MB")
 
 
 def inspect(path: Source, /, *, json: bool = False, tensors: bool = False, quality: bool = False) -> None:
@@ -231,7 +263,12 @@ def diff(first: Source, second: Source, /) -> int:
     return 0 if found.equal else 1
 
 
-def _dtype(wanted: ElementType | None) -> DType | None:
+def dtype_of(wanted: ElementType | None) -> DType | None:
+    """The element type that a flag names.
+
+    Raises:
+        UsageError: one that no APR file and no folder holds.
+    """
     if wanted is ElementType.Q8_0:
         raise UsageError("q8_0 is written to gguf only", expected="f32, f16 or bf16")
     return DType[wanted.name] if wanted else None

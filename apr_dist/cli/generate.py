@@ -33,6 +33,7 @@ def generate(
     chat: bool = False,
     system: str | None = None,
     tokenizer: Path | None = None,
+    adapter: Path | None = None,
     device: Device = Device.AUTO,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -53,6 +54,7 @@ def generate(
         chat: render messages with the model's chat template, and stop where a turn ends.
         system: with --chat, the system message that the conversation begins with.
         tokenizer: tokenizer folder; by default the one inside the file, else the one beside it.
+        adapter: folder of an adapter to compute beside the model's weights, or checkpoint.apr of its run.
         device: auto, cpu or cuda.
         json_output: print one JSON object at the end instead of the text as it comes.
     """
@@ -72,7 +74,7 @@ def generate(
         raise UsageError("--json takes one message", where="--chat", remedy="give the message with --prompt")
     if not talk:
         prompt = _prompt(prompt)
-    speaker = _opened(model, tokenizer, device)
+    speaker = _opened(model, tokenizer, adapter, device)
     if chat:
         speaker.chat.needed(model)
 
@@ -136,13 +138,18 @@ def _messages(system: str | None, prompt: str | None) -> Sequence[dict[str, Any]
     return [*opening, {"role": "user", "content": prompt}]
 
 
-def _opened(path: Path, tokenizer: Path | None, device: Device) -> TextModel:
+def _opened(path: Path, tokenizer: Path | None, adapter: Path | None, device: Device) -> TextModel:
     import torch  # noqa: PLC0415
 
     from apr_dist.interop.text_model import open_text_model  # noqa: PLC0415
 
     there = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_text_model(path, tokenizer=tokenizer, device=there if device is Device.AUTO else device.value)
+    return open_text_model(
+        path,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        device=there if device is Device.AUTO else device.value,
+    )
 
 
 def _facts(
@@ -151,6 +158,7 @@ def _facts(
     return {
         "model": str(speaker.path),
         "digest": speaker.digest,
+        "adapter": None if speaker.adapter is None else str(speaker.adapter),
         "tokenizer": str(speaker.tokenizer_from),
         "prompt": prompt,
         "prompt_tokens": ids,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from apr_dist.gates.adapters import BASE, STATED
 from apr_dist.interop.inspection import FileReport
 from apr_dist.report.verdict_table import table_lines
 
@@ -46,6 +47,10 @@ def _facts(report: FileReport) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{report.param_count:,} in {report.tensor_count} tensors"
     types = (f"{name}: {count} ({size / 1e6:,.1f} MB)" for name, (count, size) in report.dtypes.items())
     yield "element types", ", ".join(types)
+    if isinstance(adapter := said.get(STATED), dict):
+        kind = "dora" if adapter.get("use_dora") else "rslora" if adapter.get("use_rslora") else "lora"
+        yield "adapter", f"{kind} of rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"
+        yield "its base", str(said.get(BASE, "-"))
     tie = {True: "tied to the embedding", False: "own matrix", None: "metadata and tensors contradict"}
     yield "output head", tie[report.tied]
     for key in _DIMENSIONS:

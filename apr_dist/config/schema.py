@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from apr_dist.choices import TRACKERS, Device, Mode, ProgressStyle
 from apr_dist.config.sections import (
     MODE_DEFAULTS,
+    AdapterSection,
     CheckpointSection,
     ComputeSection,
     EarlyStopSection,
@@ -82,6 +83,7 @@ class TrainConfig(Section):
     )
     tracking: TrackingSection = TrackingSection()
     optimizer: OptimizerSection = OptimizerSection()
+    adapter: AdapterSection = AdapterSection()
     loader: LoaderSection = LoaderSection()
     log_every: int | None = Field(
         None, gt=0, description="steps between readings of loss and norm; none: 1 on CPU, 10 on CUDA"

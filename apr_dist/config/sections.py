@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from apr_dist.choices import (
     ActivationCheckpointing,
+    AdapterInit,
+    AdapterKind,
     Compile,
     Documents,
     FinalCheckpoint,
@@ -109,6 +111,49 @@ def _ids_from_text(value: object) -> object:
     if value is None:
         return ()
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _words_from_text(value: object) -> object:
+    """``q_proj,v_proj``, as a flag gives names, as the list a file gives."""
+    if value is None:
+        return ()
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class AdapterBaseSection(Section):
+    """How the frozen weights are kept while an adapter is trained."""
+
+    bits: Annotated[Literal[16, 32], BeforeValidator(_number_from_text)] = Field(
+        32, description="bits of the frozen matrices: 32, or 16 for bf16"
+    )
+
+
+class AdapterSection(Section):
+    """What is trained beside frozen weights, in place of them (extra adapters)."""
+
+    kind: AdapterKind = Field(
+        AdapterKind.OFF, description="off: every weight is trained; or lora, rslora, dora"
+    )
+    rank: int = Field(16, gt=0, description="rows of the first factor, columns of the second")
+    alpha: float = Field(32.0, gt=0, description="scale: alpha / rank, for rslora alpha / sqrt(rank)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the inputs that are zero in training")
+    targets: Annotated[tuple[str, ...], BeforeValidator(_words_from_text)] = Field(
+        ("all-linear",),
+        description="linear maps that get one: all-linear (those of the blocks), names, or patterns with *",
+    )
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_ids_from_text)] = Field(
+        (), description="numbers of the blocks that get one, from 0; none: all"
+    )
+    bias: bool = Field(False, description="also train a bias beside the second factor, where the map has one")
+    init: AdapterInit = Field(
+        AdapterInit.KAIMING, description="first factor: kaiming (uniform, as peft) or gaussian (1 / rank)"
+    )
+    base: AdapterBaseSection = AdapterBaseSection()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether an adapter is trained."""
+        return self.kind is not AdapterKind.OFF
 
 
 class LoaderSection(Section):

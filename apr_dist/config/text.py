@@ -53,7 +53,7 @@ def type_text(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Mapping:
         return "mapping of text to number above 0"
     if get_origin(field.annotation) is tuple:
-        return "list of integers at least 0"
+        return "list of text" if kinds[0] is str else "list of integers at least 0"
     words = ", or ".join(_kind_text(kind, field) for kind in kinds if kind is not type(None))
     return f"{words}, or null" if type(None) in kinds else words
 

@@ -19,6 +19,7 @@ from apr_dist.apr.layout import Flag
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import UnsupportedModelFile
+from apr_dist.gates.adapters import STATED
 from apr_dist.gates.architecture import (
     EMBEDDING,
     HEAD,
@@ -112,6 +113,7 @@ def prove_model(
         passed(result)
 
     refuse_shard(reader, where)
+    refuse_adapter(reader, where)
     note(_intact(reader, checksums=read_values))
     config = check_model(stated, shapes, _head_facts(reader), where=where)
     note(_family_result(stated, config))
@@ -143,6 +145,21 @@ def refuse_shard(reader: AprReader, where: Path) -> None:
             where=where,
             expected="a whole model",
             remedy="join the shards: apr-dist import MANIFEST.json -o model.apr",
+        )
+
+
+def refuse_adapter(reader: AprReader, where: Path) -> None:
+    """Refuse a file that holds an adapter where a model is needed.
+
+    Raises:
+        UnsupportedModelFile: its metadata say so.
+    """
+    if STATED in reader.metadata.custom:
+        raise UnsupportedModelFile(
+            f"the file holds an adapter ({len(reader.tensors)} tensors), not a model",
+            where=where,
+            expected="a whole model",
+            remedy=f"apr-dist merge --base BASE.apr --adapter {where} -o merged.apr",
         )
 
 

@@ -7,6 +7,7 @@ other come before all of them; whether the run folder is free is asked after the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from apr_dist.data.mixture import Mixture
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
+from apr_dist.gates.adapters import adapter_of, prove_adapter_file
 from apr_dist.gates.conversations import check_conversations, template_digest
 from apr_dist.gates.data import (
     check_disjoint,
@@ -40,6 +42,7 @@ from apr_dist.gates.named_sets import check_sets_differ
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
 from apr_dist.gates.warnings import DataFacts, left_out_of, warnings_of
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import PRESETS, TransformerConfig, preset
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parsing import parse_json
@@ -58,6 +61,8 @@ class Preflight:
         data: what the shards hold; None for made-up tokens.
         recorded_val_loss: what the init file says this same evaluation gave when it was saved.
         given_init_digest: digest of ``--init`` when weights come from a checkpoint to resume instead.
+        adapter: what is trained in place of the weights; None: the weights.
+        adapter_reader: the open checkpoint of an adapter to resume. Closed by ``close``.
     """
 
     model_config: TransformerConfig
@@ -68,11 +73,21 @@ class Preflight:
     data: DataFacts | None = None
     recorded_val_loss: float | None = None
     given_init_digest: str | None = None
+    adapter: Adapter | None = None
+    adapter_reader: AprReader | None = None
+
+    @property
+    def trained_parameters(self) -> int:
+        """Elements that are trained: of the adapter, or of the model."""
+        if self.adapter is None:
+            return self.model_config.parameter_count()
+        return sum(math.prod(shape) for shape in self.adapter.shapes(self.model_config).values())
 
     def close(self) -> None:
-        """Unmap the init file."""
-        if self.reader is not None:
-            self.reader.close()
+        """Unmap the files."""
+        for reader in (self.reader, self.adapter_reader):
+            if reader is not None:
+                reader.close()
 
 
 def run_preflight(
@@ -104,12 +119,17 @@ def run_preflight(
     if config.evaluation.prompts is not None:
         read_prompts(config.evaluation.prompts)  # its checks
     with ExitStack() as stack:
-        path = resume_from or config.init
+        path = config.init if config.adapter.is_on else resume_from or config.init
         if path:
             found = prove_model_file(path, stack, say, read_weights, progress)
         else:
             found = _from_scratch(config.model)
-        if resume_from is not None:
+        found.adapter = adapter_of(config.adapter, found.model_config)
+        if resume_from is not None and found.adapter is not None:
+            found.given_init_digest = found.provenance.get("init_digest")
+            found.adapter_reader = stack.enter_context(AprReader(resume_from))
+            _note(found, say, prove_adapter_file(found.adapter_reader, found.adapter, found.model_config))
+        elif resume_from is not None:
             _identify_init(found, config.init, progress)
         _note(found, say, _positions(found.model_config, config.seq_length))
         if config.synthetic:
@@ -238,7 +258,8 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     check_shares(training, global_batch=config.batch_size, block=block)
     parts, everything = parts_of(training), (*parts_of(training), *sets.values())
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
-    check_documents(order.documents, config.compute, parts, synthetic=False)
+    chats = tuple(part for part in everything if part.flagged)
+    check_documents(order.documents, config.compute, (*parts, *chats), synthetic=False)
     found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
     for number, part in enumerate(everything):
         length, limit = config.seq_length, order.max_unread

@@ -18,6 +18,7 @@ from apr_dist.choices import (
 from apr_dist.config import TrainConfig, nearest
 from apr_dist.config.sections import ComputeSection, OptimizerSection, TrackingSection
 from apr_dist.errors import UsageError
+from apr_dist.gates.adapters import check_adapter_settings
 from apr_dist.gates.data import check_batch
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.state_bits import check_installed
@@ -47,7 +48,7 @@ def check_settings(config: TrainConfig, *, world_size: int) -> None:
     check_decay(config.optimizer, num_steps=config.num_steps, warmup=config.warmup)
     check_kernels(config)
     options, launch = config.parallel, read_launch()
-    check_strategy(
+    strategy = check_strategy(
         options.strategy,
         world=world_size,
         per_machine=launch.local_world_size if launch.world_size == world_size else None,
@@ -58,6 +59,7 @@ def check_settings(config: TrainConfig, *, world_size: int) -> None:
         precision=options.precision,
         state_bits=config.optimizer.state_bits,
     )
+    check_adapter_settings(config, strategy)
     check_compute(config.compute)
     check_batch(batch_size=config.batch_size, micro_batch=config.micro_batch_size, world_size=world_size)
     if config.init is not None and config.model != TrainConfig.model_fields["model"].default:

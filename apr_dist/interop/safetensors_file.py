@@ -49,6 +49,7 @@ class SafetensorsFile:
 
     Attributes:
         tensors: by name, in file order.
+        said: what its maker wrote beside them, text by key.
 
     Raises:
         ModelFileMissing: no regular, readable file there.
@@ -74,7 +75,8 @@ class SafetensorsFile:
             header = parse_object(bytes(self._map[8 : 8 + length]))
         except ValueError as error:
             raise self._damaged(f"its header cannot be read: {error}") from error
-        header.pop("__metadata__", None)
+        said = header.pop("__metadata__", None)
+        self.said = {key: str(value) for key, value in said.items()} if isinstance(said, dict) else {}
         entries = (self._tensor(name, facts, 8 + length) for name, facts in header.items())
         self.tensors = {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.start)}
 
@@ -126,12 +128,25 @@ class SafetensorsFile:
 class SafetensorsWriter:
     """A new safetensors file that takes its tensors in the order they were announced, in pieces.
 
+    Args:
+        path: the file to make.
+        tensors: what it will hold, in order.
+        overwrite: whether an existing file may be replaced.
+        said: text by key for its header.
+
     Raises:
         OutputError: the file exists and ``overwrite`` is off, or cannot be written.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec], *, overwrite: bool = False) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[TensorSpec],
+        *,
+        overwrite: bool = False,
+        said: Mapping[str, str] | None = None,
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(said or {})}}
         offset = 0
         for spec in tensors:
             size = math.prod(spec.shape) * _ELEMENT_BYTES[spec.dtype]

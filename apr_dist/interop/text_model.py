@@ -6,6 +6,7 @@ they are chosen. Front doors parse flags and print.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -20,7 +21,9 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.corpus.chat_encoding import encode_prompt
 from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.gates.model_file import prove_model
+from apr_dist.interop.adapter_files import open_adapter
 from apr_dist.interop.chat import ModelChat, chat_of
+from apr_dist.model.adapters import canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.generation import Sampling, stream
 from apr_dist.model.transformer import Decoder
@@ -58,6 +61,7 @@ class TextModel:
         tokenizer_from: where it came from.
         end_ids: tokens that end a text, as far as the file says.
         chat: what makes tokens of conversations.
+        adapter: where the adapter that is computed beside the weights came from; None without one.
     """
 
     path: Path
@@ -67,6 +71,7 @@ class TextModel:
     tokenizer_from: Path
     end_ids: frozenset[int]
     chat: ModelChat
+    adapter: Path | None = None
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of a prompt, with the tokens that its tokenizer puts around a text.
@@ -174,16 +179,20 @@ class Utterance:
         return longest
 
 
-def open_text_model(path: Path, *, tokenizer: Path | None = None, device: str = "cpu") -> TextModel:
+def open_text_model(
+    path: Path, *, tokenizer: Path | None = None, device: str = "cpu", adapter: Path | None = None
+) -> TextModel:
     """Open a model file for generating, through the gates a run opens it with.
 
     Args:
         path: an APR v2 file.
         tokenizer: tokenizer folder; None takes the one inside the file, else ``model.tokenizer`` beside it.
         device: a torch device.
+        adapter: ``peft`` folder, or the checkpoint of a run's adapter, to compute beside the weights.
 
     Raises:
-        ModelFileError, GateRefused: the file is missing, damaged, or not a whole decoder.
+        ModelFileError, GateRefused: the file is missing, damaged, or not a whole decoder; or the adapter is
+            none of this file.
         TokenizerError: there is no tokenizer, or it cannot be used.
         UsageError: the device is not there.
     """
@@ -191,7 +200,7 @@ def open_text_model(path: Path, *, tokenizer: Path | None = None, device: str = 
         proven = prove_model(reader, with_digest=True)
         metadata, digest = reader.metadata, reader.digest()
         chat = chat_of(metadata, path, tokenizer)
-        decoder = load_decoder(reader, proven.config, device=device)
+        decoder = load_decoder(reader, proven.config, device=device, adapter=adapter)
     return TextModel(
         path=path,
         digest=digest,
@@ -200,13 +209,23 @@ def open_text_model(path: Path, *, tokenizer: Path | None = None, device: str = 
         tokenizer_from=chat.tokenizer_from,
         end_ids=chat.end_ids,
         chat=chat,
+        adapter=adapter,
     )
 
 
-def load_decoder(reader: AprReader, config: TransformerConfig, *, device: str = "cpu") -> Decoder:
+def load_decoder(
+    reader: AprReader, config: TransformerConfig, *, device: str = "cpu", adapter: Path | None = None
+) -> Decoder:
     """The network of a proven file on one device, one tensor at a time.
 
+    Args:
+        reader: the file.
+        config: its architecture.
+        device: a torch device.
+        adapter: where an adapter is that is computed beside the weights; None: the weights alone.
+
     Raises:
+        ModelFileError, WeightsRefused: the adapter cannot be read, or belongs to other weights.
         UsageError: CUDA was asked for and there is none.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -216,14 +235,23 @@ def load_decoder(reader: AprReader, config: TransformerConfig, *, device: str = 
             expected="a visible CUDA device",
             remedy="use --device cpu",
         )
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder.to_empty(device=device)
-    decoder.reset_buffers()
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parameter.copy_(torch.utils.dlpack.from_dlpack(reader.float32(name)))
-            reader.forget(name)
+    with contextlib.ExitStack() as stack:
+        beside = stack.enter_context(open_adapter(adapter, config)) if adapter is not None else None
+        with torch.device("meta"):
+            decoder = Decoder(config)
+            if beside is not None:
+                beside.refuse_other_base(reader)
+                decoder.attach(beside.adapter)
+        decoder.to_empty(device=device)
+        decoder.reset_buffers()
+        with torch.no_grad():
+            for within, parameter in decoder.named_parameters():
+                name = canonical(within)
+                if beside is not None and is_adapter(name):
+                    parameter.copy_(torch.from_numpy(beside.read(name)))
+                    continue
+                parameter.copy_(torch.utils.dlpack.from_dlpack(reader.float32(name)))
+                reader.forget(name)
     return decoder.eval()
 
 

@@ -20,10 +20,12 @@ def run_checkpointed(
     compute: Callable[..., Tensor],
     *args: Any,
     inputs: HostInputs | None = None,
+    draws: bool = False,
 ) -> Tensor:
     """``compute(*args)``, keeping for the backward pass only what the mode keeps.
 
-    With ``inputs`` what is kept is in host memory.
+    With ``inputs`` what is kept is in host memory. Where it ``draws`` random numbers, they are the same the
+    second time.
     """
     if mode is ActivationCheckpointing.OFF or not torch.is_grad_enabled():
         return compute(*args)
@@ -32,8 +34,8 @@ def run_checkpointed(
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _every_second())
     if inputs is not None:
         with torch.autograd.graph.saved_tensors_hooks(_packing(inputs), _unpacking(inputs)):
-            return run_checkpointed(ActivationCheckpointing.FULL, compute, *args)
-    result: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **options)
+            return run_checkpointed(ActivationCheckpointing.FULL, compute, *args, draws=draws)
+    result: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=draws, **options)
     return result
 
 

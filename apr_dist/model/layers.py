@@ -66,8 +66,9 @@ class Embedding(Computed, nn.Embedding):
             super().reset_parameters()
 
     def forward(self, ids: Tensor, *, tied: TiedGradient | None = None) -> Tensor:
-        """Integers ``[...]`` to ``[..., hidden]``; with ``tied`` their gradient joins the head's."""
-        return self.kernels_for(ids).look_up(self.weight, ids, tied)
+        """Integers ``[...]`` to f32 ``[..., hidden]``; with ``tied`` their gradient joins the head's."""
+        rows = self.kernels_for(ids).look_up(self.weight, ids, tied)
+        return rows.float() if rows.dtype is torch.bfloat16 else rows
 
 
 class RMSNorm(Computed):

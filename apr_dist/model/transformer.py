@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from apr_dist.choices import ActivationCheckpointing
+from apr_dist.model.adapter_layers import attach
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import run_checkpointed
 from apr_dist.model.config import TransformerConfig
@@ -49,6 +51,7 @@ class DecoderBlock(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
         self._add_norm(self._mlp_norms[1], config)
         self.checkpointing = ActivationCheckpointing.OFF
+        self.draws = False
         self.inputs_on_host: HostInputs | None = None
 
     def _add_norm(self, name: str | None, config: TransformerConfig) -> None:
@@ -70,7 +73,9 @@ class DecoderBlock(nn.Module):
 
     def _run(self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None) -> Tensor:
         given = (x, rotation, attend, cache)
-        return run_checkpointed(self.checkpointing, self._compute, *given, inputs=self.inputs_on_host)
+        return run_checkpointed(
+            self.checkpointing, self._compute, *given, inputs=self.inputs_on_host, draws=self.draws
+        )
 
     def _compute(
         self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None
@@ -191,6 +196,14 @@ class Decoder(Computed):
             None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size, bias=False)
         )
         self.z_loss = 0.0
+        self.adapter: Adapter | None = None
+
+    def attach(self, adapter: Adapter) -> None:
+        """Train an adapter in place of the weights; see `adapter_layers.attach`."""
+        attach(self, adapter)
+        self.adapter = adapter
+        for layer in self.model.layers:
+            layer.draws = adapter.dropout > 0  # type: ignore[assignment]
 
     @property
     def head_weight(self) -> Tensor:

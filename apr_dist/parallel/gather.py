@@ -23,7 +23,7 @@ from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.pieces import Piece, local, runs, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.split_weights import split_of
-from apr_dist.parallel.weights import host_array, named_weights
+from apr_dist.parallel.weights import host_array, saved_weights
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class WeightParts:
 
 
 def weight_parts(model: nn.Module, runtime: Runtime) -> WeightParts:
-    """This rank's parts of the weights: those of the first copy, as views of what is trained."""
-    weights = dict(sorted(named_weights(model), key=lambda item: item[0].encode()))
+    """This rank's parts of what a checkpoint holds: those of the first copy, as views of what is trained."""
+    weights = dict(sorted(saved_weights(model).items(), key=lambda item: item[0].encode()))
     shapes = {name: whole_shape(weight) for name, weight in weights.items()}
     return WeightParts(
         shapes=shapes,

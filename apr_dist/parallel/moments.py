@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apr_dist.choices import Strategy
+from apr_dist.model.adapters import canonical
 from apr_dist.parallel.eight_bit import AdamW8bit, Quantized
 from apr_dist.parallel.pieces import Piece, local, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
@@ -39,7 +40,7 @@ class Stored(Protocol):
 
 def trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters that have moments, by name: those that are not frozen."""
-    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    return ((canonical(name), weight) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 def moment_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from apr_dist.choices import Offload, Strategy, WeightStorage
 from apr_dist.errors import DistributedError
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.host_copies import host_empty
 from apr_dist.model.transformer import Decoder
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def build_decoder(config: TransformerConfig, runtime: Runtime) -> Decoder:
+def build_decoder(config: TransformerConfig, runtime: Runtime, adapter: Adapter | None = None) -> Decoder:
     """A decoder spread as the strategy says; its parameters hold arbitrary values, its buffers are right.
 
     No rank ever holds more than its share: the network is made on the meta device (under ZeRO-3 each
@@ -39,9 +40,13 @@ def build_decoder(config: TransformerConfig, runtime: Runtime) -> Decoder:
     if runtime.strategy is Strategy.ZERO3:
         with zero_init(config, runtime):
             decoder = Decoder(config)
+            if adapter is not None:
+                decoder.attach(adapter)
     else:
         with torch.device("meta"):
             decoder = Decoder(config)
+            if adapter is not None:
+                decoder.attach(adapter)
         narrow = _narrow(decoder, runtime)
         if runtime.strategy.is_fsdp:
             _shard(decoder, runtime)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from apr_dist.choices import GradientStorage, Offload, Strategy, WeightStorage
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
 from apr_dist.parallel.storage import Storage, is_narrow
@@ -34,9 +35,22 @@ class StoredBytes:
 
 
 def stored_bytes(
-    model: TransformerConfig, strategy: Strategy, storage: Storage, state_bits: int
+    model: TransformerConfig,
+    strategy: Strategy,
+    storage: Storage,
+    state_bits: int,
+    adapter: Adapter | None = None,
 ) -> StoredBytes:
-    """Of every trained tensor, stored as the strategy can."""
+    """Of every trained tensor, stored as the strategy can; with an adapter, of frozen weights too."""
+    if adapter is not None:
+        shapes = adapter.shapes(model)
+        return StoredBytes(
+            weight_bytes(model, adapter),
+            0,
+            F32 * trained_count(model, adapter),
+            _moments_of(shapes, strategy, storage.offload, state_bits),
+            F32 * max(map(math.prod, shapes.values())),
+        )
     if strategy.zero_stage:
         storage = Storage(offload=storage.offload)
     weights = low = gradients = 0
@@ -46,8 +60,8 @@ def stored_bytes(
         low += count * BF16 if is_low and storage.weights is WeightStorage.SPLIT else 0
         bf16 = narrow and storage.gradients is GradientStorage.BF16 and not strategy.is_fsdp
         gradients += count * (BF16 if bf16 else F32)
-    shapes = model.parameter_shapes().items()
-    largest = max(math.prod(shape) for name, shape in shapes if ".layers." in name)
+    whole = model.parameter_shapes().items()
+    largest = max(math.prod(shape) for name, shape in whole if ".layers." in name)
     moments = moment_bytes(model, strategy, storage.offload, state_bits)
     return StoredBytes(weights, low, gradients, moments, F32 * largest)
 
@@ -59,10 +73,30 @@ def _tensors(model: TransformerConfig, strategy: Strategy) -> Iterator[tuple[int
 
 def moment_bytes(model: TransformerConfig, strategy: Strategy, offload: Offload, state_bits: int) -> int:
     """Both moments of the whole model; in 8 bits a byte an element and 4 for each block."""
+    return _moments_of(model.parameter_shapes(), strategy, offload, state_bits)
+
+
+def trained_count(model: TransformerConfig, adapter: Adapter | None) -> int:
+    """Elements that have a gradient and moments."""
+    shapes = model.parameter_shapes() if adapter is None else adapter.shapes(model)
+    return sum(map(math.prod, shapes.values()))
+
+
+def weight_bytes(model: TransformerConfig, adapter: Adapter | None) -> int:
+    """Bytes of all weights in f32, those of an adapter beside those that are frozen."""
+    if adapter is None:
+        return F32 * model.parameter_count()
+    frozen = sum(adapter.base_bytes(name, shape) for name, shape in model.parameter_shapes().items())
+    return frozen + F32 * trained_count(model, adapter)
+
+
+def _moments_of(
+    shapes: Mapping[str, tuple[int, ...]], strategy: Strategy, offload: Offload, state_bits: int
+) -> int:
     if state_bits == 32 or not can_have(strategy, offload):
-        return 2 * F32 * model.parameter_count()
+        return 2 * F32 * sum(map(math.prod, shapes.values()))
     total = 0
-    for name, shape in model.parameter_shapes().items():
+    for name, shape in shapes.items():
         count = math.prod(shape)
         total += count + F32 * -(-count // BLOCK) if is_eligible(name, shape) else F32 * count
     return 2 * total

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch import nn
 from apr_dist.apr.digests import values_digest, weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import WeightsRefused
+from apr_dist.model.adapter_layers import initial_value
+from apr_dist.model.adapters import canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.transformer import initial_weight
+from apr_dist.model.transformer import Decoder, initial_weight
 from apr_dist.parallel.pieces import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import reshard
@@ -45,11 +47,24 @@ Source = Callable[[str, tuple[int, ...]], torch.Tensor]
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every distinct parameter once, by its canonical (Hugging Face and APR) name."""
     reshard(model)
-    yield from model.named_parameters(remove_duplicate=True)
+    for name, parameter in model.named_parameters(remove_duplicate=True):
+        yield canonical(name), parameter
+
+
+def saved_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint holds, by name: those of an adapter where there is one, else all."""
+    weights = dict(named_weights(model))
+    return {name: weight for name, weight in weights.items() if is_adapter(name)} or weights
 
 
 def load_weights(
-    model: nn.Module, reader: AprReader | None, runtime: Runtime, progress: Progress | None = None
+    model: Decoder,
+    reader: AprReader | None,
+    runtime: Runtime,
+    progress: Progress | None = None,
+    *,
+    adapter: AprReader | None = None,
+    seed: int = 0,
 ) -> dict[str, str]:
     """Stream every tensor from rank 0's file into the parts of the model on every rank, and prove it.
 
@@ -58,18 +73,40 @@ def load_weights(
         reader: the open file on rank 0, None elsewhere.
         runtime: this rank's view of the run.
         progress: called on rank 0 after each tensor, while loading and while proving.
+        adapter: the open file of the model's adapter on rank 0; None: it begins anew.
+        seed: of an adapter that begins anew.
 
     Returns:
-        tensor name to digest of the f32 values that the file holds and the model now has.
+        tensor name to digest of the f32 values that the file holds. The model now has them, matrices kept
+        in bf16 the nearest to them.
 
     Raises:
         WeightsRefused: on all ranks, when any rank's tensor is not the file's.
     """
-    return _stream(model, _from_file(reader) if reader is not None else None, runtime, progress)
+    if reader is None:
+        return _stream(model, None, runtime, progress)
+    base = _from_file(reader)
+    beside = _from_file(adapter) if adapter is not None else _new_adapter(model, base, seed)
+    return _stream(
+        model, lambda name, shape: (beside if is_adapter(name) else base)(name, shape), runtime, progress
+    )
+
+
+def _new_adapter(model: Decoder, base: Source, seed: int) -> Source:
+    """Draws an adapter's values; those that depend on the base come from ``base``."""
+    shapes = model.config.parameter_shapes()
+
+    def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        assert model.adapter is not None
+        return initial_value(
+            name, shape, model.adapter, seed=seed, base=lambda weight: base(weight, shapes[weight])
+        )
+
+    return read
 
 
 def draw_weights(
-    model: nn.Module,
+    model: Decoder,
     config: TransformerConfig,
     runtime: Runtime,
     *,
@@ -78,14 +115,23 @@ def draw_weights(
 ) -> dict[str, str]:
     """Give every tensor its value from scratch (``model.transformer.initial_weight``), by the same way.
 
+    An adapter begins as it does beside a file's weights, so that it changes nothing.
+
     Returns:
         tensor name to digest, as `load_weights`.
     """
     if not runtime.is_main:
         return _stream(model, None, runtime, None)
-    shapes = {name: whole_shape(parameter) for name, parameter in named_weights(model)}
+    shapes = {
+        name: whole_shape(parameter) for name, parameter in named_weights(model) if not is_adapter(name)
+    }
+    beside = _new_adapter(
+        model, lambda name, shape: initial_weight(name, shape, config=config, seed=seed), seed
+    )
     with contextlib.closing(_drawn_ahead(shapes, config, seed)) as drawn:
-        return _stream(model, lambda *_: next(drawn), runtime, progress)
+        return _stream(
+            model, lambda *asked: beside(*asked) if is_adapter(asked[0]) else next(drawn), runtime, progress
+        )
 
 
 def _drawn_ahead(
@@ -113,20 +159,22 @@ def _stream(
 ) -> dict[str, str]:
     count = len(list(named_weights(model)))
     told = progress if runtime.is_main else None
+    given: dict[str, str] = {}
     expected: dict[str, str] = {}
     with torch.no_grad():
         for done, (name, parameter) in enumerate(named_weights(model), start=1):
             values = source(name, whole_shape(parameter)) if source is not None else None
             if values is not None:
+                given[name] = expected[name] = _digest(values)
                 if is_rounded(parameter):
                     values = values.bfloat16().float()
-                expected[name] = _digest(values)
+                    expected[name] = _digest(values)
             fill(parameter, values, runtime)
             del values
             if told is not None:
                 told("loading weights", done, count)
-    digests: dict[str, str] = runtime.broadcast_json(expected)
-    prove_weights(model, digests, runtime, told)
+    prove_weights(model, runtime.broadcast_json(expected), runtime, told)
+    digests: dict[str, str] = runtime.broadcast_json(given)
     return digests
 
 
@@ -174,8 +222,13 @@ def prove_weights(
 
 def weight_digests(model: nn.Module, runtime: Runtime, progress: Progress | None = None) -> dict[str, str]:
     """Digest of each parameter's whole f32 values, by name; a collective where parameters are sharded."""
+    return _digests(list(named_weights(model)), runtime, progress)
+
+
+def _digests(
+    weights: Sequence[tuple[str, nn.Parameter]], runtime: Runtime, progress: Progress | None = None
+) -> dict[str, str]:
     found: dict[str, str] = {}
-    weights = list(named_weights(model))
     for name, parameter in weights:
         hashed = xxhash.xxh3_128()
         for run in whole_in_runs(parameter, runtime):
@@ -187,8 +240,8 @@ def weight_digests(model: nn.Module, runtime: Runtime, progress: Progress | None
 
 
 def model_digest(model: nn.Module, runtime: Runtime) -> str:
-    """``sha256:...`` over the names and digests of all parameters: the identity of the weights."""
-    return weights_digest(weight_digests(model, runtime))
+    """``sha256:...`` over the names and digests of what a checkpoint holds: the identity of the weights."""
+    return weights_digest(_digests(list(saved_weights(model).items()), runtime))
 
 
 def host_array(values: torch.Tensor) -> np.ndarray:

@@ -89,7 +89,7 @@ def fit(
     Raises:
         UsageError: nothing fits, with the least that would be needed.
     """
-    found = [one for one in _choices(estimates, config, step_s) if one.memory.host <= (host or 0)]
+    found = [one for one in _choices(estimates, config, step_s) if _kept_on_host(one.memory) <= (host or 0)]
     fitting = [one for one in found if one.memory.total + CONTEXT_BYTES <= card]
     if fitting:
         # Of equal ones the first, which changes least; weights that are rounded only where no others fit.
@@ -133,8 +133,12 @@ def _moved_s(memory: Memory) -> float:
 
     Gradients leave and come back; low bits, moments and block inputs come and leave.
     """
-    moved = sum(size for part, size in memory.host_parts.items() if part != "copies of a save")
-    return moved / LINK_BYTES_S
+    return _kept_on_host(memory) / LINK_BYTES_S
+
+
+def _kept_on_host(memory: Memory) -> int:
+    """Bytes that have to be there; a save is written from copies only where they fit."""
+    return sum(size for part, size in memory.host_parts.items() if part != "copies of a save")
 
 
 def lines_of(chosen: Rungs, before: Memory, *, step_s: float) -> Iterator[str]:
@@ -142,7 +146,7 @@ def lines_of(chosen: Rungs, before: Memory, *, step_s: float) -> Iterator[str]:
     memory = chosen.memory
     yield (
         f"{memory.total / 2**30:.2f} GiB on the card at the {memory.moment},"
-        f" {memory.host / 2**30:.2f} GiB on the host"
+        f" {_kept_on_host(memory) / 2**30:.2f} GiB on the host"
     )
     yield f"as configured: {before.total / 2**30:.2f} GiB"
     yield f"a step: {step_s:.2f} s of arithmetic, at most {chosen.seconds:.2f} s of recomputing and moving"

@@ -11,12 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from apr_dist.choices import ActivationCheckpointing, Offload, Precision, Strategy, WeightStorage
+from apr_dist.choices import (
+    ActivationCheckpointing,
+    AdapterKind,
+    Offload,
+    Precision,
+    Strategy,
+    WeightStorage,
+)
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Norms
 from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
 from apr_dist.parallel.storage import PLAIN, Storage
-from apr_dist.parallel.stored_bytes import F32, stored_bytes
+from apr_dist.parallel.stored_bytes import F32, stored_bytes, trained_count
 from apr_dist.planning.state import State, most_possible, shards, update_bytes
 
 UNFIT_SHARE = 0.7
@@ -123,6 +131,7 @@ def estimate(
     offload: Offload = Offload.NONE,
     state_bits: int = 32,
     storage: Storage = PLAIN,
+    adapter: Adapter | None = None,
 ) -> Memory:
     """Memory of one process at its fullest moment.
 
@@ -139,15 +148,16 @@ def estimate(
         offload: what lies in host memory; of what the strategy cannot keep there, as much as it can.
         state_bits: of both moments, 8 or 32; 32 where the strategy has no 8.
         storage: how weights and gradients are stored; f32 where the strategy has nothing else.
+        adapter: what is trained beside the frozen weights; None: the weights.
     """
     parts = shards(strategy, world_size, shard_size)
     offload = most_possible(strategy, offload)
     storage = PLAIN if strategy.zero_stage else replace(storage, offload=offload)
     own, streams = storage.is_own(strategy), storage.streams(strategy)
-    held = State.of(model, parts, strategy, offload, state_bits, storage)
-    stored = stored_bytes(model, strategy, storage, state_bits)
+    held = State.of(model, parts, strategy, offload, state_bits, storage, adapter)
+    stored = stored_bytes(model, strategy, storage, state_bits, adapter)
     state: dict[str, Any] = {
-        "weights": held.weights + _gathered(model, load, strategy, storage),
+        "weights": held.weights + _gathered(model, load, strategy, storage, adapter),
         "low": held.low,
         "optimizer": held.optimizer,
         "masters": held.masters,
@@ -159,19 +169,19 @@ def estimate(
         host_parts["activations"] = model.num_layers * F32 * load.tokens * model.hidden_size
         state["offloaded"] += 0 if load.cuda else host_parts["activations"]
     kept = held.gradients if load.accumulates or strategy is Strategy.ZERO3 else 0
-    activations = model.num_layers * kept_bytes(model, load) + _end_bytes(model, load)
+    activations = model.num_layers * kept_bytes(model, load, adapter) + _end_bytes(model, load)
     state["unfit"] = 0 if load.cuda else _unfit_bytes(gradients=held.gradients, activations=activations)
-    head = model.vocab_size * model.hidden_size * F32
+    head = _head_bytes(model, load, adapter)
     cast = head // 2 if load.cuda and load.compute_bytes < F32 and model.tie_word_embeddings else 0
     at_loss: dict[str, Any] = {
         "gradients": kept,
-        "loss": _logits_bytes(model, load) + head + (0 if storage.is_plain else cast),
+        "loss": _logits_bytes(model, load) + head + (0 if storage.is_plain or adapter else cast),
         "working": 0,
     }
     # A head that is not tied lets go of its gradient at once where gradients leave the device.
-    waiting = 0 if streams and not model.tie_word_embeddings else head
+    waiting = 0 if adapter or (streams and not model.tie_word_embeddings) else head
     # What a block did not keep it has again when its backward begins.
-    again = layer_bytes(model, load) - kept_bytes(model, load)
+    again = layer_bytes(model, load, adapter) - kept_bytes(model, load, adapter)
     at_start: dict[str, Any] = {
         "gradients": kept,
         "loss": waiting,
@@ -182,11 +192,14 @@ def estimate(
     at_end: dict[str, Any] = {
         "gradients": 0 if are_buckets else held.gradients,
         "loss": 0,
-        "working": _embedding_gradient_bytes(model, load, is_cut=parts.gradients > 1 or streams),
+        "working": 0
+        if adapter
+        else _embedding_gradient_bytes(model, load, is_cut=parts.gradients > 1 or streams),
     }
     copies = 0
     if load.copies:
-        copies = (stored.weights + stored.low) // parts.weights + stored.moments // parts.optimizer
+        saved = F32 * trained_count(model, adapter) if adapter else stored.weights + stored.low
+        copies = saved // parts.weights + stored.moments // parts.optimizer
         host_parts["copies of a save"] = copies
     here = 0 if load.cuda else copies
     beside = here if load.trains_meanwhile else 0
@@ -212,8 +225,17 @@ def estimate(
     return max(fullest, key=lambda moment: moment.total)
 
 
-def _gathered(model: TransformerConfig, load: Load, strategy: Strategy, storage: Storage) -> int:
-    """Whole weights held beside a process's own: gathered ones, and autocast's copies on a GPU."""
+def _gathered(
+    model: TransformerConfig,
+    load: Load,
+    strategy: Strategy,
+    storage: Storage,
+    adapter: Adapter | None = None,
+) -> int:
+    """Whole weights held beside a process's own: gathered ones, and autocast's copies on a GPU.
+
+    Autocast keeps copies of what is trained; of a frozen matrix it makes one whenever it is used.
+    """
     count, width = model.parameter_count(), load.compute_bytes
     if strategy is Strategy.SHARD_GRAD_OP:
         return width * count
@@ -222,13 +244,50 @@ def _gathered(model: TransformerConfig, load: Load, strategy: Strategy, storage:
         # This block and the next, which is fetched meanwhile, beside embedding and head.
         return width * (ends + 2 * (count - ends) // model.num_layers)
     casts = load.cuda and load.precision is Precision.BF16 and storage.weights is WeightStorage.F32
-    return width * count if casts else 0
+    return width * trained_count(model, adapter) if casts else 0
 
 
-def kept_bytes(model: TransformerConfig, load: Load) -> int:
+def _head_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -> int:
+    """The head's gradient; of a frozen head its copy in the compute type, where that is another."""
+    elements = model.vocab_size * model.hidden_size
+    if adapter is None:
+        return elements * F32
+    stored = adapter.base_bytes("lm_head.weight", (1, 1))
+    return 0 if stored == load.compute_bytes else elements * load.compute_bytes
+
+
+def adapter_bytes(model: TransformerConfig, load: Load, adapter: Adapter) -> int:
+    """Bytes that the adapter of one block, the fullest, keeps from its forward to its backward.
+
+    The first factor keeps its input, which maps of the same input share unless each casts or drops of it; the
+    second keeps what the first gives; DoRA also both results of every map, and the matrix whose rows it
+    measures.
+    """
+    shapes, blocks = model.parameter_shapes(), dict[str, list[tuple[str, int, int]]]()
+    for module in adapter.modules:
+        block, _, last = module.rpartition(".")
+        outputs, inputs = shapes[f"{module}.weight"]
+        blocks.setdefault(block.rpartition(".")[0], []).append((last, outputs, inputs))
+    sources = {"q_proj": "norm", "k_proj": "norm", "v_proj": "norm", "gate_proj": "norm2", "up_proj": "norm2"}
+    most = 0
+    for maps in blocks.values():
+        own = adapter.dropout > 0 or load.precision is not Precision.F32
+        read = {last if own else sources.get(last, last): inputs for last, _, inputs in maps}
+        per_token = sum(read.values()) + len(maps) * adapter.rank
+        if adapter.dropout:  # and what was dropped
+            per_token += sum(inputs for _, _, inputs in maps)
+        whole = 0
+        if adapter.kind is AdapterKind.DORA:
+            per_token += 2 * sum(outputs for _, outputs, _ in maps)
+            whole = F32 * max(outputs * inputs for _, outputs, inputs in maps)
+        most = max(most, load.tokens * per_token * load.compute_bytes + whole)
+    return most
+
+
+def kept_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = None) -> int:
     """Bytes one block keeps from its forward to its backward, checkpointed as the load says."""
     if load.checkpointing is ActivationCheckpointing.OFF:
-        return layer_bytes(model, load)
+        return layer_bytes(model, load, adapter)
     if load.checkpointing is ActivationCheckpointing.FULL_OFFLOAD:
         return 0
     per_token = F32 * model.hidden_size
@@ -239,7 +298,7 @@ def kept_bytes(model: TransformerConfig, load: Load) -> int:
     return load.tokens * per_token
 
 
-def layer_bytes(model: TransformerConfig, load: Load) -> int:
+def layer_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = None) -> int:
     """Bytes one block needs for backward."""
     hidden, inner = model.hidden_size, model.intermediate_size
     attention = 2 * model.query_size + 2 * model.kv_size
@@ -252,12 +311,15 @@ def layer_bytes(model: TransformerConfig, load: Load) -> int:
     # On the CPU a norm's output is computed again; on a GPU autocast casts it for each map that reads it.
     linear_inputs = (2 if load.precision is Precision.F32 else 5) * hidden if load.cuda else 0
     gates = 4 * inner if load.cuda else 2 * inner
+    if adapter is not None and load.cuda:  # a frozen map keeps no input
+        linear_inputs, gates = 0, 3 * inner
     per_token = (
         F32 * 2 * hidden
         + width * (linear_inputs + attention + normed + gates)
         + F32 * (model.num_heads + scores)
     )
-    return load.tokens * per_token
+    beside = 0 if adapter is None else adapter_bytes(model, load, adapter)
+    return load.tokens * per_token + beside
 
 
 def _end_bytes(model: TransformerConfig, load: Load) -> int:

@@ -15,6 +15,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.training_set import open_training_set, parts_of
 from apr_dist.errors import AprDistError, UsageError
+from apr_dist.gates.adapters import adapter_of
 from apr_dist.gates.preflight import Preflight, model_from_name, prove_model_file, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.warnings import DataFacts, warnings_of
@@ -56,6 +57,7 @@ class Plan:
     Attributes:
         config: the resolved configuration.
         model: the decoder that will be trained.
+        trained_parameters: its parameters, or those of the adapter that is trained beside them.
         world_size: processes.
         flops_per_token: of forward and backward.
         data: what the shards hold; None for made-up tokens and where it could not be read.
@@ -71,6 +73,7 @@ class Plan:
 
     config: TrainConfig
     model: TransformerConfig
+    trained_parameters: int
     world_size: int
     flops_per_token: int
     data: DataFacts | None
@@ -142,6 +145,7 @@ def make_plan(
     return Plan(
         config=config,
         model=model,
+        trained_parameters=found.trained_parameters,
         world_size=world_size,
         flops_per_token=flops,
         data=found.data,
@@ -166,7 +170,7 @@ def _ask_gates(config: TrainConfig, world_size: int) -> tuple[Preflight, AprDist
             config, world_size=world_size, say=lambda _: None, resume_from=checkpoint, read_weights=False
         )
         found.close()
-        check_folder(config, run, point, parameters=found.model_config.parameter_count())
+        check_folder(config, run, point, parameters=found.trained_parameters)
     except AprDistError as refusal:
         return _despite(config, refusal), refusal
     return found, None
@@ -182,6 +186,8 @@ def _despite(config: TrainConfig, refusal: AprDistError) -> Preflight:
                 found = prove_model_file(config.init, stack, lambda _: None, read_weights=False)
         except AprDistError:
             raise refusal from None
+    with contextlib.suppress(AprDistError):
+        found.adapter = adapter_of(config.adapter, found.model_config)
     found.data = _data(config)
     found.results = []
     found.warnings += warnings_of(config, found.model_config, found.data)
@@ -227,7 +233,9 @@ def fitting(made: Plan, *, card: int, host: int | None, step_s: float) -> Rungs:
 
 
 def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[Strategy, Memory]:
-    chosen = named(config.parallel.strategy, world)
+    chosen, adapter = named(config.parallel.strategy, world), None
+    with contextlib.suppress(AprDistError):  # a refusal says so
+        adapter = adapter_of(config.adapter, model)
     several = [one for one in Strategy if one is not Strategy.SINGLE]
     micro = config.micro_batch(world)
     load = Load(
@@ -252,6 +260,7 @@ def _memory(model: TransformerConfig, config: TrainConfig, world: int) -> dict[S
             offload=config.parallel.offload,
             state_bits=config.optimizer.state_bits,
             storage=Storage(weights=config.memory.weights, gradients=config.memory.gradients),
+            adapter=adapter,
         )
         for one in dict.fromkeys([chosen, *(several if world > 1 else [])])
     }

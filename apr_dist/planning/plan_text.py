@@ -62,6 +62,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain JSON values; bytes and seconds."""
     return {
         "parameters": plan.model.parameter_count(),
+        "trained_parameters": plan.trained_parameters,
         "flops_per_token": plan.flops_per_token,
         "tokens_per_step": plan.tokens_per_step,
         "tokens": plan.tokens,
@@ -90,6 +91,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def _sizes(plan: Plan) -> Iterator[str]:
     config, model = plan.config, plan.model
     yield f"model         {model.family} with {model.parameter_count():,} parameters, from {_source(plan)}"
+    if config.adapter.is_on:
+        share = plan.trained_parameters / model.parameter_count()
+        yield (
+            f"adapter       {config.adapter.kind} of rank {config.adapter.rank}:"
+            f" {plan.trained_parameters:,} parameters are trained ({share:.3%}), the others frozen"
+        )
     yield f"work          {plan.flops_per_token / 1e9:,.2f} GFLOP a token, forward and backward"
     yield (
         f"step          {plan.tokens_per_step:,} tokens: {config.batch_size} sequences of"

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from apr_dist.choices import Precision, Strategy
 from apr_dist.config import TrainConfig
+from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.storage import Storage
-from apr_dist.parallel.stored_bytes import F32
+from apr_dist.parallel.stored_bytes import F32, trained_count
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE
 from apr_dist.planning.memory import Load, Memory, estimate
 
@@ -82,6 +83,9 @@ def _simulated(
     )
     shard_size = config.parallel.shard_size or GPUS_PER_MACHINE
 
+    asked = config.adapter
+    everywhere = asked.model_copy(update={"layers": ()})
+
     def memory(layers: int) -> Memory:
         scaled = replace(model, num_layers=layers)
         return estimate(
@@ -93,6 +97,7 @@ def _simulated(
             offload=config.parallel.offload,
             state_bits=config.optimizer.state_bits,
             storage=Storage(weights=config.memory.weights, gradients=config.memory.gradients),
+            adapter=adapter_of(asked if layers == model.num_layers else everywhere, scaled),
         )
 
     held = memory(model.num_layers)
@@ -104,6 +109,7 @@ def _simulated(
         sent_bytes=sent_bytes(
             model.parameter_count(),
             strategy,
+            trained=trained_count(model, adapter_of(asked, model)),
             gpus=gpus,
             shard_size=shard_size,
             micro_batches=micro_batches,
@@ -119,6 +125,7 @@ def sent_bytes(
     parameters: int,
     strategy: Strategy,
     *,
+    trained: int | None = None,
     gpus: int,
     shard_size: int,
     micro_batches: int,
@@ -129,13 +136,14 @@ def sent_bytes(
     Args:
         parameters: of the model.
         strategy: how it is spread.
+        trained: those of them, or beside them, that are trained; None: all.
         gpus: processes.
         shard_size: processes that share one copy under ``hsdp``.
         micro_batches: forwards and backwards a step.
         precision: compute type, in which FSDP2 gathers.
     """
-    whole = F32 * parameters
-    gathered = whole if precision is Precision.F32 else whole // 2
+    whole = F32 * (parameters if trained is None else trained)
+    gathered = F32 * parameters if precision is Precision.F32 else F32 * parameters // 2
 
     def ring(volume: int, ranks: int) -> int:
         return volume * (ranks - 1) // ranks
@@ -147,7 +155,7 @@ def sent_bytes(
     if strategy is Strategy.ZERO2:
         return micro_batches * ring(whole, gpus) + ring(whole, gpus)
     if strategy is Strategy.ZERO3:
-        return micro_batches * 3 * ring(whole, gpus)
+        return micro_batches * (2 * ring(F32 * parameters, gpus) + ring(whole, gpus))
     size = shard_size if strategy is Strategy.HSDP else gpus
     gathers = 1 if strategy is Strategy.SHARD_GRAD_OP else 2
     between_copies = 2 * ring(whole // size, gpus // size)

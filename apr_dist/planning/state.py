@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from apr_dist.choices import GradientStorage, Offload, Strategy, WeightStorage
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.storage import PLAIN, Storage
-from apr_dist.parallel.stored_bytes import BF16, F32, stored_bytes
+from apr_dist.parallel.stored_bytes import BF16, F32, stored_bytes, trained_count, weight_bytes
 from apr_dist.parallel.strategy import possible_offloads
 
 CHUNK = 4 << 20
@@ -75,14 +76,16 @@ class State:
         offload: Offload,
         state_bits: int = 32,
         storage: Storage = PLAIN,
+        adapter: Adapter | None = None,
     ) -> State:
         """Of one process of the strategy."""
         zero = strategy.zero_stage > 0
         storage = replace(storage, offload=offload)
         if not zero and offload is not Offload.OPTIMIZER_AND_PARAMETERS:
-            return cls._stored(model, parts, strategy, storage, state_bits)
-        whole = F32 * model.parameter_count()
-        weights, gradients, share = whole // parts.weights, whole // parts.gradients, whole // parts.optimizer
+            return cls._stored(model, parts, strategy, storage, state_bits, adapter)
+        whole = F32 * trained_count(model, adapter)
+        weights = weight_bytes(model, adapter) // parts.weights
+        gradients, share = whole // parts.gradients, whole // parts.optimizer
         if offload is Offload.NONE:
             return cls(
                 weights=weights,
@@ -94,7 +97,7 @@ class State:
                 host_parts={},
             )
         if not zero:  # FSDP2
-            state = {"weights": share, "gradients": share, "moments": 2 * share}
+            state = {"weights": weights, "gradients": share, "moments": 2 * share}
             return cls(weights=0, low=0, gradients=0, optimizer=0, masters=0, buckets=0, host_parts=state)
         # Masters, moments, the masters' gradients; and a buffer through which weights (ZeRO-1, ZeRO-2) or
         # gradients (ZeRO-3) travel. ZeRO-1 and ZeRO-2 send one gradient at a time, by way of two buffers.
@@ -125,9 +128,10 @@ class State:
         strategy: Strategy,
         storage: Storage,
         state_bits: int,
+        adapter: Adapter | None,
     ) -> State:
         """Of one process, DDP or FSDP2, whose parameters are not in host memory."""
-        found = stored_bytes(model, strategy, storage, state_bits)
+        found = stored_bytes(model, strategy, storage, state_bits, adapter)
         streams = storage.streams(strategy)
         weights, low = found.weights // parts.weights, found.low // parts.weights
         gradients, moments = found.gradients // parts.gradients, found.moments // parts.optimizer

@@ -17,7 +17,10 @@ from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.corpus.tokenizer import load_tokenizer
 from apr_dist.errors import AprDistError
+from apr_dist.gates.adapters import STATED
+from apr_dist.interop.adapter_files import peft_config
 from apr_dist.interop.embedding import embed_tokenizer
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 
 
@@ -62,6 +65,21 @@ def checkpoint_metadata(
     ours = {f"apr_dist.{key}": value for key, value in provenance.items() if value is not None}
     values = {**kept, **stamped, **ours, "model_type": kept.get("model_type") or config.family.value}
     return AprMetadata.from_mapping(values)
+
+
+def adapter_metadata(
+    config: TransformerConfig, adapter: Adapter, provenance: Mapping[str, Any]
+) -> AprMetadata:
+    """Metadata of an adapter's checkpoint: what it is, of which base, and where it came from.
+
+    Args:
+        config: the base's architecture.
+        adapter: what was trained.
+        provenance: values of the ``apr_dist.*`` keys, without that prefix; ``base_digest`` among them.
+    """
+    ours = {f"apr_dist.{key}": value for key, value in provenance.items() if value is not None}
+    stated = {STATED: peft_config(adapter, config), "model_type": "adapter"}
+    return AprMetadata.from_mapping({**config.to_metadata(), **ours, **stated})
 
 
 def with_tokenizer(

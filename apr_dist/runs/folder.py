@@ -3,7 +3,8 @@
 ``RUN_DIR/steps/000120/`` holds ``checkpoint.apr``, each rank's ``optimizer-*.safetensors`` with their
 index ``optimizer.json`` and, written last, ``state.json`` with the digests of model and index. A folder
 without ``state.json`` was never finished and is never picked. ``RUN_DIR/checkpoint.apr`` is the model that
-the run hands over, a second name of one step folder's file.
+the run hands over, a second name of one step folder's file. Where an adapter is trained it is the adapter
+alone, and ``adapter/`` beside it the same as ``peft`` reads it.
 
 What ``state.json`` contains is in ``saved_state``; which run a folder belongs to is in ``history``.
 """
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from apr_dist.atomic_files import flush_folder, temporary_beside, writing_to
 from apr_dist.parallel.state_index import INDEX_NAME
+
+_ADAPTER = "adapter"
 
 
 class _Inside:
@@ -41,7 +44,9 @@ class StepFolder:
         return int(self.path.name)
 
     checkpoint = _Inside("checkpoint.apr")
-    """The model, an APR file."""
+    """The model, an APR file; of a run that trains an adapter, the adapter alone."""
+    adapter = _Inside(_ADAPTER)
+    """The adapter as ``peft`` reads it, where one is trained."""
     index = _Inside(INDEX_NAME)
     """The names and digests of the optimizer files."""
     state = _Inside("state.json")
@@ -60,7 +65,9 @@ class RunFolder:
     path: Path
 
     checkpoint = _Inside("checkpoint.apr")
-    """The model the run hands over."""
+    """The model the run hands over, or its adapter."""
+    adapter = _Inside(_ADAPTER)
+    """The adapter that the run hands over, as ``peft`` reads it."""
     checkpoint_facts = _Inside("checkpoint.metadata.json")
     """Losses and digests of that model."""
     config = _Inside("config.yaml")
@@ -101,18 +108,17 @@ class RunFolder:
         return [one for one in self.step_folders() if one.state.exists()]
 
     def hand_over(self, folder: StepFolder) -> None:
-        """Let ``checkpoint.apr`` be the model of ``folder``.
+        """Let ``checkpoint.apr``, and ``adapter`` where there is one, be those of ``folder``.
 
         Raises:
-            OutputError: the second name cannot be made; the previous one stands.
+            OutputError: a second name cannot be made; the previous one stands.
         """
-        temporary = temporary_beside(self.checkpoint)
-        with writing_to(self.checkpoint):
-            try:
-                temporary.hardlink_to(folder.checkpoint)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(folder.checkpoint, temporary)
-            temporary.replace(self.checkpoint)
+        _second_name(folder.checkpoint, self.checkpoint)
+        if folder.adapter.is_dir():
+            with writing_to(self.adapter):
+                self.adapter.mkdir(exist_ok=True)
+            for file in sorted(folder.adapter.iterdir()):
+                _second_name(file, self.adapter / file.name)
 
     def keep_apart(self, abandoned: Sequence[StepFolder]) -> Path:
         """Move step folders, newest first, out of the way together with a copy of what describes them.
@@ -144,9 +150,19 @@ class RunFolder:
         with writing_to(self.path):
             for folder in self.step_folders():
                 folder.state.unlink(missing_ok=True)
-            for tree in (self.steps, self.set_aside):
+            for tree in (self.steps, self.set_aside, self.adapter):
                 if tree.exists():
                     shutil.rmtree(tree)
             kept = (self.checkpoint, self.checkpoint_facts, self.verdict, self.metrics)
             for file in (self.history, self.trackers, *kept):
                 file.unlink(missing_ok=True)
+
+
+def _second_name(file: Path, name: Path) -> None:
+    temporary = temporary_beside(name)
+    with writing_to(name):
+        try:
+            temporary.hardlink_to(file)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, temporary)
+        temporary.replace(name)

@@ -9,6 +9,7 @@ from typing import Any
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.gates.losses import Agreement
 from apr_dist.gates.result import GateResult
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.runs.saved_state import SavedState
 
@@ -82,6 +83,7 @@ class Start:
         recorded_val_loss: what the file says the same evaluation gave when it was saved, if it does.
         random_start: how it compares with random weights, where that was measured.
         run: identity of the run, under which steps are saved; empty if nothing is.
+        adapter: what is trained in place of the weights; None: the weights.
     """
 
     model_config: TransformerConfig
@@ -91,6 +93,7 @@ class Start:
     recorded_val_loss: float | None = None
     random_start: RandomStart | None = None
     run: str = ""
+    adapter: Adapter | None = None
 
 
 @dataclass

@@ -22,6 +22,7 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError, DistributedError
+from apr_dist.interop.adapter_files import write_peft_folder
 from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import WeightParts, save_weights, weight_parts
 from apr_dist.parallel.launch import read_launch
@@ -33,6 +34,7 @@ from apr_dist.parallel.state_index import file_digest, index_text
 from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.checkpoint import (
     CheckpointFacts,
+    adapter_metadata,
     checkpoint_metadata,
     json_bytes,
     perplexity,
@@ -189,9 +191,11 @@ class Saver:
         began = time.perf_counter()
         metadata = None
         if self._runtime.is_main:
-            metadata = checkpoint_metadata(
-                self._start.model_config, self._start.metadata, self._provenance(progress)
-            )
+            start, provenance = self._start, self._provenance(progress)
+            if start.adapter is None:
+                metadata = checkpoint_metadata(start.model_config, start.metadata, provenance)
+            else:
+                metadata = adapter_metadata(start.model_config, start.adapter, provenance)
         return _Job(
             folder=self._run.step(progress.step),
             weights=weight_parts(model, self._runtime),
@@ -237,6 +241,8 @@ class Saver:
     def _declare(self, job: _Job, digests: dict[str, str]) -> None:
         """Write the index, then the marker, then let the oldest folders go; rank 0 alone."""
         index, target = job.folder.index, job.folder.checkpoint
+        if self._start.adapter is not None:
+            write_peft_folder(target, job.folder.adapter)
         write_atomically(index, index_text(digests, updates=job.updates))
         optimizer_digest = file_digest(index)
         state = replace(job.state, checkpoint_digest=file_digest(target), optimizer_digest=optimizer_digest)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from apr_dist.apr.digests import weights_digest
 from apr_dist.apr.reader import AprReader
 from apr_dist.config import TrainConfig
+from apr_dist.gates.adapters import adapter_of
 from apr_dist.gates.result import GateResult
+from apr_dist.model.adapters import is_adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
@@ -29,27 +32,54 @@ class Weights:
         reader: the open file, on rank 0 only.
         named: its path, on every rank; None draws random weights.
         compared: whether random weights are measured first.
+        adapter: the open checkpoint of an adapter to resume, on rank 0 only.
     """
 
     reader: AprReader | None
     named: str | None
     compared: bool
+    adapter: AprReader | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrived:
+    """The network with its weights in place.
+
+    Attributes:
+        model: the decoder.
+        gate: says that every weight is its source's.
+        random_start: what random weights measured before.
+        digests: of the values of every tensor's source.
+    """
+
+    model: Decoder
+    gate: GateResult
+    random_start: RandomStart | None
+    digests: Mapping[str, str]
+
+    @property
+    def base_digest(self) -> str:
+        """Identity of the weights without an adapter."""
+        return weights_digest({name: one for name, one in self.digests.items() if not is_adapter(name)})
 
 
 def build_model(
     config: TrainConfig, model_config: TransformerConfig, weights: Weights, runtime: Runtime, say: Display
-) -> tuple[Decoder, GateResult, RandomStart | None]:
-    """The network with its weights in place, the gate that says so, and what random weights measured before.
+) -> Arrived:
+    """The network with its weights in place, and what is known of them.
 
     Raises:
         WeightsRefused: on every rank: a tensor is not its source's.
     """
     began, random_start = time.perf_counter(), None
-    model = build_decoder(model_config, runtime)
+    model = build_decoder(model_config, runtime, adapter_of(config.adapter, model_config))
     digests: dict[str, str] = {}
 
     def load() -> None:
-        digests.update(load_weights(model, weights.reader, runtime, say.working))
+        given = load_weights(
+            model, weights.reader, runtime, say.working, adapter=weights.adapter, seed=config.seed
+        )
+        digests.update(given)
 
     if weights.named is None:
         digests.update(draw_weights(model, model_config, runtime, seed=config.seed, progress=say.working))
@@ -66,7 +96,7 @@ def build_model(
     )
     took = time.perf_counter() - began
     say(f"gate passed: {arrived.gate}: {arrived.measured} ({took:.1f} s)  [{arrived.id}]")
-    return model, arrived, random_start
+    return Arrived(model=model, gate=arrived, random_start=random_start, digests=digests)
 
 
 def _compare_with_random(

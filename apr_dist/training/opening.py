@@ -20,7 +20,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.contracts.evidence import package_digest
 from apr_dist.cores import has_bf16_arithmetic
 from apr_dist.errors import DistributedError
-from apr_dist.gates.preflight import tokenizer_folder
+from apr_dist.gates.preflight import Preflight, tokenizer_folder
 from apr_dist.gates.result import GateResult
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
@@ -107,8 +107,10 @@ class Opening:
         step_folder = Path(facts["step_folder"]) if resumed else None
         self.gates = [GateResult(**gate) for gate in facts["gates"]]
         identity = self._open_folder(facts, resumed, step_folder, around.lock)
-        reader, writes = proven.preflight.reader if proven.preflight else None, around.lock is not None
-        self._open_weights(reader, facts, model_config, compared=writes and resumed is None)
+        found, writes = proven.preflight, around.lock is not None
+        reader = found.reader if found else None
+        weights = self._weights(found, facts, compared=writes and resumed is None)
+        self._open_weights(weights, model_config)
         self.start = self._start(reader, facts, model_config, identity)
         self._open_outputs(stack, resumed, writes=writes)
         self._open_engine()
@@ -148,22 +150,23 @@ class Opening:
             self._watch.on_failure = self._aborts.of_failure
         return identity
 
-    def _open_weights(
-        self,
-        reader: AprReader | None,
-        facts: Mapping[str, Any],
-        model_config: TransformerConfig,
-        *,
-        compared: bool,
-    ) -> None:
+    def _weights(self, found: Preflight | None, facts: Mapping[str, Any], *, compared: bool) -> Weights:
+        config = self.config
+        return Weights(
+            reader=found.reader if found else None,
+            named=facts["weights_from"],
+            compared=compared and config.init is not None and bool(config.held_out),
+            adapter=found.adapter_reader if found else None,
+        )
+
+    def _open_weights(self, weights: Weights, model_config: TransformerConfig) -> None:
         config, runtime = self.config, self.runtime
         # PyTorch's own generator is part of a saved step, whether or not anything draws from it.
         torch.manual_seed((config.seed * 1_000_003 + runtime.rank) % 2**63)
         began = time.perf_counter()
-        measurable = config.init is not None and bool(config.held_out)
-        weights = Weights(reader=reader, named=facts["weights_from"], compared=compared and measurable)
-        self.model, arrived, self._random = build_model(config, model_config, weights, runtime, self.display)
-        self.gates.append(arrived)
+        self._arrived = build_model(config, model_config, weights, runtime, self.display)
+        self.model = self._arrived.model
+        self.gates.append(self._arrived.gate)
         self._load_ms = (time.perf_counter() - began) * 1e3
 
     def _start(
@@ -174,13 +177,16 @@ class Opening:
         identity: str,
     ) -> Start:
         ours = {"tool_version": __version__, "code_digest": package_digest(), "seed": self.config.seed}
+        if (adapter := self.model.adapter) is not None:
+            ours["base_digest"] = self._arrived.base_digest
         return Start(
             model_config=model_config,
             from_init=self.config.init is not None,
             metadata=self._metadata(reader),
             provenance={**facts["provenance"], **ours},
             recorded_val_loss=facts["recorded_val_loss"],
-            random_start=self._random,
+            random_start=self._arrived.random_start,
+            adapter=adapter,
             run=identity,
         )
 

@@ -117,7 +117,7 @@ def _prove(config: TrainConfig, world_size: int, around: Around) -> Proven:
         own_data=around.own is not None,
         progress=display.working,
     )
-    parameters = found.model_config.parameter_count()
+    parameters = found.trained_parameters
     try:
         if point is not None:
             refuse_other_inputs(config, point, found.provenance, init_digest=found.given_init_digest)

@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -48,7 +49,15 @@ def held() -> dict[int, int]:
     return {address: size for address, size in sizes.items() if size < 4 * BUCKET_ELEMENTS}
 
 
-def state_bytes(strategy: Strategy, offload: Offload, state_bits: int = 32) -> int:
+ADAPTED = (Strategy.DDP, Strategy.FSDP2, Strategy.ZERO2)
+"""Strategies that also run with an adapter, beside a base in 16 bits."""
+
+ADAPTER = {"kind": "lora", "rank": 8, "targets": "all-linear", "base": {"bits": 16}}
+
+
+def state_bytes(
+    strategy: Strategy, offload: Offload, state_bits: int = 32, adapter: dict[str, Any] | None = None
+) -> int:
     """What one rank holds after a step, beside what was there before."""
     before = sum(held().values())
     rows = torch.randint(SHAPE.vocab_size, (2, 33))
@@ -57,6 +66,7 @@ def state_bytes(strategy: Strategy, offload: Offload, state_bits: int = 32) -> i
         strategy,
         parallel={"offload": offload.value},
         optimizer={"state_bits": state_bits, "weight_decay": 0.0},
+        adapter=adapter or {},
         batches=[rows] * 2,
         batch_size=2,
         seq_length=32,
@@ -76,6 +86,9 @@ def main() -> None:
         report[f"{strategy} {offload}"] = state_bytes(strategy, offload)
     for strategy in EIGHT_BIT:
         report[f"{strategy} 8 bits"] = state_bytes(strategy, Offload.NONE, 8)
+    for strategy in ADAPTED:
+        if not strategy.zero_stage or "--no-deepspeed" not in sys.argv:
+            report[f"{strategy} adapter"] = state_bytes(strategy, Offload.NONE, adapter=ADAPTER)
     rank = torch.distributed.get_rank()
     (folder / f"state-{rank}.json").write_text(json.dumps(report))
     torch.distributed.barrier()

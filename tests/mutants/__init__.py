@@ -1,6 +1,6 @@
 """The ways of breaking the code that ``mutate.py`` tries, each with the falsifier that must notice."""
 
-from mutants import data, gates, judging, model_and_files, processes, training
+from mutants import adapters, data, gates, judging, model_and_files, processes, training
 from mutants.change import Change
 
 __all__ = ["MUTANTS", "Change"]
@@ -12,4 +12,5 @@ MUTANTS: tuple[Change, ...] = (
     *processes.MUTANTS,
     *data.MUTANTS,
     *judging.MUTANTS,
+    *adapters.MUTANTS,
 )

@@ -47,6 +47,8 @@ class Kernels:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b``: ``[..., in]`` and ``[out, in]`` to ``[..., out]``, in `compute_dtype`."""
+        if weight.dtype is not x.dtype and not weight.requires_grad:
+            weight = weight.to(compute_dtype(x))  # a frozen matrix that is kept in another type
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

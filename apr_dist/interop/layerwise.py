@@ -1,0 +1,73 @@
+"""Logits of a model that is never held: one block at a time, its weights read, used and forgotten.
+
+With it a merge is proven on a machine that could not hold either model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from apr_dist.choices import KernelChoice
+from apr_dist.gates.architecture import EMBEDDING
+from apr_dist.interop.adapter_files import AdapterFile
+from apr_dist.model.adapter_layers import attach
+from apr_dist.model.adapters import canonical, is_adapter
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.kernels.choice import SETS
+from apr_dist.model.layers import Head, RMSNorm
+from apr_dist.model.rotary import RotaryEmbedding
+from apr_dist.model.transformer import DecoderBlock
+
+Read = Callable[[str], Tensor]
+"""Gives a weight's f32 values by its name."""
+
+NORM = "model.norm.weight"
+
+
+def layerwise_logits(
+    model: TransformerConfig, read: Read, ids: Tensor, adapter: AdapterFile | None = None
+) -> Tensor:
+    """Logits ``[batch, seq, vocab]`` of token ids, in f32 on the CPU.
+
+    Args:
+        model: the architecture.
+        read: gives each weight once.
+        ids: int64 ``[batch, seq]``.
+        adapter: computed beside the weights by peft's layers; None: the weights alone.
+    """
+    with torch.no_grad():
+        plain, positions = SETS[KernelChoice.PLAIN], torch.arange(ids.shape[1])[None]
+        rotation = RotaryEmbedding(model)(positions)
+        shape = (ids.shape[0], ids.shape[1])
+        attend = plain.attention(shape, ids.device, dtype=torch.float32, window=model.sliding_window)
+        hidden = nn.functional.embedding(ids, read(EMBEDDING))
+        for layer in range(model.num_layers):
+            block = _filled(DecoderBlock(model), f"model.layers.{layer}.", read, adapter)
+            hidden = block(hidden, rotation, attend)
+        norm = _filled(RMSNorm(model.hidden_size, eps=model.rms_norm_eps), "model.norm.", read, None)
+        hidden = norm(hidden)
+        if model.tie_word_embeddings:
+            return nn.functional.linear(hidden, read(EMBEDDING))
+        tail = nn.Sequential()
+        tail.add_module("lm_head", Head(model.hidden_size, model.vocab_size, bias=False))
+        logits: Tensor = _filled(tail, "", read, adapter)(hidden)
+        return logits
+
+
+def _filled(part: nn.Module, prefix: str, read: Read, adapter: AdapterFile | None) -> nn.Module:
+    """A part of the network with the weights, and the adapter, of its place in it."""
+    if adapter is not None:
+        linear = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
+        here = [name for name in linear if prefix + name in adapter.adapter.modules]
+        if here:
+            attach(part, adapter.adapter, here)
+    for name, parameter in part.named_parameters():
+        full = prefix + canonical(name)
+        if is_adapter(full) and adapter is not None:
+            parameter.copy_(torch.from_numpy(adapter.read(full)))
+        else:
+            parameter.copy_(read(full))
+    return part.eval()

@@ -1,0 +1,166 @@
+"""Adapters: low-rank maps beside frozen linear ones, which maps get one, and the names of what is trained.
+
+``X.lora_A.weight`` ``[rank, in]`` and ``X.lora_B.weight`` ``[out, rank]`` belong to the linear map ``X``;
+DoRA adds ``X.lora_magnitude_vector`` ``[out]``, a trained bias ``X.lora_B.bias`` ``[out]``: peft's names.
+What computes them is in ``adapter_layers``. Nothing here needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from apr_dist.choices import AdapterInit, AdapterKind
+from apr_dist.errors import UsageError
+from apr_dist.model.config import TransformerConfig
+
+ALL_LINEAR: Final = "all-linear"
+"""Every linear map of the blocks; not the output head, as in peft."""
+
+PEFT_NAME: Final = "default"
+"""What peft calls the only adapter of a network."""
+
+FIRST, SECOND, BIAS, LENGTHS = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
+"""Names of the trained tensors of one linear map, behind the map's own."""
+
+_BLOCKS: Final = "model.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What is trained beside the frozen weights of a decoder.
+
+    Attributes:
+        kind: lora, rslora or dora.
+        rank: rows of the first factor.
+        alpha: what the scale is made of.
+        dropout: share of the inputs that are zero in training.
+        modules: full names of the linear maps that have one, in the order of the network.
+        bias: whether each has a bias of its own.
+        init: how the first factor begins.
+        half_base: whether frozen matrices are kept in bf16.
+    """
+
+    kind: AdapterKind
+    rank: int
+    alpha: float
+    dropout: float
+    modules: tuple[str, ...]
+    bias: bool = False
+    init: AdapterInit = AdapterInit.KAIMING
+    half_base: bool = False
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank product."""
+        return self.alpha / (math.sqrt(self.rank) if self.kind is AdapterKind.RSLORA else self.rank)
+
+    def base_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Bytes that a frozen weight of that shape is kept in."""
+        del name
+        return math.prod(shape) * (2 if self.half_base and len(shape) == 2 else 4)
+
+    def shapes(self, config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+        """Shape of every trained tensor by name."""
+        base, found = config.parameter_shapes(), dict[str, tuple[int, ...]]()
+        for module in self.modules:
+            outputs, inputs = base[f"{module}.weight"]
+            found[f"{module}.{FIRST}"], found[f"{module}.{SECOND}"] = (
+                (self.rank, inputs),
+                (outputs, self.rank),
+            )
+            if self.bias:
+                found[f"{module}.{BIAS}"] = (outputs,)
+            if self.kind is AdapterKind.DORA:
+                found[f"{module}.{LENGTHS}"] = (outputs,)
+        return found
+
+
+def linear_maps(config: TransformerConfig) -> list[str]:
+    """Full names of the linear maps of a decoder, a head of its own among them, in the network's order."""
+    embedding = "model.embed_tokens"
+    names = (
+        name.removesuffix(".weight") for name, shape in config.parameter_shapes().items() if len(shape) == 2
+    )
+    return [name for name in names if name != embedding]
+
+
+def chosen_modules(
+    config: TransformerConfig, targets: Iterable[str], layers: Iterable[int] = ()
+) -> tuple[str, ...]:
+    """The linear maps that names and patterns mean.
+
+    Args:
+        config: of the decoder.
+        targets: ``all-linear``, ends of names such as ``q_proj`` or ``mlp.up_proj``, or patterns of whole
+            names such as ``*.mlp.*``.
+        layers: numbers of the blocks; none: all.
+
+    Raises:
+        UsageError: a target or a number that is nothing in this model; the text lists what there is.
+    """
+    maps, wanted = linear_maps(config), set[str]()
+    numbers = set(layers)
+    if numbers and max(numbers) >= config.num_layers:
+        raise UsageError(
+            f"there is no block {max(numbers)} in a model of {config.num_layers} blocks",
+            where="--adapter.layers",
+            expected=f"numbers from 0 to {config.num_layers - 1}",
+            remedy="leave out the numbers that are too large",
+        )
+    kept = [name for name in maps if not numbers or _block(name) in numbers]
+    for target in targets:
+        found = [name for name in kept if _is_meant(name, target)]
+        if not found:
+            raise UsageError(
+                f"the target {target!r} is no linear map"
+                + (" of those blocks" if numbers else " of this model"),
+                where="--adapter.targets",
+                expected=f"{ALL_LINEAR}, or some of {', '.join(_kinds(kept))}",
+                remedy="write one of them, or a pattern of whole names such as '*.mlp.*'",
+            )
+        wanted.update(found)
+    if not wanted:
+        raise UsageError(
+            "no target is named", where="--adapter.targets", expected=ALL_LINEAR, remedy="name at least one"
+        )
+    return tuple(name for name in maps if name in wanted)
+
+
+def short_names(config: TransformerConfig, modules: Iterable[str]) -> list[str]:
+    """Names by which peft finds just these modules: their last parts, where no other ends so."""
+    modules = list(modules)
+    ends = sorted({name.rpartition(".")[2] for name in modules})
+    same = [name for name in linear_maps(config) if name.rpartition(".")[2] in ends]
+    return ends if same == modules else modules
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter."""
+    return ".lora_" in name
+
+
+def canonical(name: str) -> str:
+    """The name in files of a network's parameter: the base's own, and peft's without the adapter's name."""
+    plain = name.replace(".base_layer.", ".").replace(f".{PEFT_NAME}.", ".")
+    return plain.removesuffix(".weight") if plain.endswith(f"{LENGTHS}.weight") else plain
+
+
+def _block(name: str) -> int | None:
+    return int(name.removeprefix(_BLOCKS).partition(".")[0]) if name.startswith(_BLOCKS) else None
+
+
+def _is_meant(name: str, target: str) -> bool:
+    if target == ALL_LINEAR:
+        return _block(name) is not None
+    if any(sign in target for sign in "*?["):
+        return fnmatch.fnmatchcase(name, target)
+    return name == target or name.endswith(f".{target}")
+
+
+def _kinds(names: Iterable[str]) -> Iterator[str]:
+    """Last parts of the names, each once."""
+    yield from dict.fromkeys(name.rpartition(".")[2] for name in names)

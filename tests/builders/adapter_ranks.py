@@ -1,0 +1,230 @@
+"""Training runs of adapters under every strategy, and the same steps by ``transformers`` and ``peft``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from apr_dist import open_session
+from apr_dist.apr.reader import AprReader
+from apr_dist.gates.model_file import prove_model
+from apr_dist.interop.adapter_files import WEIGHTS
+from apr_dist.interop.text_model import load_decoder
+from builders.reference import reference_model
+from builders.runs import once, run_here
+from builders.several import HAS_COMPILER, LIMIT_S
+from builders.warm_ranks import open_ranks
+
+if TYPE_CHECKING:
+    from builders.runs import Inputs
+
+STEPS, HALF, RATE = 20, 10, 3e-3
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "lora": ("lora", "--adapter.rank", "4", "--adapter.alpha", "16"),
+    "rslora": (
+        "rslora",
+        "--adapter.rank",
+        "8",
+        "--adapter.targets",
+        "q_proj,*.mlp.*",
+        "--adapter.layers",
+        "1",
+    ),
+    "dora": ("dora", "--adapter.rank", "4", "--adapter.init", "gaussian"),
+    "bias": ("lora", "--adapter.rank", "3", "--adapter.targets", "q_proj,v_proj", "--adapter.bias"),
+}
+"""Name to what follows ``--adapter.kind``."""
+
+RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
+    "lora": (1, "lora", ("single",)),
+    "rslora": (1, "rslora", ("single",)),
+    "dora": (1, "dora", ("single", "--compute.activation-checkpointing", "full")),
+    "bias": (1, "bias", ("single", "--compute.kernels", "plain")),
+    "lora-half": (1, "lora", ("single", "--adapter.base.bits", "16")),
+    "dora-half-fsdp2": (2, "dora", ("fsdp2", "--adapter.base.bits", "16")),
+    "lora-half-ddp-plain": (2, "lora", ("ddp", "--adapter.base.bits", "16", "--compute.kernels", "plain")),
+    "lora-selective": (1, "lora", ("single", "--compute.activation-checkpointing", "selective")),
+    "lora-ddp": (2, "lora", ("ddp",)),
+    "dora-ddp": (2, "dora", ("ddp",)),
+    "lora-fsdp2": (2, "lora", ("fsdp2",)),
+    "rslora-fsdp2": (2, "rslora", ("fsdp2", "--compute.activation-checkpointing", "full")),
+    "dora-fsdp2": (2, "dora", ("fsdp2",)),
+    "lora-shard-grad-op": (2, "lora", ("shard-grad-op",)),
+    "lora-zero1": (2, "lora", ("zero1",)),
+    "lora-zero2": (2, "lora", ("zero2",)),
+    "lora-zero3": (2, "lora", ("zero3",)),
+    "bias-zero3": (2, "bias", ("zero3", "--compute.activation-checkpointing", "full")),
+}
+"""Name to world size, kind, and what follows ``--parallel.strategy``."""
+
+RESUMED = ("lora", "dora", "lora-ddp", "lora-fsdp2", "lora-zero2", "lora-zero3", "dropout")
+"""Runs that are also resumed from the middle."""
+
+PACKED = ("--loader.documents", "isolate", "--compute.kernels")
+"""Followed by two sets of kernels: the documents of a row do not see each other."""
+
+DROPPED: Mapping[str, tuple[str, ...]] = {
+    "dropout": (),
+    "dropout-full": ("--compute.activation-checkpointing", "full"),
+    "dropout-selective": ("--compute.activation-checkpointing", "selective"),
+}
+"""Runs with dropout, which no other program draws alike: they are compared with each other."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What ``transformers`` and ``peft`` measured and left, from the same begin on the same batches."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def make_runs(inputs: Inputs, root: Path) -> Path:
+    """Every run of `RUNS`, ``-resumed`` too, ``KIND-initial`` without a step, and the batches."""
+
+    def make(folder: Path) -> None:
+        ranks = open_ranks(folder / "ranks", deepspeed=HAS_COMPILER)
+        for world in (1, 2):
+            runs = [
+                flags(inputs, folder / name, kind, strategy)
+                for name, (size, kind, strategy) in RUNS.items()
+                if size == world and (HAS_COMPILER or "zero" not in name)
+            ]
+            if world == 1:
+                runs += [
+                    [*flags(inputs, folder / f"{kind}-initial", kind, ("single",)), "--num-steps", "0"]
+                    for kind in KINDS
+                ]
+                runs += [
+                    [*flags(inputs, folder / f"packed-{kernels}", "lora", ("single",)), *PACKED, kernels]
+                    for kernels in ("cpu", "plain")
+                ]
+                drops = ("single", "--adapter.dropout", "0.2")
+                runs += [
+                    flags(inputs, folder / name, "lora", (*drops, *more)) for name, more in DROPPED.items()
+                ]
+            ended = ranks.launch_all(runs, world_size=world, limit_s=LIMIT_S)
+            assert ended.codes == (0,) * world, [text[-6000:] for text in ended.errors]
+        for world in (1, 2):
+            again = [
+                [*flags(inputs, folder / f"{name}-resumed", *_of(name)), "--resume", str(half(folder / name))]
+                for name in RESUMED
+                if _world(name) == world and (HAS_COMPILER or "zero" not in name)
+            ]
+            if world == 1:  # fewer processes, another strategy
+                again += [
+                    [
+                        *flags(inputs, folder / "moved", "lora", ("single",)),
+                        "--resume",
+                        str(half(folder / "lora-fsdp2")),
+                    ]
+                ]
+            ended = ranks.launch_all(again, world_size=world, limit_s=LIMIT_S)
+            assert ended.codes == (0,) * world, [text[-6000:] for text in ended.errors]
+        ranks.close()
+        torch.save(_batches(inputs, folder / "unused"), folder / "batches.pt")
+
+    return once(root, make)
+
+
+def half(run: Path) -> Path:
+    """The step folder in the middle of a run."""
+    return run / "steps" / f"{HALF:06d}"
+
+
+def last(run: Path) -> Path:
+    """The step folder at the end of a run."""
+    return run / "steps" / f"{STEPS:06d}"
+
+
+def _of(name: str) -> tuple[str, tuple[str, ...]]:
+    if name in DROPPED:
+        return "lora", ("single", "--adapter.dropout", "0.2", *DROPPED[name])
+    return RUNS[name][1:]
+
+
+def _world(name: str) -> int:
+    return RUNS[name][0] if name in RUNS else 1
+
+
+def flags(inputs: Inputs, run_dir: Path, kind: str, strategy: tuple[str, ...]) -> list[str]:
+    """The flags of one run."""
+    given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
+    given += ["--num-steps", str(STEPS), "--eval-every", str(HALF), "--batch-size", "4"]
+    given += ["--lr", str(RATE), "--warmup-steps", "0", "--optimizer.schedule", "constant"]
+    given += ["--checkpoint.keep-last", "9", "--micro-batch-size", "2", "--target-val-loss", "0.1"]
+    return [*given, "--adapter.kind", *KINDS[kind], "--parallel.strategy", *strategy]
+
+
+def _batches(inputs: Inputs, run_dir: Path) -> list[torch.Tensor]:
+    settings = {"dataset": inputs.train, "val_dataset": inputs.validation, "tokenizer": inputs.tokenizer}
+    settings |= {"init": inputs.pretrained, "run_dir": run_dir, "device": "cpu"}
+    sizes: dict[str, Any] = {"batch_size": 4, "seq_length": 32, "micro_batch_size": 2, "num_steps": STEPS}
+    with open_session(**settings, **sizes, parallel={"cpu_threads": 1}) as session:
+        return [torch.cat(session.data.train.batch(step)) for step in range(STEPS)]
+
+
+def peft_model(inputs: Inputs, folder: Path, *, trainable: bool = False, half: bool = False) -> Any:
+    """The pretrained model in ``transformers`` with an adapter folder opened by ``peft``.
+
+    Its matrices are rounded to bf16 where ``half`` says so, and computed with in f32.
+    """
+    with AprReader(inputs.pretrained) as reader:
+        base = reference_model(load_decoder(reader, prove_model(reader).config))
+    if half:
+        with torch.no_grad():
+            for weight in base.parameters():
+                if weight.ndim == 2:
+                    weight.copy_(weight.bfloat16())
+    return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+
+
+def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder."""
+    return load_file(folder / WEIGHTS)
+
+
+def reference(inputs: Inputs, root: Path, name: str) -> Reference:
+    """A run's twenty steps by the textbook, from the adapter that ``KIND-initial`` saved; made once."""
+    kind, half = RUNS[name][1], "16" in RUNS[name][2]
+    made = once(
+        root / f"reference-{kind}{'-half' * half}",
+        lambda folder: _train_reference(inputs, root, kind, folder, half=half),
+    )
+    losses = json.loads((made / "losses.json").read_text())
+    return Reference(losses, adapter_tensors(made / "adapter"))
+
+
+def _train_reference(inputs: Inputs, root: Path, kind: str, folder: Path, *, half: bool) -> None:
+    model = peft_model(inputs, root / f"{kind}-initial" / "adapter", trainable=True, half=half).train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trained if weight.ndim >= 2], "weight_decay": 0.01},
+        {"params": [weight for weight in trained if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8)
+    losses = []
+    for rows in torch.load(root / "batches.pt", weights_only=True):
+        tokens = rows.long()
+        logits = model(input_ids=tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.save_pretrained(folder / "adapter")
+    (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def reopened(run_dir: Path, inputs: Inputs, *more: str) -> int:
+    """Train in this process with one more flag or two; returns the exit code."""
+    return run_here(*flags(inputs, run_dir, "lora", ("single",)), *more)
