@@ -115,7 +115,7 @@ def families() -> str:
         architecture = f"`{facts.gguf.architecture}`{imported}" if facts.gguf.exported else "refused"
         window = "as the file states" if facts.sliding_window else "no"
         if facts.full_every:
-            window = f"all layers but every {facts.full_every}th, or as listed"
+            window = f"all layers but one of {facts.full_every}, or as listed"
         normed = "all heads together" if facts.qk_norm_whole else "each head"
         norms = f"{facts.norms}{', times one plus weight' if facts.one_plus_norms else ''}"
         options = ", ".join(f"`{name}`" for name in facts.options) or "none"
