@@ -245,4 +245,4 @@ def test_special_tokens_are_found_in_older_files(where: str, tmp_path: Path) -> 
     model = open_text_model(tmp_path / "x.apr")
     assert 33 in model.end_ids
     assert VOCABULARY > 33
-    assert model.encode_chat("x")[0] == 32
+    assert model.encode_chat([{"role": "user", "content": "x"}])[0] == 32

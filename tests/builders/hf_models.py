@@ -32,8 +32,10 @@ TOKENS = torch.randint(48, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
 def claims(family: Family) -> dict[str, Any]:
-    """The keys that name the family."""
-    return {"architectures": [family.hf_architecture], "model_type": family.hf_model_type}
+    """The keys that name the family, and no padding id where its own default has no row here."""
+    pad = family.definition.hf_defaults.get("pad_token_id") or 0
+    named = {"architectures": [family.hf_architecture], "model_type": family.hf_model_type}
+    return named | ({"pad_token_id": None} if pad >= SIZES["vocab_size"] else {})
 
 
 def hf_folder(folder: Path, config: Mapping[str, Any], *, seed: int = 0) -> Path:
