@@ -24,6 +24,7 @@ IDS = {
     "apr-dist-trainer-v1": [f"FALSIFY-APR-DIST-TRAINER-{n:03}" for n in range(20, 36)],
     "apr-dist-distributed-v1": [],
     "apr-dist-checkpoint-v1": [],
+    "apr-dist-adapter-v1": [],
 }
 """Ids whose meaning is fixed: those of the published contracts, and one for each defect known."""
 
