@@ -96,6 +96,8 @@ def test_a_run_of_an_earlier_version_is_judged_by_the_keys_it_had(run_dir: Path)
     tree["steps_per_epoch"] = tree.pop("eval_every")
     tree["early_stop"]["min_epochs"] = tree["early_stop"].pop("min_evaluations")
     del tree["compute"]["z_loss"], tree["tracking"]  # that version had no such keys
+    for key in ("sets", "counts", "prompts", "answer_tokens"):
+        del tree["evaluation"][key]
     elsewhere = (
         "run_dir overwrite resume resume_allow checkpoint log_every init dataset val_dataset tokenizer"
     )
