@@ -221,7 +221,7 @@ def test_accelerate_hands_the_limit_of_the_environment_to_torchs_launcher(
 
 def test_an_offload_the_strategy_cannot_do_is_refused_with_what_it_can() -> None:
     for strategy, offload in (
-        (Strategy.SINGLE, Offload.OPTIMIZER),
+        (Strategy.SINGLE, Offload.OPTIMIZER_AND_PARAMETERS),
         (Strategy.DDP, Offload.OPTIMIZER_AND_PARAMETERS),
         (Strategy.ZERO2, Offload.OPTIMIZER_AND_PARAMETERS),
         (Strategy.FSDP2, Offload.OPTIMIZER),
@@ -230,7 +230,8 @@ def test_an_offload_the_strategy_cannot_do_is_refused_with_what_it_can() -> None
             refuse_offload(strategy, offload)
     for strategy in Strategy:
         refuse_offload(strategy, Offload.NONE)
-    refuse_offload(Strategy.ZERO1, Offload.OPTIMIZER)
+    for strategy in (Strategy.SINGLE, Strategy.DDP, Strategy.ZERO1):
+        refuse_offload(strategy, Offload.OPTIMIZER)
     refuse_offload(Strategy.HSDP, Offload.OPTIMIZER_AND_PARAMETERS)
 
 
@@ -238,8 +239,8 @@ def test_a_run_whose_offload_cannot_be_done_ends_with_the_usage_code(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(tmp_path / "run")]
-    assert run_here(*flags, "--parallel.offload", "optimizer") == ExitCode.USAGE
-    assert "parallel.offload is optimizer under strategy single" in capfd.readouterr().err
+    assert run_here(*flags, "--parallel.offload", "optimizer+parameters") == ExitCode.USAGE
+    assert "parallel.offload is optimizer+parameters under strategy single" in capfd.readouterr().err
 
 
 def test_a_launcher_and_a_configuration_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,9 @@ def test_what_is_offloaded_leaves_the_gpu_and_is_in_host_memory(strategy: Strate
         assert said.host == said.offloaded == 0
         return
     assert said.optimizer == said.masters == 0
-    assert without.total > said.total
+    # A streamed update has buffers of one size, which a small model is smaller than: the state is compared.
+    kept = [one.weights + one.low + one.gradients + one.optimizer + one.masters for one in (without, said)]
+    assert kept[0] > kept[1]
     assert said.host >= without.optimizer + without.masters
 
 

@@ -294,7 +294,7 @@ def test_a_plan_that_is_refused_ends_with_that(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--init", str(inputs.pretrained), *inputs.data_flags(), "--run-dir", str(tmp_path / "r")]
-    assert main(["plan", *flags, "--parallel.offload", "optimizer", "--memory", "1"]) == 2
+    assert main(["plan", *flags, "--parallel.offload", "optimizer+parameters", "--memory", "1"]) == 2
     text = capsys.readouterr().out
     assert text.endswith("The run would be refused; see NO above.\n")
 

@@ -110,7 +110,6 @@ class AdamW8bit(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self._has_codes = any(group["state_bits"] == 8 for group in groups)
-        self._update: Any = _library().functional if self._has_codes else None
         self._allocate: Empty | None = None
         self.found_inf: Tensor | None = None
 
@@ -162,10 +161,11 @@ class AdamW8bit(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         same = {"step": step, "lr": group["lr"], "weight_decay": group["weight_decay"]}
         same |= {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        library = _library().functional
         if isinstance(first, Tensor) or isinstance(second, Tensor):
-            self._update.optimizer_update_32bit("adam", gradient, values, first, state2=second, **same)
+            library.optimizer_update_32bit("adam", gradient, values, first, state2=second, **same)
             return
-        self._update.optimizer_update_8bit_blockwise(
+        library.optimizer_update_8bit_blockwise(
             "adam",
             gradient,
             values,
