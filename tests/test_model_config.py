@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -386,3 +387,14 @@ def test_rope_scaling_reads_the_old_spelling_and_plain_rope() -> None:
 
 def read(values: dict[str, Any], *, family: Family = Family.QWEN2) -> TransformerConfig:
     return TransformerConfig.from_metadata(values, family=family, where="x.apr", tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("family", list(Family))
+def test_kinds_of_parameters_are_all_parameters(family: Family) -> None:
+    for layers, tied in ((1, True), (3, False)):
+        config = tiny_config(family, num_layers=layers, tie_word_embeddings=tied)
+        kinds = Counter[tuple[int, ...]]()
+        for name, shape, times in config.kinds_of_parameters():
+            assert config.parameter_shapes()[name] == shape
+            kinds[shape] += times
+        assert kinds == Counter(config.parameter_shapes().values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -221,6 +221,15 @@ class TransformerConfig(BlockOptions):
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
+
+    def kinds_of_parameters(self) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """Name, shape and number of every kind of parameter; the first block's stand for those of all."""
+        yield "model.embed_tokens.weight", (self.vocab_size, self.hidden_size), 1
+        for name, shape in self._block_shapes().items():
+            yield f"model.layers.0.{name}", shape, self.num_layers
+        yield "model.norm.weight", (self.hidden_size,), 1
+        if not self.tie_word_embeddings:
+            yield "lm_head.weight", (self.vocab_size, self.hidden_size), 1
 
     def parameter_count(self) -> int:
         """Number of trainable values; a tied head counts once."""

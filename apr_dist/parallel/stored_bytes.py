@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from apr_dist.choices import GradientStorage, Offload, Strategy, WeightStorage
@@ -48,38 +48,32 @@ def stored_bytes(
             weight_bytes(model, adapter),
             0,
             F32 * trained_count(model, adapter),
-            _moments_of(shapes, strategy, storage.offload, state_bits),
+            _moments_of(_each_once(shapes), strategy, storage.offload, state_bits),
             F32 * max(map(math.prod, shapes.values())),
         )
     if strategy.zero_stage:
         storage = Storage(offload=storage.offload)
     weights = low = gradients = 0
-    for count, narrow in _tensors(model, strategy):
+    for name, shape, times in model.kinds_of_parameters():
+        count, narrow = math.prod(shape) * times, is_narrow(name, shape, strategy)
         is_low = narrow and storage.weights is not WeightStorage.F32
         weights += count * (BF16 if is_low else F32)
         low += count * BF16 if is_low and storage.weights is WeightStorage.SPLIT else 0
         bf16 = narrow and storage.gradients is GradientStorage.BF16 and not strategy.is_fsdp
         gradients += count * (BF16 if bf16 else F32)
-    whole = model.parameter_shapes().items()
-    largest = max(math.prod(shape) for name, shape in whole if ".layers." in name)
+    largest = max(math.prod(shape) for name, shape, _ in model.kinds_of_parameters() if ".layers." in name)
     moments = moment_bytes(model, strategy, storage.offload, state_bits)
     return StoredBytes(weights, low, gradients, moments, F32 * largest)
 
 
-def _tensors(model: TransformerConfig, strategy: Strategy) -> Iterator[tuple[int, bool]]:
-    for name, shape in model.parameter_shapes().items():
-        yield math.prod(shape), is_narrow(name, shape, strategy)
-
-
 def moment_bytes(model: TransformerConfig, strategy: Strategy, offload: Offload, state_bits: int) -> int:
     """Both moments of the whole model; in 8 bits a byte an element and 4 for each block."""
-    return _moments_of(model.parameter_shapes(), strategy, offload, state_bits)
+    return _moments_of(model.kinds_of_parameters(), strategy, offload, state_bits)
 
 
 def trained_count(model: TransformerConfig, adapter: Adapter | None) -> int:
     """Elements that have a gradient and moments."""
-    shapes = model.parameter_shapes() if adapter is None else adapter.shapes(model)
-    return sum(map(math.prod, shapes.values()))
+    return model.parameter_count() if adapter is None else sum(map(math.prod, adapter.shapes(model).values()))
 
 
 def weight_bytes(model: TransformerConfig, adapter: Adapter | None) -> int:
@@ -90,13 +84,18 @@ def weight_bytes(model: TransformerConfig, adapter: Adapter | None) -> int:
     return frozen + F32 * trained_count(model, adapter)
 
 
-def _moments_of(
-    shapes: Mapping[str, tuple[int, ...]], strategy: Strategy, offload: Offload, state_bits: int
-) -> int:
-    if state_bits == 32 or not can_have(strategy, offload):
-        return 2 * F32 * sum(map(math.prod, shapes.values()))
+Kinds = Iterable[tuple[str, tuple[int, ...], int]]
+
+
+def _each_once(shapes: Mapping[str, tuple[int, ...]]) -> Kinds:
+    return ((name, shape, 1) for name, shape in shapes.items())
+
+
+def _moments_of(kinds: Kinds, strategy: Strategy, offload: Offload, state_bits: int) -> int:
+    eight = state_bits == 8 and can_have(strategy, offload)
     total = 0
-    for name, shape in shapes.items():
+    for name, shape, times in kinds:
         count = math.prod(shape)
-        total += count + F32 * -(-count // BLOCK) if is_eligible(name, shape) else F32 * count
+        is_short = eight and is_eligible(name, shape)
+        total += times * (count + F32 * -(-count // BLOCK) if is_short else F32 * count)
     return 2 * total
