@@ -34,7 +34,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_load
 
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: setup demo chat evidence test mutate memory bench-quick faults fuzz families gemma sanitize docs wheel check
+.PHONY: setup demo chat adapters evidence test mutate memory bench-quick faults fuzz families gemma sanitize docs wheel check
 .PHONY: format clean
 .DELETE_ON_ERROR:
 
@@ -128,6 +128,9 @@ faults: $(BUILD)/model-wheels
 
 fuzz: $(BUILD)/installed
 	$(BIN)/python tests/fuzz_apr.py --files 20000
+
+adapters: $(BUILD)/model-wheels
+	APR_DIST_REAL_ADAPTERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real_model tests/test_adapters_merge.py
 
 families: $(BUILD)/installed
 	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_interop_keys.py \
