@@ -22,7 +22,15 @@ from apr_dist.data.documents import Documents, DocumentStarts, document_begins
 from apr_dist.data.evaluation_loader import EvaluationLoader
 from apr_dist.data.mixture import CYCLE_BATCHES, Mixture, Progress, Source
 from apr_dist.data.prefetch import BufferKind, Course, RunAhead, default_depth, process
-from apr_dist.data.token_stream import ShardStream, Shuffle, check_seed, choice, share_of
+from apr_dist.data.token_stream import (
+    ShardStream,
+    Shuffle,
+    check_order,
+    check_pinning,
+    check_seed,
+    choice,
+    share_of,
+)
 from apr_dist.data.training_set import cycle_units
 from apr_dist.errors import DataError, StreamExhausted, UsageError
 
@@ -103,8 +111,12 @@ class TokenLoader:
         self._origin = origin
         self._block = block_sequences if self.shuffle is Shuffle.BLOCK else 1
         check_seed(seed)
-        self._check_order(block_sequences, max_epochs, dtype)
-        _check_pinning(pin_memory)
+        check_order(
+            self.shuffle, block_sequences, micro_batch, mixed=isinstance(dataset, Mixture), dtype=dtype
+        )
+        if max_epochs is not None and max_epochs < 1:
+            raise UsageError(f"max_epochs is {max_epochs}", expected="at least 1, or none for no limit")
+        check_pinning(pin_memory)
         self._max_epochs = max_epochs
         self._global_batch = origin[0]
         self._options: dict[str, Any] = {
@@ -344,22 +356,6 @@ class TokenLoader:
         """Identity of the training data; computed at first use, since it reads every shard's entry."""
         return self._dataset.fingerprint
 
-    def _check_order(self, block: int, max_epochs: int | None, dtype: torch.dtype) -> None:
-        if block < 1 or (self.shuffle is Shuffle.BLOCK and block % self._micro):
-            raise UsageError(
-                f"micro_batch {self._micro} does not divide block_sequences {block}",
-                expected="blocks that are cut into whole micro-batches",
-                remedy="choose a multiple of the micro-batch, or shuffle=sequence",
-            )
-        if max_epochs is not None and max_epochs < 1:
-            raise UsageError(f"max_epochs is {max_epochs}", expected="at least 1, or none for no limit")
-        if self.shuffle is Shuffle.NONE and isinstance(self._dataset, Mixture):
-            raise UsageError("a mixture cannot be read unshuffled", expected="shuffle=sequence or block")
-        allowed = (torch.int32,) if self.shuffle is Shuffle.BLOCK else (torch.int32, torch.int64)
-        if dtype not in allowed:
-            names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
-            raise UsageError(f"dtype is {dtype} with shuffle={self.shuffle}", expected=names)
-
     def _count_batches(self) -> int | None:
         """Global batches there are; None: no end."""
         epochs = 1 if self.shuffle is Shuffle.NONE else self._max_epochs
@@ -399,15 +395,6 @@ class TokenLoader:
     def _position(self, k: int) -> int:
         """Sequences of the stream before global batch ``k``."""
         return self._origin[1] + (k - self._origin[0]) * self._batch_size
-
-
-def _check_pinning(pin_memory: bool | None) -> None:
-    if pin_memory and not torch.cuda.is_available():
-        raise UsageError(
-            "pin_memory is true and there is no CUDA device",
-            expected="page-locked memory only where a device copies from it",
-            remedy="leave pin_memory to its default, which pins where a CUDA device is",
-        )
 
 
 def _other_order(key: str, found: object, expected: object, dataset: Manifest | Mixture) -> DataError:

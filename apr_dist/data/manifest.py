@@ -30,8 +30,10 @@ from apr_dist.data.manifest_file import (
 from apr_dist.data.shard_files import (
     FINGERPRINTS_SUFFIX,
     INDEX_SUFFIX,
+    MANIFEST_NAME,
     check_shard_files,
-    shard_names,
+    how_to_get_a_manifest,
+    read_manifest_file,
     shards_of_older_folder,
 )
 from apr_dist.errors import DataError, ManifestError, ShardError
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MANIFEST_NAME", "Manifest", "Shard", "TokenizerIdentity"]
 
-MANIFEST_NAME = "manifest.json"
 _NO_TOKENIZER = "unknown tokenizer"
 
 
@@ -247,7 +248,7 @@ class Manifest:
             ShardError: a shard is missing or its size is not the recorded one.
         """
         path = folder / MANIFEST_NAME
-        content = _read(folder, path)
+        content = read_manifest_file(folder)
         recorded, table = parse_manifest(content, where=path)
         if recorded.schema == OLDER_SCHEMA or not table:
             return _open_without_shard_facts(folder, recorded, listed=table is not None)
@@ -301,38 +302,6 @@ class Manifest:
         return recorded | {"shards": shards}
 
 
-def _read(folder: Path, path: Path) -> bytes:
-    try:
-        if not folder.is_dir():
-            found = "a file stands there" if folder.exists() else "there is no such folder"
-            raise ManifestError(found, where=folder, expected="a shard folder with manifest.json")
-        if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
-            raise ManifestError("it is no regular file", where=path, expected="a file of JSON")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ManifestError(
-            "the folder has no manifest.json", where=folder, expected="a shard folder", remedy=_remedy(folder)
-        ) from error
-    except PermissionError as error:
-        raise ManifestError(
-            "it may not be read (permission denied)",
-            where=path,
-            expected="a folder and a manifest that the user of this run may read",
-            remedy=f"chmod -R u+rX {folder}, or run as their owner",
-        ) from error
-    except OSError as error:
-        raise ManifestError(f"it cannot be read ({error.strerror})", where=path) from error
-
-
-def _remedy(folder: Path) -> str:
-    parts = [part.name for part in sorted(folder.iterdir()) if (part / MANIFEST_NAME).is_file()]
-    if parts:
-        return f"name one of its parts: {', '.join(str(folder / part) for part in parts)}"
-    if shard_names(folder):
-        return f"apr-dist tokenize repair-manifest {folder}"
-    return f"apr-dist tokenize encode-corpus --corpus PATH --tokenizer DIR --output {folder}"
-
-
 def _from_recorded(folder: Path, recorded: RecordedManifest, table: ShardTable) -> Manifest:
     warnings = []
     if recorded.repair:
@@ -384,7 +353,10 @@ def _open_without_shard_facts(folder: Path, recorded: RecordedManifest, *, liste
     path = folder / MANIFEST_NAME
     if recorded.schema != OLDER_SCHEMA and listed:
         raise ManifestError(
-            "it holds no shards", where=folder, expected="at least one shard", remedy=_remedy(folder)
+            "it holds no shards",
+            where=folder,
+            expected="at least one shard",
+            remedy=how_to_get_a_manifest(folder),
         )
     shards = shards_of_older_folder(folder)
     if not shards:

@@ -18,6 +18,7 @@ from apr_dist.data.flags import are_targets, ids_of
 from apr_dist.data.manifest_file import Shard
 from apr_dist.errors import ManifestError, ShardError
 
+MANIFEST_NAME = "manifest.json"
 INDEX_SUFFIX = ".idx"
 FINGERPRINTS_SUFFIX = ".docs"
 """Sidecars of a shard: u64 document starts; u64 hashes of its documents' texts."""
@@ -170,3 +171,45 @@ def _check_size(folder: Path, shard: Shard, size: int) -> None:
     raise ShardError(
         f"the shard holds {size} bytes", where=folder / shard.file, expected=expected, remedy=remedy
     )
+
+
+def read_manifest_file(folder: Path) -> bytes:
+    """The bytes of a folder's manifest.json.
+
+    Raises:
+        ManifestError: there is none, or it cannot be read.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        if not folder.is_dir():
+            found = "a file stands there" if folder.exists() else "there is no such folder"
+            raise ManifestError(found, where=folder, expected="a shard folder with manifest.json")
+        if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+            raise ManifestError("it is no regular file", where=path, expected="a file of JSON")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ManifestError(
+            "the folder has no manifest.json",
+            where=folder,
+            expected="a shard folder",
+            remedy=how_to_get_a_manifest(folder),
+        ) from error
+    except PermissionError as error:
+        raise ManifestError(
+            "it may not be read (permission denied)",
+            where=path,
+            expected="a folder and a manifest that the user of this run may read",
+            remedy=f"chmod -R u+rX {folder}, or run as their owner",
+        ) from error
+    except OSError as error:
+        raise ManifestError(f"it cannot be read ({error.strerror})", where=path) from error
+
+
+def how_to_get_a_manifest(folder: Path) -> str:
+    """The command that makes a manifest there, or the folders that have one."""
+    parts = [part.name for part in sorted(folder.iterdir()) if (part / MANIFEST_NAME).is_file()]
+    if parts:
+        return f"name one of its parts: {', '.join(str(folder / part) for part in parts)}"
+    if shard_names(folder):
+        return f"apr-dist tokenize repair-manifest {folder}"
+    return f"apr-dist tokenize encode-corpus --corpus PATH --tokenizer DIR --output {folder}"

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from apr_dist._rust_loader import TokenStream
 from apr_dist.choices import VerifyShards
 from apr_dist.data.descriptors import verified_marks
@@ -138,4 +140,45 @@ def _check_size(dataset: Manifest, needed: int) -> None:
             where=dataset.folder,
             expected=f"at least {needed} for one sequence or block of them",
             remedy="shorten the sequence, or encode the corpus into larger shards",
+        )
+
+
+def check_order(shuffle: Shuffle, block: int, micro_batch: int, *, mixed: bool, dtype: torch.dtype) -> None:
+    """Whether batches can be read in this order.
+
+    Args:
+        shuffle: the order.
+        block: sequences of a block.
+        micro_batch: sequences per tensor.
+        mixed: whether the data are a mixture.
+        dtype: of batches.
+
+    Raises:
+        UsageError: naming what does not go with the order.
+    """
+    if block < 1 or (shuffle is Shuffle.BLOCK and block % micro_batch):
+        raise UsageError(
+            f"micro_batch {micro_batch} does not divide block_sequences {block}",
+            expected="blocks that are cut into whole micro-batches",
+            remedy="choose a multiple of the micro-batch, or shuffle=sequence",
+        )
+    if shuffle is Shuffle.NONE and mixed:
+        raise UsageError("a mixture cannot be read unshuffled", expected="shuffle=sequence or block")
+    allowed = (torch.int32,) if shuffle is Shuffle.BLOCK else (torch.int32, torch.int64)
+    if dtype not in allowed:
+        names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+        raise UsageError(f"dtype is {dtype} with shuffle={shuffle}", expected=names)
+
+
+def check_pinning(pin_memory: bool | None) -> None:
+    """Whether memory can be page-locked as asked.
+
+    Raises:
+        UsageError: there is no device that would copy from it.
+    """
+    if pin_memory and not torch.cuda.is_available():
+        raise UsageError(
+            "pin_memory is true and there is no CUDA device",
+            expected="page-locked memory only where a device copies from it",
+            remedy="leave pin_memory to its default, which pins where a CUDA device is",
         )

@@ -8,7 +8,6 @@ for survives a round trip; on the way back the typed keys win.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from apr_dist.apr.files import map_readonly
 from apr_dist.apr.layout import HF_CONFIG, DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.errors import ArchitectureRefused, DamagedModelFile
+from apr_dist.interop.hf_rope import ROPE_KEYS, read_rope, state_rope
 from apr_dist.model.config import SPLIT_HALVES, TransformerConfig
 from apr_dist.model.families import (
     FULL_ATTENTION,
@@ -30,21 +30,12 @@ from apr_dist.model.families import (
     layer_kinds,
     rope_layers,
 )
-from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, refuse_key
+from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, refuse_key
 
 _TORCH_NAMES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "bfloat16"}
 _INTERVAL = "no_rope_layer_interval"
 _PATTERN = "sliding_window_pattern"
-_LOCAL_THETA = "rope_local_base_freq"
-_OWN_CODE = (
-    *("rope_theta", "rope_scaling", "tie_word_embeddings", "sliding_window", "layer_types"),
-    "no_rope_layers",
-    _LOCAL_THETA,
-)
-_ROPE_KEYS = (
-    *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
-    _LOCAL_THETA,
-)
+_OWN_CODE = (*ROPE_KEYS, "tie_word_embeddings", "sliding_window", "layer_types", "no_rope_layers")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -90,13 +81,7 @@ def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dic
         **_without_rope(config, family, stated, where),
         HF_CONFIG: _kept(config, keys),
     }
-    if family.definition.local_rope:
-        values["rope_theta"], scaling, values["rope_local_theta"] = _layered_rope(
-            config, family, stated, where
-        )
-    else:
-        values["rope_theta"], scaling = _rope(config, stated, where)
-    values["rope_scaling"] = scaling and scaling.to_mapping()
+    values |= read_rope(config, family, stated, where)
     if values["num_kv_heads"] is None:
         values["num_kv_heads"] = values["num_heads"]
     values["attention_bias"] = values.get("attention_bias") or None
@@ -237,91 +222,6 @@ def _shortened(kinds: object) -> object:
     return list(dict.fromkeys(map(str, kinds))) if isinstance(kinds, list) else kinds
 
 
-def _rope(
-    config: Mapping[str, Any], stated: Mapping[str, Any], where: Path
-) -> tuple[Any, RopeScaling | None]:
-    """Theta and scaling as ``transformers`` reads them: ``rope_scaling`` first, and its own theta first."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise refuse_key("rope_scaling", given, "an object or null", where=where)
-    if any(isinstance(value, Mapping) for value in given.values()):
-        raise refuse_key("rope_parameters", dict(given), "one rotation for all layers", where=where)
-    return _rotation(given, stated["rope_theta"], config, stated, where)
-
-
-def _layered_rope(
-    config: Mapping[str, Any], family: Family, stated: Mapping[str, Any], where: Path
-) -> tuple[Any, RopeScaling | None, Any]:
-    """Theta and scaling of layers that see everything, and theta of those with a window.
-
-    ``transformers`` reads an object for each kind of layer; a ``rope_scaling`` is of the first alone.
-    """
-    given = config.get("rope_parameters")
-    given = {} if given is None else given
-    kinds = (FULL_ATTENTION, SLIDING_ATTENTION)
-    if not isinstance(given, Mapping) or not all(
-        kind in kinds and isinstance(one, Mapping | None) for kind, one in given.items()
-    ):
-        raise refuse_key("rope_parameters", given, f"an object for each of {', '.join(kinds)}", where=where)
-    older = config.get("rope_scaling")
-    if older is not None and not isinstance(older, Mapping):
-        raise refuse_key("rope_scaling", older, "an object or null", where=where)
-    far = dict(given.get(FULL_ATTENTION) or {}) | dict(older or {})
-    theta, scaling = _rotation(far, stated["rope_theta"], config, stated, where)
-    near = given.get(SLIDING_ATTENTION) or {}
-    own = stated.get(_LOCAL_THETA, family.definition.hf_defaults["rope_theta"])
-    local, stretched = _rotation(near, own, config, stated, where)
-    if stretched is not None:
-        raise refuse_key("rope_parameters", dict(near), "no scaling for layers with a window", where=where)
-    return theta, scaling, local
-
-
-def _rotation(
-    given: Mapping[str, Any], default: Any, config: Mapping[str, Any], stated: Mapping[str, Any], where: Path
-) -> tuple[Any, RopeScaling | None]:
-    """Theta and scaling of one object of parameters."""
-    rope = dict(given)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse_key(
-            "partial_rotary_factor",
-            given["partial_rotary_factor"],
-            "1.0: the whole head is rotated",
-            where=where,
-        )
-    theta = rope.pop("rope_theta", default)
-    kind = rope.get("rope_type", rope.get("type"))
-    positions = stated["max_position_embeddings"]
-    if kind in ("llama3", "yarn"):
-        top_level = config.get("original_max_position_embeddings")
-        rope["original_max_position_embeddings"] = (
-            rope.get("original_max_position_embeddings", positions) if top_level is None else top_level
-        )
-    if kind == "yarn":
-        _settle_yarn(rope, positions)
-    return theta, RopeScaling.from_mapping(rope, where=where)
-
-
-def _settle_yarn(rope: dict[str, Any], positions: Any) -> None:
-    """Replace what is derived: a factor from lengths, the attention factor from mscale, null by defaults."""
-    original = rope["original_max_position_embeddings"]
-    if rope.get("factor", 0) is None and _is_number(positions) and _is_number(original) and original:
-        rope["factor"] = positions / original
-    scale, scale_all = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
-    numbers = all(map(_is_number, (rope.get("factor"), scale, scale_all)))
-    if rope.get("attention_factor") is None and numbers and scale and scale_all and rope["factor"] >= 1:
-        log = 0.1 * math.log(rope["factor"])
-        rope["attention_factor"] = (scale * log + 1.0) / (scale_all * log + 1.0)
-    for key in ("beta_fast", "beta_slow"):
-        if not rope.get(key, True):
-            del rope[key]
-    if rope.get("truncate", True) is None:
-        rope["truncate"] = False
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def config_from_metadata(
     metadata: AprMetadata,
     model: TransformerConfig,
@@ -344,14 +244,14 @@ def config_from_metadata(
     config |= {"architectures": [family.hf_architecture], "model_type": family.hf_model_type}
     for key in defaults:
         rule = keys[key]
-        if rule.ours is None or key in _ROPE_KEYS:
+        if rule.ours is None or key in ROPE_KEYS:
             continue
         value = getattr(model, rule.ours)
         value = list(value) if isinstance(value, tuple) else value
         derived = key == "head_dim" and not family.definition.head_dim_stated
         if key in config or not derived or model.query_size != model.hidden_size:
             config[key] = value
-    _state_rope(config, model)
+    state_rope(config, model)
     config["dtype" if "dtype" in config else "torch_dtype"] = _TORCH_NAMES[dtype]
     for key, value in token_ids.items():
         config.setdefault(key, value)
@@ -374,28 +274,6 @@ def _check_read_back(config: Mapping[str, Any], model: TransformerConfig, where:
             remedy="keep the model as an APR file",
             falsifier=INCOMPLETE_METADATA,
         )
-
-
-def _state_rope(config: dict[str, Any], model: TransformerConfig) -> None:
-    scaling = model.rope_scaling.to_mapping() if model.rope_scaling else None
-    newer, null = isinstance(config.get("rope_parameters"), Mapping), "rope_scaling" in config
-    defaults = model.family.definition.hf_defaults
-    if model.rope_local_theta is not None and _LOCAL_THETA not in defaults:
-        newer |= model.rope_local_theta != defaults["rope_theta"]  # no older key states it
-    for key in _ROPE_KEYS:
-        config.pop(key, None)
-    if newer:  # the spelling of transformers 5
-        plain = {"rope_type": "default"}
-        rope: dict[str, Any] = (scaling or plain) | {"rope_theta": model.rope_theta}
-        if model.rope_local_theta is not None:
-            rope = {FULL_ATTENTION: rope, SLIDING_ATTENTION: plain | {"rope_theta": model.rope_local_theta}}
-        config["rope_parameters"] = rope
-        return
-    config["rope_theta"] = model.rope_theta
-    if _LOCAL_THETA in defaults:
-        config[_LOCAL_THETA] = model.rope_local_theta
-    if scaling or null:
-        config["rope_scaling"] = scaling
 
 
 def tokenizer_config(metadata: AprMetadata) -> dict[str, Any]:
