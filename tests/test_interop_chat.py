@@ -59,6 +59,24 @@ def test_they_pass_through_gguf(tmp_path: Path) -> None:
     assert answer_of(tmp_path / "out") == [0, TURN_END]
 
 
+@pytest.mark.parametrize(
+    ("ends", "fits"), [([33, 34, 1], True), ([33, 34, 1, 2], False), ([1, 2, 33], False)]
+)
+def test_ends_of_a_text_that_gguf_has_no_key_for_are_refused(
+    ends: list[int], fits: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end of a turn counts as one of them, also where the settings do not list it."""
+    import_model(
+        chat_folder(tmp_path / "in", settings={**SETTINGS, "eos_token_id": ends}), tmp_path / "x.apr"
+    )
+    found = main(["export", str(tmp_path / "x.apr"), "--to", "gguf", "-o", str(tmp_path / "x.gguf")])
+    assert (found == 0) is (tmp_path / "x.gguf").exists() is fits
+    assert fits or "GGUF has keys for three" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "x.apr"), "--to", "huggingface", "-o", str(tmp_path / "out")]) == 0
+    made = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert set(ends) <= set(made["eos_token_id"])
+
+
 def test_an_export_stops_at_the_turn_end_even_where_the_settings_never_named_it(tmp_path: Path) -> None:
     folder = chat_folder(tmp_path / "in")
     assert len(answer_of(folder)) == 9  # the fault this is about: the model's own folder does not stop

@@ -18,6 +18,7 @@ from apr_dist.interop.pretokenizers import PRE_TOKENIZERS
 from apr_dist.interop.sentencepiece_bpe import ScoredPieces, TokenType, scored_pieces
 from apr_dist.parsing import parse_json
 
+_FURTHER_ENDS: Final = ("eot_token_id", "eom_token_id")
 _SPECIAL_IDS: Final = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -118,7 +119,15 @@ def _special_ids(metadata: AprMetadata, vocabulary: Mapping[str, int], where: Pa
     if ends and "eos_token_id" not in ids:
         ids["eos_token_id"] = ends[0]
     further = [one for one in ends if one != ids.get("eos_token_id")]
-    return ids | dict(zip(("eot_token_id", "eom_token_id"), further, strict=False))
+    if len(further) > len(_FURTHER_ENDS):
+        raise UnsupportedModelFile(
+            f"a text ends with any of the tokens {', '.join(map(str, ends))}, and GGUF has keys for three",
+            where=where,
+            expected="at most three ids that end a text",
+            remedy="export with --to huggingface, or list fewer under eos_token_id of the source's"
+            " generation_config.json and import it again",
+        )
+    return ids | dict(zip(_FURTHER_ENDS, further, strict=False))
 
 
 def _text_ends(recorded: Mapping[str, Any], where: Path) -> TextEnds:
