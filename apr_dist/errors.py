@@ -97,7 +97,7 @@ class AprDistError(Exception):
         if self.expected:
             parts.append(f"Expected {self.expected}.")
         if self.remedy:
-            parts.append(f"To mend it: {self.remedy}.")
+            parts.append(f"Fix: {self.remedy}.")
         return " ".join(parts)
 
     @property

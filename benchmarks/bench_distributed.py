@@ -87,7 +87,7 @@ class Measured(Session):
 
 
 def count_from_here(session: Session) -> int:
-    """Let the largest resident set be counted anew; returns what is resident now."""
+    """Let the largest resident set be counted again; returns what is resident now."""
     gc.collect()
     session.runtime.barrier()
     Path("/proc/self/clear_refs").write_text("5")

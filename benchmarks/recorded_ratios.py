@@ -90,11 +90,11 @@ def read(path: Path) -> Recorded:
     except FileNotFoundError:
         raise NotUsable(f"{path} is not there: run with --record on a quiet machine first") from None
     except (OSError, ValueError) as error:
-        raise NotUsable(f"{path} cannot be read as JSON ({error}): record it anew with --record") from None
+        raise NotUsable(f"{path} cannot be read as JSON ({error}): record it again with --record") from None
     try:
         return _checked(facts)
     except NotUsable as error:
-        raise NotUsable(f"{path}: {error}: record it anew with --record") from None
+        raise NotUsable(f"{path}: {error}: record it again with --record") from None
 
 
 def write(found: Ratios, path: Path) -> None:

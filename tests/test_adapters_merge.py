@@ -128,6 +128,10 @@ def test_an_adapter_of_another_base_is_refused_by_digest(
         assert "the adapter belongs to weights sha256:" in said
         assert "FALSIFY-APR-DIST-ADAPTER-002" in said
         assert not (tmp_path / "twice.apr").exists()
+    held = merged.read_bytes()
+    assert merge(merged, runs / "lora" / "adapter", merged, "--force") == ExitCode.OUTPUT
+    assert "would replace its base" in capsys.readouterr().err
+    assert merged.read_bytes() == held
     with AprReader(merged) as reader:
         custom = reader.metadata.custom
         assert {"apr_dist.merged_base", "apr_dist.merged_adapter"} <= custom.keys()

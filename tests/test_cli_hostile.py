@@ -170,7 +170,7 @@ def test_an_error_nobody_foresaw_is_one_paragraph_and_the_code_of_a_defect(
     for flags, shown in (((), False), (("--debug",), True)):
         assert main(["inspect", str(here / "x.apr"), *flags]) == ExitCode.INTERNAL
         said = capfd.readouterr().err
-        assert "error: internal error: ZeroDivisionError: division by nothing. To mend it: run again" in said
+        assert "error: internal error: ZeroDivisionError: division by nothing. Fix: run again" in said
         assert ("Traceback" in said) is shown
 
 

@@ -7,7 +7,7 @@ from apr_dist.errors import AprDistError, ExitCode, ShardError, UsageError
 
 def test_an_error_is_one_paragraph_of_what_where_expected_and_remedy() -> None:
     error = UsageError("x is 3", where="--x", expected="2", remedy="pass --x 2", falsifier="F-1")
-    assert str(error) == "[F-1] --x: x is 3. Expected 2. To mend it: pass --x 2."
+    assert str(error) == "[F-1] --x: x is 3. Expected 2. Fix: pass --x 2."
 
 
 def test_an_error_survives_the_way_to_another_rank() -> None:

@@ -187,7 +187,7 @@ def test_rows_in_adjacent_pairs_become_split_halves_with_the_same_logits(
             arrays[name] = adjacent(rows, 4 if "q_proj" in name else 2)
     write_apr(tmp_path / "theirs.apr", arrays, metadata)
     assert main(["validate", str(tmp_path / "theirs.apr")]) == ExitCode.GATE
-    advised = capfd.readouterr().err.split("To mend it: ")[1].split()[:5]
+    advised = capfd.readouterr().err.split("Fix: ")[1].split()[:5]
     assert advised[:2] == ["apr-dist", "import"]
     assert main([*advised[1:4], str(tmp_path / "x.apr"), *dtype]) == 0
     assert "from adjacent pairs to split halves" in capfd.readouterr().out

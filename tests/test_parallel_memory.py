@@ -37,7 +37,7 @@ ALLOWANCE_BYTES = 8 << 20
 About three times what was measured (2.4 MB); one tensor too many, 16.8 MB, is twice as much."""
 
 needs_proc = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="only Linux counts a peak anew"
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux counts a peak again"
 )
 
 

@@ -1,4 +1,4 @@
-"""What the machine's examination says, and what it tells people to mend."""
+"""What the machine's examination says, and what it tells people to fix."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_a_model_with(fault: str, inputs: Inputs, tmp_path: Path, capfd: pytest.
     error = refused(inputs, tmp_path / "run", capfd, "--init", str(model), code=code)
     assert falsifier in error.split("]")[0]
     assert str(model) in error
-    assert "To mend it:" in error
+    assert "Fix:" in error
 
 
 def test_the_same_model_unbroken_is_trained(inputs: Inputs, tmp_path: Path) -> None:

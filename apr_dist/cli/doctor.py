@@ -1,4 +1,4 @@
-"""The verb that looks at this machine: what is installed, what would run, and what to mend."""
+"""The verb that looks at this machine: what is installed, what would run, and what to fix."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ FIXES: Mapping[str, str] = {
     "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-007": (
         "two gates: when evaluation and training disagree, report it, for they must not; when the "
         "validation loss is far below the training loss, the held-out text is easier or was trained "
-        "on: hold out anew with `apr-dist tokenize encode-corpus --val-fraction`"
+        "on: hold out again with `apr-dist tokenize encode-corpus --val-fraction`"
     ),
     "FALSIFY-APR-DIST-TRAINER-010": (
         "advisory: train for longer, raise `lr` where it is tiny, lower it where the loss rose, and "

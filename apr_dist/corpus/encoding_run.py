@@ -245,7 +245,7 @@ class EncodingRun:
         where = f"{printable(document.source)}:{document.line}"
         if self._settings.strict:
             raise CorpusError(
-                f"the document holds {what}", where=where, remedy="mend it, or leave out --strict"
+                f"the document holds {what}", where=where, remedy="fix it, or leave out --strict"
             )
         self.counts[LOSSY_DOCUMENTS] += 1
         self.counts[LOST_BYTES] += lost_bytes

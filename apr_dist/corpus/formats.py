@@ -135,7 +135,7 @@ def _text(path: Path, file: BinaryIO, read: ReadRecord | None) -> Iterator[Recor
 
 
 def _jsonl(path: Path, file: BinaryIO, read: ReadRecord, skip: int) -> Iterator[Record]:
-    """One record a line that is not blank; ``skip`` counts records, so blank lines are passed over first."""
+    """One record a line that is not blank; ``skip`` counts records, so blank lines are skipped first."""
     line = 0
     while raw := file.readline(MAX_DOCUMENT_BYTES + 1):
         line += 1

@@ -51,7 +51,7 @@ def repair_manifest(
     """Rebuild manifest.json from the shards; idempotent but for the time it records.
 
     What a manifest that is there says about origin and tokenizer is kept, since shards cannot tell; what it
-    says about the shards is measured anew.
+    says about the shards is measured again.
 
     Args:
         folder: the shard folder.

@@ -166,7 +166,7 @@ class CorpusReader:
         text_key: JSON key or column of the text; None: the first of ``TEXT_KEYS`` that a record has.
         read: makes records of whole JSON values and rows instead.
         start_source: number of the source to begin with.
-        start_record: how many of its records are passed over.
+        start_record: how many of its records are skipped.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class Shuffle(StrEnum):
 
 
 class ShardStream:
-    """A ``TokenStream`` that is opened when used, and anew in a forked or unpickled process.
+    """A ``TokenStream`` that is opened when used, and again in a forked or unpickled process.
 
     A fork may catch another thread of the parent inside the Rust core, so a child never uses the
     parent's.

@@ -61,7 +61,7 @@ def check_shares(training: TrainingSet, *, global_batch: int, block: int) -> Non
 
 
 def cycle_units(global_batch: int, block: int) -> int:
-    """Units (sequences, or blocks of ``block`` of them) after which a mixture deals its shares anew."""
+    """Units (sequences, or blocks of ``block`` of them) after which a mixture deals its shares again."""
     return -(-CYCLE_BATCHES * global_batch // block)
 
 

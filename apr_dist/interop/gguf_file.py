@@ -1,6 +1,6 @@
 """A GGUF file, mapped and checked: its fields, its tensors, and their values row by row.
 
-The container is parsed here rather than by the ``gguf`` package because the file may be a stranger's
+The container is parsed here rather than by the ``gguf`` package because the file may come from anyone
 (every count is held against what is there) and because that package builds several arrays for each of
 a tokenizer's 100,000 strings, which costs more than all the weights. Types and dequantisation are the
 package's. What the names mean is ``gguf_names``' business.

@@ -19,7 +19,7 @@ from apr_dist.apr.layout import DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
-from apr_dist.errors import WeightsRefused
+from apr_dist.errors import OutputError, WeightsRefused
 from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.adapter_files import AdapterFile, open_adapter
@@ -84,8 +84,15 @@ def merge_adapter(
     Raises:
         ModelFileError: a file is missing, damaged, or uses what is not computed here.
         WeightsRefused: the adapter belongs to another base, or the merged logits are not the same.
-        OutputError: the target cannot be written.
+        OutputError: the target cannot be written, or would take the place of the base.
     """
+    if target.exists() and target.samefile(base):
+        raise OutputError(
+            "the merged model would replace its base, which the adapter belongs to",
+            where=target,
+            expected="another file",
+            remedy="choose another path",
+        )
     with AprReader(base) as reader:
         model = prove_model(reader).config
         with open_adapter(adapter, model) as opened:

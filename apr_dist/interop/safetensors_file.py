@@ -2,7 +2,7 @@
 
 The ``safetensors`` package has no reader that leaves BF16 alone without torch, and no writer that
 takes tensors one at a time; the container is eight bytes of length, a JSON header and the data, so it
-is handled here, with every number of a stranger's header held against the file.
+is handled here, with every number of the header checked against the file.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def _library() -> Any:
             f"bitsandbytes cannot be imported ({type(error).__name__}: {error})",
             where=FLAG,
             expected="the library that updates 8-bit state and reads it",
-            remedy="install it anew (pip install 'apr-dist[bitsandbytes]'), or use 32 bits",
+            remedy="install it again (pip install 'apr-dist[bitsandbytes]'), or use 32 bits",
         ) from error
     finally:
         told.setLevel(level)

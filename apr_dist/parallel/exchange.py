@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apr_dist.errors import AprDistError
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.whereabouts import HERE
 
 
 class Exchange:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from apr_dist.choices import Strategy
 from apr_dist.model.adapters import canonical
 from apr_dist.parallel.eight_bit import AdamW8bit, Quantized
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.pieces import Piece, local, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.whereabouts import HERE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments, each of its parameter's shape."""
@@ -183,7 +183,7 @@ def flat_parts(optimizer: torch.optim.Optimizer, runtime: Runtime) -> list[Tenso
 
 
 def _link(optimizer: torch.optim.Optimizer) -> None:
-    """Tie parameters to their moments anew.
+    """Tie parameters to their moments again.
 
     ZeRO-1 and -2 do it once, after the first group's first step, when the other groups have none yet.
     """

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apr_dist.choices import Strategy
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharded import as_dtensor, held_here
 from apr_dist.parallel.split_weights import CHUNK, SplitWeight, chunk, split_of
-from apr_dist.parallel.whereabouts import HERE
 
 RUN_ELEMENTS = CHUNK
 """Elements that travel at once: 16 MiB in f32."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from apr_dist.atomic_files import temporary_beside, writing_to
 from apr_dist.errors import OutputError
 from apr_dist.parallel.agreement import first_note
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.whereabouts import HERE
 
 NOT_ONE_FOLDER = "FALSIFY-APR-DIST-DISTRIBUTED-023"
 """Falsifier of a run folder that is not the same for every rank."""

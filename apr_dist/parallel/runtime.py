@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from apr_dist.choices import GradientStorage, Offload, Precision, Strategy, WeightStorage
 from apr_dist.cores import usable_cores
 from apr_dist.errors import AprDistError, DistributedError, UsageError
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.meeting import meeting
 from apr_dist.parallel.storage import PLAIN, Storage
@@ -38,7 +39,6 @@ from apr_dist.parallel.strategy import (
     group_size,
     prepare_for_deepspeed,
 )
-from apr_dist.parallel.whereabouts import HERE
 
 _DISTRIBUTED_TYPES = {
     False: (DistributedType.NO,),

@@ -67,7 +67,7 @@ class SplitWeight:
 
     @property
     def high(self) -> Tensor:
-        """The roundings, flat: a view, taken anew as FSDP2 moves a parameter's memory once."""
+        """The roundings, flat: a view, taken again as FSDP2 moves a parameter's memory once."""
         return held_here(self.parameter).detach().view(-1)
 
     def read(self, number: int, low: Tensor | None = None) -> Tensor:

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from apr_dist.errors import ExitCode
+from apr_dist.parallel.heartbeat import HERE, Heartbeat
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.side_channel import Line, connect, listen
-from apr_dist.parallel.whereabouts import HERE, Whereabouts
 
 TOGETHER = "FALSIFY-APR-DIST-DISTRIBUTED-006"
 """Falsifier of what ends all ranks because of one."""
@@ -79,7 +79,7 @@ class Watch:
         on_failure: called once, in the watch thread, with a failure that is not this rank's own.
     """
 
-    def __init__(self, *, rank: int, here: Whereabouts = HERE) -> None:
+    def __init__(self, *, rank: int, here: Heartbeat = HERE) -> None:
         self.on_failure: Callable[[Failure], None] | None = None
         self._rank, self._here = rank, here
         self._lock = threading.Lock()
@@ -269,7 +269,7 @@ class Watch:
         step, phase = int(place.get("step", self._here.step)), str(place.get("phase", self._here.phase.value))
         text = (
             f"[{TOGETHER}] rank {rank} is gone, last seen at step {step} while {phase}: it was killed, or its"
-            " host cannot be reached. Expected every rank to run to the end. To mend it: look at that host's"
+            " host cannot be reached. Expected every rank to run to the end. Fix: look at that host's"
             " log and memory, and go on with --resume auto."
         )
         return Failure(rank=rank, step=step, phase=phase, code=int(ExitCode.DISTRIBUTED), text=text)
@@ -324,7 +324,7 @@ class Watch:
         place = self._places[first]
         text = (
             f"[{TOGETHER}] no rank has moved for {self._hang_s:.0f} s; rank {first} is behind, at step"
-            f" {place['step']} while {place['phase']}. Expected progress within parallel.hang_s. To mend it:"
+            f" {place['step']} while {place['phase']}. Expected progress within parallel.hang_s. Fix:"
             " look at the stacks, and go on with --resume auto; raise --parallel.hang-s if it was only slow."
         )
         _print("\n".join([f"error: {text}", *lines]))

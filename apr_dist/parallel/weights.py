@@ -73,8 +73,8 @@ def load_weights(
         reader: the open file on rank 0, None elsewhere.
         runtime: this rank's view of the run.
         progress: called on rank 0 after each tensor, while loading and while proving.
-        adapter: the open file of the model's adapter on rank 0; None: it begins anew.
-        seed: of an adapter that begins anew.
+        adapter: the open file of the model's adapter on rank 0; None: a new adapter is drawn.
+        seed: of a new adapter.
 
     Returns:
         tensor name to digest of the f32 values that the file holds. The model now has them, matrices kept

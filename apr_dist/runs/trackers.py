@@ -35,7 +35,7 @@ class Trackers:
         options: project, entity, group and tags.
         values: the configuration, flat.
         warn: shows a warning.
-        resumed_step: last step that stays when a run goes on; None begins anew.
+        resumed_step: last step that stays when a run resumes; None: a new run.
     """
 
     def __init__(

@@ -24,9 +24,9 @@ from apr_dist.errors import TokenizerError, UsageError
 from apr_dist.interop.chat import ModelChat, chat_of
 from apr_dist.model.generation import Sampling, stream
 from apr_dist.model.transformer import Decoder
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.sharding import reshard
-from apr_dist.parallel.whereabouts import HERE
 
 
 @dataclass(frozen=True)

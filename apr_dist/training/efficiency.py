@@ -15,8 +15,8 @@ import torch
 from apr_dist.choices import Precision
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
+from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.whereabouts import HERE, Phase
 
 STATUS = Path("/proc/self/stat")
 

@@ -15,8 +15,8 @@ from apr_dist.errors import DataError
 from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.model.packing import Boundaries
 from apr_dist.model.sending import send
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.whereabouts import HERE
 from apr_dist.runs.progress import Evaluation
 
 STOP_EVERY = 8

@@ -28,11 +28,11 @@ from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.agreement import prove_same
 from apr_dist.parallel.engine import prepare
 from apr_dist.parallel.exchange import Exchange
+from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.run_folder import prove_shared
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state import restore
 from apr_dist.parallel.watch import Watch
-from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.aborts import AbortRecord
 from apr_dist.runs.checkpoint import with_tokenizer
 from apr_dist.runs.display import Display

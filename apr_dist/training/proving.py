@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError, as_known
 from apr_dist.gates.preflight import Preflight, run_preflight
+from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.launch import Launch
 from apr_dist.parallel.strategy import refuse_launched_precision
 from apr_dist.parallel.watch import Watch
-from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.display import Display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock

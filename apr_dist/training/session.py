@@ -19,9 +19,9 @@ from apr_dist.errors import AprDistError, DataError
 from apr_dist.gates.updates import refuse_lost_updates
 from apr_dist.model.sending import send
 from apr_dist.parallel.engine import Engine
+from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.live_weights import read_weight, write_weight
 from apr_dist.parallel.lost_updates import UpdateSample
-from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.checkpoint import perplexity
 from apr_dist.runs.metrics import StepMetrics
 from apr_dist.runs.progress import Evaluation

@@ -15,8 +15,8 @@ from types import FrameType
 from typing import Any, Self
 
 from apr_dist.errors import AprDistError, Interrupted, Terminated
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.watch import SAME_REQUEST_S
-from apr_dist.parallel.whereabouts import HERE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """The signals that ask a run to stop; SIGTERM first, it wins when both came."""

@@ -20,9 +20,9 @@ from apr_dist.data.documents import Documents
 from apr_dist.data.mixture import Progress as DataProgress
 from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.parallel.engine import Engine
+from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.step_clock import StepMarks, StepPart
-from apr_dist.parallel.whereabouts import HERE
 from apr_dist.training.evaluation import Batch, evaluate, split_sequences
 from apr_dist.training.optimizer import apply_lr
 
@@ -137,7 +137,7 @@ class BatchFeed:
         apart: Sequence[Documents | None] = [None] * len(rows)
         if self._isolate or flagged:
             apart = self._data.documents(k, plain=self._isolate)
-        with torch.cuda.stream(self._stream):  # of no effect without a stream
+        with torch.cuda.stream(self._stream):  # a no-op without a stream
             return [
                 split_sequences(row, self._device, self._ignored_ids, one, flagged=flagged)
                 for row, one in zip(rows, apart, strict=True)

@@ -23,8 +23,8 @@ from apr_dist.gates.losses import (
 )
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.updates import updates_gate
+from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.weights import model_digest
-from apr_dist.parallel.whereabouts import HERE, Phase
 from apr_dist.runs.checkpoint import json_bytes
 from apr_dist.runs.display import Pace
 from apr_dist.runs.progress import Evaluation

@@ -1,7 +1,7 @@
 """Parts of pages that are generated and stored, so that the page can be read in the checkout as well.
 
 They stand between ``<!-- stored: NAME -->`` and ``<!-- end -->``. ``python docs/_ext/stored_parts.py``
-writes them anew; a test holds what is stored to what the code says.
+writes them again; a test holds what is stored to what the code says.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ fn prefetch(place: *const u32) {
 /// # Safety
 /// All of them lie inside a live map, which begins on a page, so that they are aligned.
 #[inline(always)]
-#[allow(clippy::inline_always, reason = "compiled anew for each instruction set that calls it")]
+#[allow(clippy::inline_always, reason = "compiled again for each instruction set that calls it")]
 unsafe fn copy(from: *const u32, row: &mut [u32], ahead: Place) {
     let (lines, rest) = row.as_chunks_mut::<CACHE_LINE_WORDS>();
     let whole = lines.len() * CACHE_LINE_WORDS;
@@ -210,7 +210,7 @@ unsafe fn copy_avx2(from: *const u32, row: &mut [u32], ahead: Place) {
 /// # Safety
 /// As [`copy`].
 #[inline(always)]
-#[allow(clippy::inline_always, reason = "compiled anew for each instruction set that calls it")]
+#[allow(clippy::inline_always, reason = "compiled again for each instruction set that calls it")]
 unsafe fn widen(from: *const u32, row: &mut [i64], ahead: Place) {
     let (lines, rest) = row.as_chunks_mut::<CACHE_LINE_WORDS>();
     let whole = lines.len() * CACHE_LINE_WORDS;

@@ -77,7 +77,7 @@ pub struct Progress {
 }
 
 /// The permutations that positions were last looked up in, one a source: their keys are hashes, which
-/// consecutive batches need not work out anew.
+/// consecutive batches need not work out again.
 #[derive(Debug, Default)]
 pub struct Orders(Vec<Option<(u64, Permutation)>>);
 

@@ -33,7 +33,7 @@ def resident(key: str) -> int:
 
 
 def count_from_here(runtime: Runtime) -> int:
-    """Let the largest resident set be counted anew; returns what is resident now."""
+    """Let the largest resident set be counted again; returns what is resident now."""
     gc.collect()
     runtime.barrier()
     Path("/proc/self/clear_refs").write_text("5")

@@ -119,7 +119,7 @@ fn replace(address: usize) -> bool {
 
 fn pass_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: `action` was filled in before this handler was installed. A handler in it has the type that its
-    // flags say; without one, the default is restored and the signal raised anew: it ends the process when
+    // flags say; without one, the default is restored and the signal raised again: it ends the process when
     // this handler returns.
     unsafe {
         let before = (*BEFORE.action.get()).assume_init_ref();

@@ -28,7 +28,7 @@ class Phase(StrEnum):
 
 
 @dataclass
-class Whereabouts:
+class Heartbeat:
     """Where the main thread is.
 
     Attributes:
@@ -70,5 +70,5 @@ class Whereabouts:
         self.enter(before)
 
 
-HERE = Whereabouts()
+HERE = Heartbeat()
 """The one of this process."""
