@@ -74,3 +74,56 @@ def test_a_metric_is_three_files(package: Path, inputs: Inputs, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["micro_batches"] for line in lines if line["kind"] == "step"] == [2, 2]
+
+
+OPTIMIZER = {
+    "config/sections.py": {
+        '    weight_decay: float = Field(0.01, ge=0, description="decoupled': (
+            '    rule: Literal["adamw", "radam"] = Field("adamw", description="how a weight moves")\n'
+            '    weight_decay: float = Field(0.01, ge=0, description="decoupled'
+        )
+    },
+    "training/opening.py": {
+        "            state_bits=options.state_bits,\n            runtime=runtime,\n": (
+            "            state_bits=options.state_bits,\n            rule=options.rule,\n"
+            "            runtime=runtime,\n"
+        )
+    },
+    "training/optimizer.py": {
+        "    seed: int = 0,\n) -> torch.optim.Optimizer:\n": (
+            '    seed: int = 0,\n    rule: str = "adamw",\n) -> torch.optim.Optimizer:\n'
+        ),
+        "    elif state_bits == 8:\n": (
+            '    elif rule == "radam":\n'
+            "        optimizer = RAdam(groups, lr=lr, betas=betas, eps=eps, decoupled_weight_decay=True)\n"
+            "    elif state_bits == 8:\n"
+        ),
+        "def _is_stored(": (
+            "class RAdam(torch.optim.RAdam):\n"
+            "    found_inf = None\n\n"
+            "    def step(self):\n"
+            "        if self.found_inf is None or not bool(self.found_inf):\n"
+            "            super().step()\n\n\n"
+            "def _is_stored("
+        ),
+    },
+}
+
+
+def test_an_optimizer_with_two_moments_is_three_files(package: Path, inputs: Inputs, tmp_path: Path) -> None:
+    assert put(package, OPTIMIZER) <= 3
+    flags = ["--init", str(inputs.pretrained), *inputs.data_flags(), "--num-steps", "4", "--save-every", "2"]
+    flags += ["--checkpoint.keep-last", "2", "--warmup-steps", "1"]
+    losses = {}
+    for name, more in {
+        "adamw": (),
+        "radam": ("--optimizer.rule", "radam"),
+        "resumed": ("--optimizer.rule", "radam", "--resume", str(tmp_path / "radam" / "steps" / "000002")),
+    }.items():
+        done = train(package, *flags, *more, "--run-dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses[name] = {line["step"]: line["train_loss"] for line in lines if line["kind"] == "step"}
+    assert losses["radam"][1] == losses["adamw"][1]  # before any update
+    assert losses["radam"][4] != losses["adamw"][4]
+    assert [losses["resumed"][step] for step in (3, 4)] == [losses["radam"][step] for step in (3, 4)]
