@@ -331,7 +331,8 @@ def test_random_metadata_give_equal_logits_or_are_refused_by_their_key(tmp_path:
         if config is None:
             with pytest.raises(UnsupportedModelFile) as refusal:
                 import_model(source, tmp_path / "x.apr", overwrite=True)
-            assert any(key.removeprefix("rope.scaling.") in refusal.value.what for key in fields), fields
+            what = refusal.value.what.replace("expert_used_count", "expert_count")
+            assert any(key.removeprefix("rope.scaling.") in what for key in fields), fields
             refused += 1
             continue
         (folder / "config.json").write_text(json.dumps(original | config))

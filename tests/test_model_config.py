@@ -207,6 +207,18 @@ PUBLISHED |= {
         *("smollm3", 2048, 36, 16, 4, 128, 11_008, 128_256, 5e6, 1e-6, 65_536),
         *(False, False, True, None, None),
     ),
+    "mixtral-8x7b": (
+        *("mixtral", 4096, 32, 32, 8, 128, 14_336, 32_000, 1e6, 1e-5, 32_768),
+        *(False, False, False, None, None),
+    ),
+    "olmoe-1b-7b": (
+        *("olmoe", 2048, 16, 16, 16, 128, 1024, 50_304, 1e4, 1e-5, 4096),
+        *(False, True, False, None, None),
+    ),
+    "qwen3-30b-a3b": (
+        *("qwen3_moe", 2048, 48, 32, 4, 128, 6144, 151_936, 1e6, 1e-6, 40_960),
+        *(False, True, False, None, None),
+    ),
 }
 PUBLISHED["qwen2.5-coder-0.5b"] = PUBLISHED["qwen2.5-0.5b"]
 PUBLISHED["qwen2.5-coder-1.5b"] = PUBLISHED["qwen2.5-1.5b"]

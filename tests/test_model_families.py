@@ -171,10 +171,8 @@ def test_a_real_sentence_encoder_is_recognised() -> None:
             (text, "qwen2")
             for text in ("Qwen2ForCausalLM", "qwen2", "Qwen2", "qwen2.5", "Qwen2.5", "qwen", " Qwen ")
         ],
-        *[
-            (text, "qwen3")
-            for text in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "qwen3", "Qwen3", "qwen3_5")
-        ],
+        *[(text, "qwen3") for text in ("Qwen3ForCausalLM", "qwen3", "Qwen3", "qwen3_5")],
+        *[(text, "qwen3_moe") for text in ("Qwen3MoeForCausalLM", "qwen3_moe", "OlmoeForCausalLM", "olmoe")],
         *[(text, "llama") for text in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "Mistral", "Phi3")],
         *[(text, "gpt2") for text in ("GPT2LMHeadModel", "gpt2", "Gpt2", "GPT2")],
         *[(text, "gpt-neox") for text in ("GPTNeoXForCausalLM", "gpt-neox", "gpt_neox", "gptneox", "pythia")],
@@ -214,13 +212,13 @@ def test_mistral_is_told_from_llama_by_its_model_type() -> None:
     assert decoder_family("llama", "some-custom-name") is None
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "cohere", "gemma3n", "mixtral"])
+@pytest.mark.parametrize("model_type", ["gemma2", "cohere", "gemma3n", "mixtral", "qwen2_moe"])
 def test_a_model_that_only_shares_llamas_names_is_no_decoder_of_ours(model_type: str) -> None:
     assert decoder_family("llama", model_type) is None
 
 
 @pytest.mark.parametrize(
-    "slug", ["gpt2", "gpt-neox", "mamba", "rwkv", "opt", "bert", "unknown", "", "qwen3_moe"]
+    "slug", ["gpt2", "gpt-neox", "mamba", "rwkv", "opt", "bert", "unknown", "", "qwen2_moe"]
 )
 def test_families_that_are_not_trained_here_have_no_decoder(slug: str) -> None:
     assert decoder_family(slug) is None

@@ -32,6 +32,7 @@ from apr_dist.config.sections import (
     MemorySection,
     OptimizerSection,
     ParallelSection,
+    RouterSection,
     Section,
     TrackingSection,
 )
@@ -95,6 +96,7 @@ class TrainConfig(Section):
     parallel: ParallelSection = ParallelSection()
     memory: MemorySection = MemorySection()
     compute: ComputeSection = ComputeSection()
+    router: RouterSection = RouterSection()
 
     @field_validator("resume_allow")
     @classmethod

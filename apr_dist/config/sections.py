@@ -319,6 +319,19 @@ class TrackingSection(Section):
     tags: str = Field("", description="words to find the run by, by commas: wandb, swanlab")
 
 
+class RouterSection(Section):
+    """What the routers of a mixture of experts add to what is minimised; not in any reported loss."""
+
+    aux_loss: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the load-balancing loss; none: the model's own (router_aux_loss_coef)",
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of the mean squared log-partition of the routers' logits"
+    )
+
+
 class ComputeSection(Section):
     """How the network is computed; none of it changes what is trained but z_loss."""
 

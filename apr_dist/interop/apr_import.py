@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from apr_dist.apr.layout import TOKENIZER_TEXT
+from apr_dist.apr.layout import TOKENIZER_TEXT, DType
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
@@ -16,6 +16,7 @@ from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import refuse_shard, same_payload
 from apr_dist.interop.convert import Piece, converted_pieces, encode, kept_type
 from apr_dist.interop.embedding import embed_tokenizer
+from apr_dist.interop.expert_layouts import joined_tensors
 from apr_dist.interop.gguf_names import split_halves
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.stored_names import CLAIM, model_tensors
@@ -48,15 +49,17 @@ def import_apr(request: ImportRequest) -> ImportSummary:
         )
         head_dim, reordered = _pairing(reader)
         metadata, more = _metadata(reader, tied=HEAD not in stored)
+        joined = joined_tensors(stored, lambda name: reader.tensors[name].shape, where=request.source)
         specs = [
-            TensorSpec(new, kept_type(reader.tensors[old], request.dtype), reader.tensors[old].shape)
-            for new, old in stored.items()
+            TensorSpec(name, _common_type(reader, one.parts, request.dtype), one.shape)
+            for name, one in joined.items()
         ]
 
         def pieces() -> Iterator[tuple[str, Piece]]:
             for spec in specs:
-                yield from ((spec.name, one) for one in _pieces(reader, stored[spec.name], spec, head_dim))
-                reader.forget(stored[spec.name])
+                for part in joined[spec.name].parts:
+                    yield from ((spec.name, one) for one in _pieces(reader, part, spec, head_dim))
+                    reader.forget(part)
 
         return request.write(
             pieces(),
@@ -66,6 +69,12 @@ def import_apr(request: ImportRequest) -> ImportSummary:
             notes=(*notes, *reordered, *more),
             may_leave_unstated=True,
         )
+
+
+def _common_type(reader: AprReader, parts: Sequence[str], wanted: DType | None) -> DType:
+    """The type that tensors are written in that are joined; F32 where theirs differ."""
+    kinds = {kept_type(reader.tensors[name], wanted) for name in parts}
+    return kinds.pop() if len(kinds) == 1 else DType.F32
 
 
 def _pairing(reader: AprReader) -> tuple[int | None, tuple[str, ...]]:

@@ -94,17 +94,25 @@ def encode(values: npt.NDArray[np.float32], dtype: DType, *, name: str, where: P
     return half
 
 
-def converted_pieces(reader: AprReader, name: str, dtype: DType) -> Iterator[Piece]:
-    """A tensor's elements in another dtype, in order, a piece at a time; the same dtype is not touched."""
+def converted_pieces(
+    reader: AprReader, name: str, dtype: DType, *, first: int = 0, count: int | None = None
+) -> Iterator[Piece]:
+    """A tensor's elements in another dtype, in order, a piece at a time; the same dtype is not touched.
+
+    With ``count`` as many of them, from the one numbered ``first``.
+    """
     entry = reader.tensors[name]
+    last = entry.num_elements if count is None else first + count
     if entry.dtype is dtype:
         raw = reader.raw(name)
-        yield from (raw[first : first + COPY_BYTES] for first in range(0, len(raw), COPY_BYTES))
+        raw = raw[first * ELEMENT_BYTES[dtype] : last * ELEMENT_BYTES[dtype]] if count is not None else raw
+        yield from (raw[start : start + COPY_BYTES] for start in range(0, len(raw), COPY_BYTES))
         return
     plain = entry.dtype in ELEMENT_BYTES
     values: npt.NDArray[Any] = (reader.array(name) if plain else reader.float32(name)).reshape(-1)
-    for first in range(0, values.size, CHUNK_ELEMENTS):
-        chunk = values[first : first + CHUNK_ELEMENTS]
+    values = values[first:last]
+    for start in range(0, values.size, CHUNK_ELEMENTS):
+        chunk = values[start : start + CHUNK_ELEMENTS]
         wide = widen_bfloat16(chunk) if entry.dtype is DType.BF16 else chunk.astype(np.float32, copy=False)
         yield encode(wide, dtype, name=name, where=reader.path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from apr_dist.interop.gguf_names import (
     EMBEDDING,
     OUTPUT,
     ROPE_FACTORS,
+    all_gguf,
     norm_shift,
     rotary_projection,
     split_halves,
-    to_gguf,
     to_huggingface,
 )
 from apr_dist.interop.request import ImportRequest, ImportSummary
@@ -44,13 +44,13 @@ class _Plan:
 
     Attributes:
         spec: what is written.
-        tensor: where its values are.
+        tensors: where its values are; of several each has some rows of each expert.
         reordered_head_dim: the head size if rows are reordered.
         shift: what the file adds to the values.
     """
 
     spec: TensorSpec
-    tensor: GgufTensor
+    tensors: tuple[GgufTensor, ...]
     reordered_head_dim: int | None
     shift: float
 
@@ -87,7 +87,8 @@ def import_gguf(request: ImportRequest) -> ImportSummary:
         def pieces() -> Iterator[tuple[str, Piece]]:
             for plan in plans:
                 yield from ((plan.spec.name, piece) for piece in _pieces(file, plan))
-                file.forget(plan.tensor)
+                for tensor in plan.tensors:
+                    file.forget(tensor)
 
         return request.write(
             pieces(),
@@ -107,7 +108,7 @@ def _embed(metadata: AprMetadata, source: Path) -> tuple[AprMetadata, tuple[str,
 
 
 def _check_complete(file: GgufFile, model: TransformerConfig, form: GgufForm) -> None:
-    required = [to_gguf(name, form) or name for name in model.parameter_shapes()]
+    required = [one for name in model.parameter_shapes() for one in all_gguf(name, form) or (name,)]
     missing = [name for name in required if name not in file.tensors]
     if missing:
         raise DamagedModelFile(
@@ -133,7 +134,7 @@ def _plan(
     file: GgufFile, model: TransformerConfig, form: GgufForm, dtype: DType | None, tied: bool
 ) -> list[_Plan]:
     expected = model.parameter_shapes().keys() | {"lm_head.weight"}
-    plans = []
+    found: dict[str, list[GgufTensor]] = {}
     for tensor in file.tensors.values():
         if (tied and tensor.name == OUTPUT) or (form.rope_factors and tensor.name == ROPE_FACTORS):
             continue
@@ -148,11 +149,33 @@ def _plan(
         file.float32_rows(
             tensor, 0, min(1, tensor.rows)
         )  # refuses an unknown type before anything is written
-        chosen = dtype if dtype is not None else _KEPT.get(tensor.type_name, DType.F16)
-        head_dim = _head_dim(file, name, tensor, model) if form.permuted else None
-        spec = TensorSpec(name, chosen, tensor.shape)
-        plans.append(_Plan(spec, tensor, head_dim, norm_shift(name, form)))
+        found.setdefault(name, []).append(tensor)
+    plans = []
+    for name, tensors in found.items():
+        order = all_gguf(name, form)
+        tensors.sort(key=lambda one: order.index(one.name))
+        kinds = {_KEPT.get(one.type_name, DType.F16) for one in tensors}
+        chosen = dtype or (kinds.pop() if len(kinds) == 1 else DType.F32)
+        head_dim = _head_dim(file, name, tensors[0], model) if form.permuted else None
+        spec = TensorSpec(name, chosen, _joined_shape(file, tensors))
+        plans.append(_Plan(spec, tuple(tensors), head_dim, norm_shift(name, form)))
     return plans
+
+
+def _joined_shape(file: GgufFile, tensors: Sequence[GgufTensor]) -> tuple[int, ...]:
+    """The shape of gates and ups of experts together; of one tensor its own."""
+    first, *others = tensors
+    if not others:
+        return first.shape
+    if len(first.shape) != 3 or any(one.shape != first.shape for one in others):
+        raise DamagedModelFile(
+            f"tensors {', '.join(one.name for one in tensors)} have the shapes"
+            f" {', '.join(str(list(one.shape)) for one in tensors)}",
+            where=file.path,
+            expected="one shape [experts, inner, hidden]",
+            remedy="export the model again from its Hugging Face folder",
+        )
+    return (first.shape[0], len(tensors) * first.shape[1], first.shape[2])
 
 
 def _head_dim(file: GgufFile, name: str, tensor: GgufTensor, model: TransformerConfig) -> int | None:
@@ -173,11 +196,10 @@ def _head_dim(file: GgufFile, name: str, tensor: GgufTensor, model: TransformerC
 
 def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:
     """The tensor's elements in the target's dtype and row order, some rows at a time."""
-    tensor, spec, head_dim = plan.tensor, plan.spec, plan.reordered_head_dim
-    bias = len(tensor.shape) == 1
-    keep = _KEPT.get(tensor.type_name) is spec.dtype and not head_dim and not plan.shift
-    for first, last in _row_ranges(tensor, 1 if bias else head_dim or 1):
-        if keep:
+    spec, head_dim = plan.spec, plan.reordered_head_dim
+    bias = len(spec.shape) == 1
+    for tensor, first, last in _ranges(plan, 1 if bias else head_dim or 1):
+        if _KEPT.get(tensor.type_name) is spec.dtype and not head_dim and not plan.shift:
             yield np.frombuffer(file.packed_rows(tensor, first, last), np.uint8)
             continue
         values = file.float32_rows(tensor, first, last)
@@ -188,9 +210,24 @@ def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:
         yield encode(values, spec.dtype, name=tensor.name, where=file.path)
 
 
-def _row_ranges(tensor: GgufTensor, multiple: int) -> Iterator[tuple[int, int]]:
-    """Consecutive row ranges of about ``CHUNK_ELEMENTS`` values, each a multiple of ``multiple`` rows."""
-    rows = tensor.rows
+def _ranges(plan: _Plan, multiple: int) -> Iterator[tuple[GgufTensor, int, int]]:
+    """The rows that the tensor is made of, in its order: of several tensors each expert's in turn."""
+    if len(plan.tensors) == 1:
+        yield from ((plan.tensors[0], first, last) for first, last in _row_ranges(plan.tensors[0], multiple))
+        return
+    experts, rows, _ = plan.tensors[0].shape
+    for expert in range(experts):
+        for tensor in plan.tensors:
+            for first, last in _row_ranges(tensor, 1, rows):
+                yield tensor, expert * rows + first, expert * rows + last
+
+
+def _row_ranges(tensor: GgufTensor, multiple: int, rows: int | None = None) -> Iterator[tuple[int, int]]:
+    """Consecutive row ranges of about ``CHUNK_ELEMENTS`` values, each a multiple of ``multiple`` rows.
+
+    Of all rows, or of as many as are given.
+    """
+    rows = tensor.rows if rows is None else rows
     step = max(1, CHUNK_ELEMENTS // max(1, tensor.shape[-1]) // multiple) * multiple
     for first in range(0, rows, step):
         yield first, min(rows, first + step)

@@ -17,7 +17,14 @@ from apr_dist.errors import OutputError, UnsupportedModelFile
 from apr_dist.interop.convert import CHUNK_ELEMENTS
 from apr_dist.interop.gguf_file import GgufFile, GgufTensor
 from apr_dist.interop.gguf_metadata import read_metadata
-from apr_dist.interop.gguf_names import OUTPUT, ROPE_FACTORS, norm_shift, rotary_projection, split_halves
+from apr_dist.interop.gguf_names import (
+    OUTPUT,
+    ROPE_FACTORS,
+    norm_shift,
+    part_of,
+    rotary_projection,
+    split_halves,
+)
 from apr_dist.interop.gguf_rope import rope_divisors
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import TransformerConfig
@@ -29,7 +36,8 @@ LARGEST: Final = {"F32": math.inf, "F16": 65_504.0, "Q8_0": 65_504.0 * 127}
 _F16_STEP, _F16_SMALLEST = 2.0**-11, 2.0**-25
 _Q8_STEP, _Q8_BLOCK = 0.5 / 127 + 2 * _F16_STEP, 32
 _FLOAT_TOLERANCE = 1e-6
-_NOT_IN_GGUF = ("family", "sliding_window")  # refused before, where llama.cpp would compute something else
+_NOT_IN_GGUF = ("family", "sliding_window", "router_aux_loss_coef")
+"""Refused before, where llama.cpp would compute something else; or of training alone."""
 
 
 def refuse_too_large(values: npt.NDArray[np.float32], type_name: str, *, name: str, where: Path) -> None:
@@ -49,14 +57,14 @@ def refuse_too_large(values: npt.NDArray[np.float32], type_name: str, *, name: s
 
 
 def check_read_back(
-    path: Path, reader: AprReader, names: Mapping[str, str], model: TransformerConfig
+    path: Path, reader: AprReader, names: Mapping[str, tuple[str, ...]], model: TransformerConfig
 ) -> None:
     """Compare metadata, tokenizer and every tensor of the file at ``path`` with the source.
 
     Args:
         path: the GGUF file that was written.
         reader: the source.
-        names: its names of the tensors that were written, each with its GGUF name.
+        names: its names of the tensors that were written, each with its GGUF names.
         model: what the source states.
 
     Raises:
@@ -70,10 +78,15 @@ def check_read_back(
         for key in vars(model).keys() - set(_NOT_IN_GGUF):
             if not _same(key, model, back):
                 raise _differs(f"{key} {getattr(model, key)!r} as {getattr(back, key)!r}", reader.path)
-        if len(file.tensors) - (ROPE_FACTORS in file.tensors) != len(names):
-            raise _differs(f"{len(names)} tensors as {len(file.tensors)}", reader.path)
+        written = sum(map(len, names.values()))
+        if len(file.tensors) - (ROPE_FACTORS in file.tensors) != written:
+            raise _differs(f"{written} tensors as {len(file.tensors)}", reader.path)
         for name, translated in names.items():
-            _check_tensor(file, file.tensors[translated], reader, name, model)
+            whole = reader.float32(name)
+            for index, one in enumerate(translated):
+                part = part_of(whole, index, len(translated))
+                _check_tensor(file, file.tensors[one], part, reader, name, model)
+            reader.forget(name)
     _check_tokenizer(path, reader)
 
 
@@ -103,9 +116,13 @@ def _same_scaling(before: RopeScaling | None, after: RopeScaling | None, model: 
 
 
 def _check_tensor(
-    file: GgufFile, tensor: GgufTensor, reader: AprReader, name: str, model: TransformerConfig
+    file: GgufFile,
+    tensor: GgufTensor,
+    expected: npt.NDArray[np.float32],
+    reader: AprReader,
+    name: str,
+    model: TransformerConfig,
 ) -> None:
-    expected = reader.float32(name)
     expected = expected.reshape(-1, expected.shape[-1])
     permuted = model.family.definition.gguf.permuted and rotary_projection(name) is not None
     whole = len(tensor.shape) == 1
@@ -119,7 +136,6 @@ def _check_tensor(
         if not _within(expected[first:last] + shift, found, tensor.type_name):
             raise _differs(f"tensor {name!r} with other values", reader.path)
     file.forget(tensor)
-    reader.forget(name)
 
 
 def _within(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32], type_name: str) -> bool:

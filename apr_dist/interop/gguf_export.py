@@ -5,6 +5,7 @@ A file takes its name only after it was read back and says what the source says 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
@@ -24,7 +25,14 @@ from apr_dist.interop.convert import Progress, counted
 from apr_dist.interop.gguf_check import check_read_back, refuse_too_large
 from apr_dist.interop.gguf_file import load_gguf_package
 from apr_dist.interop.gguf_metadata import query_scalar
-from apr_dist.interop.gguf_names import ROPE_FACTORS, adjacent_pairs, norm_shift, rotary_projection, to_gguf
+from apr_dist.interop.gguf_names import (
+    ROPE_FACTORS,
+    adjacent_pairs,
+    all_gguf,
+    norm_shift,
+    part_of,
+    rotary_projection,
+)
 from apr_dist.interop.gguf_rope import rope_divisors, rope_fields
 from apr_dist.interop.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from apr_dist.interop.hf_export import ExportSummary
@@ -95,7 +103,7 @@ def export_gguf(
         source=Path(source),
         target=Path(target),
         format="gguf",
-        tensor_count=len(names),
+        tensor_count=sum(map(len, names.values())),
         size_bytes=Path(target).stat().st_size,
         dtypes=types,
         files=(Path(target).name,),
@@ -119,6 +127,9 @@ def _refuse_unsayable(model: TransformerConfig, where: Path) -> None:
     if not form.exported:
         what = f"the blocks of {model.family}"
     scalar = query_scalar(form, model.num_layers, vars(model))
+    if form.norms_routes not in (None, model.normed_routes):
+        normed = "are" if model.normed_routes else "are not"
+        what = f"that a token's weights of its experts {normed} divided by their sum"
     if model.query_pre_attn_scalar not in (None, scalar):
         what = f"query_pre_attn_scalar {model.query_pre_attn_scalar:g} (llama.cpp computes with {scalar})"
     if scaling is not None and scaling.rope_type is RopeScalingType.LLAMA3 and not form.rope_factors:
@@ -137,14 +148,14 @@ def _kinds_read(model: TransformerConfig, full_every: int) -> tuple[str, ...]:
     return layer_kinds(model.num_layers, full_every if any(model.windows) else 1)
 
 
-def _names(reader: AprReader, model: TransformerConfig, form: GgufForm) -> dict[str, str]:
+def _names(reader: AprReader, model: TransformerConfig, form: GgufForm) -> dict[str, tuple[str, ...]]:
     """GGUF names by Hugging Face name, in index order; a tied head is left out."""
-    names: dict[str, str] = {}
+    names: dict[str, tuple[str, ...]] = {}
     for name in reader.tensors:
         if model.tie_word_embeddings and name == HEAD:
             continue
-        translated = to_gguf(name, form)
-        if translated is None:
+        translated = all_gguf(name, form)
+        if not translated:
             raise UnsupportedModelFile(
                 f"tensor {name!r} has no place in a GGUF file",
                 where=reader.path,
@@ -211,43 +222,52 @@ def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, reader: AprReader) -> 
 def _write_tensors(
     writer: Any,
     reader: AprReader,
-    names: Mapping[str, str],
+    names: Mapping[str, tuple[str, ...]],
     model: TransformerConfig,
     kind: GgufType,
     progress: Progress | None,
 ) -> dict[str, int]:
     gguf = load_gguf_package()
-    types = {name: _type_of(reader.tensors[name].shape, kind, gguf) for name in names}
+    types = {name: _type_of(name, reader.tensors[name].shape, kind, gguf) for name in names}
     divisors = rope_divisors(model.rope_scaling, theta=model.rope_theta, head_dim=model.head_dim)
     total = 0
     if divisors is not None:
         writer.add_tensor_info(ROPE_FACTORS, divisors.shape, divisors.dtype, divisors.nbytes)
     for name, translated in names.items():
-        shape = reader.tensors[name].shape
+        shape = _shape_of_part(reader.tensors[name].shape, len(translated))
         values, size = gguf.GGML_QUANT_SIZES[types[name]]
-        n_bytes = reader.tensors[name].num_elements // values * size
-        writer.add_tensor_info(translated, shape, np.dtype(np.float32), n_bytes, raw_dtype=types[name])
-        total += n_bytes
+        n_bytes = math.prod(shape) // values * size
+        for one in translated:
+            writer.add_tensor_info(one, shape, np.dtype(np.float32), n_bytes, raw_dtype=types[name])
+            total += n_bytes
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if divisors is not None:
         writer.write_tensor_data(divisors)
     report = counted(progress, total)
-    for name in names:
+    for name, translated in names.items():
         rows = _rows(reader, name, model)
         refuse_too_large(rows, types[name].name, name=name, where=reader.path)
-        stored = gguf.quantize(rows, types[name])
-        writer.write_tensor_data(stored)
+        for index in range(len(translated)):
+            part = np.ascontiguousarray(part_of(rows, index, len(translated)))
+            stored = gguf.quantize(part, types[name])
+            writer.write_tensor_data(stored)
+            report(stored.nbytes)
         reader.forget(name)
-        report(stored.nbytes)
-    return dict(Counter(kind.name for kind in types.values()).most_common())
+    written = (types[name].name for name, translated in names.items() for _ in translated)
+    return dict(Counter(written).most_common())
 
 
-def _type_of(shape: tuple[int, ...], kind: GgufType, gguf: Any) -> Any:
-    """Vectors F32; matrices as asked, or F16 where a row is no multiple of Q8_0's block."""
+def _shape_of_part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """The shape of each of a tensor's parts."""
+    return shape if parts == 1 else (shape[0], shape[1] // parts, *shape[2:])
+
+
+def _type_of(name: str, shape: tuple[int, ...], kind: GgufType, gguf: Any) -> Any:
+    """Vectors and routers F32; matrices as asked, or F16 where a row is no multiple of Q8_0's block."""
     types = gguf.GGMLQuantizationType
-    if len(shape) < 2:
+    if len(shape) < 2 or name.endswith(".mlp.gate.weight"):
         return types.F32
     if kind is GgufType.Q8_0 and shape[-1] % _Q8_BLOCK:
         return types.F16

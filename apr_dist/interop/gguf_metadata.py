@@ -21,6 +21,7 @@ from apr_dist.interop.gguf_file import GgufFile
 from apr_dist.interop.gguf_names import EMBEDDING, ROPE_FACTORS
 from apr_dist.interop.gguf_rope import read_rope_scaling
 from apr_dist.model.config import SPLIT_HALVES
+from apr_dist.model.expert_options import SIZES as EXPERT_SIZES
 from apr_dist.model.families import (
     GGUF_KEYS,
     TOKENIZER_KEYS,
@@ -51,7 +52,7 @@ def read_metadata(file: GgufFile) -> tuple[AprMetadata, Family, tuple[str, ...]]
         DamagedModelFile: a required field is missing or of the wrong kind.
     """
     architecture = file.fields.get("general.architecture")
-    family = family_of_gguf(architecture)
+    family = family_of_gguf(architecture, file.fields)
     if family is None:
         read = {one.definition.gguf.architecture for one in Family if one.definition.gguf.imported}
         raise UnsupportedModelFile(
@@ -179,6 +180,15 @@ def _options(
         if rule.ours == "sliding_window":
             stated = fields.get(key, form.absent.get(rule.ours, 0))
             found[rule.ours] = None if stated == 0 else _integer(file, f"{form.architecture}.{key}", stated)
+        elif rule.ours in EXPERT_SIZES:
+            if key not in fields:
+                raise UnsupportedModelFile(
+                    f"the GGUF file is read as {family} and lacks {form.architecture}.{key}",
+                    where=file.path,
+                    expected="every key of its experts, expert_count among them",
+                    remedy="export the model again from its Hugging Face folder",
+                )
+            found[rule.ours] = _integer(file, f"{form.architecture}.{key}", None)
         elif rule.ours is not None:
             absent = form.absent.get(rule.ours)
             stated = fields.get(key, absent)
@@ -192,6 +202,8 @@ def _options(
         found["no_rope_layers"] = list(rope_layers(layers, facts.no_rope_every))
     if "attention_multiplier" in facts.options and found.get("attention_multiplier") is None:
         found["attention_multiplier"] = float(values["head_dim"]) ** -0.5
+    if "norm_topk_prob" in facts.options:
+        found["norm_topk_prob"] = form.norms_routes
     if "query_pre_attn_scalar" in facts.options:
         found["query_pre_attn_scalar"] = query_scalar(form, layers, values)
     return found

@@ -33,13 +33,26 @@ def to_huggingface(name: str, form: GgufForm) -> str | None:
 
 
 def to_gguf(name: str, form: GgufForm) -> str | None:
-    """The GGUF name of a family's Hugging Face tensor; None when there is none."""
+    """The GGUF name of a family's Hugging Face tensor, of several the first; None when there is none."""
+    return next(iter(all_gguf(name, form)), None)
+
+
+def all_gguf(name: str, form: GgufForm) -> tuple[str, ...]:
+    """The GGUF names of a family's Hugging Face tensor: two where it joins the gates and ups of experts."""
     match = _HF_LAYER.fullmatch(name)
     wanted = match[2] if match else name
-    found = next((gguf for gguf, hf in form.tensors.items() if hf == wanted), None)
-    if found is None or _is_top_level(wanted) is not (match is None):
-        return None
-    return f"blk.{match[1]}.{found}" if match else found
+    if _is_top_level(wanted) is not (match is None):
+        return ()
+    prefix = f"blk.{match[1]}." if match else ""
+    return tuple(prefix + gguf for gguf, hf in form.tensors.items() if hf == wanted)
+
+
+def part_of(values: npt.NDArray[Any], index: int, parts: int) -> npt.NDArray[Any]:
+    """Of ``[experts, parts * rows, columns]`` one part of each expert's rows."""
+    if parts == 1:
+        return values
+    experts, rows, columns = values.shape
+    return values.reshape(experts, parts, rows // parts, columns)[:, index]
 
 
 def _is_top_level(hf_name: str) -> bool:

@@ -66,6 +66,7 @@ def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dic
         ArchitectureRefused: another family, a key that nobody here knows, or a value that is not computed.
     """
     family = _family(config, where)
+    config = _by_their_names(config, family, where)
     keys = {**HF_KEYS, **family.definition.hf_keys}
     notes = _check_keys(config, keys, family, where)
     defaults = family.definition.hf_defaults
@@ -90,6 +91,22 @@ def metadata_from_config(config: Mapping[str, Any], *, where: Path) -> tuple[dic
         values, family=family, where=where, tie_word_embeddings=True
     ).head_dim
     return values, (*_assumed(config, family), *notes)
+
+
+def _by_their_names(config: Mapping[str, Any], family: Family, where: Path) -> Mapping[str, Any]:
+    """The configuration with each key under the name that the family's table has.
+
+    Raises:
+        ArchitectureRefused: a key is stated under two names with two values.
+    """
+    renamed = dict(config)
+    for other, key in family.definition.hf_aliases.items():
+        value = renamed.pop(other, None)
+        if value is not None and renamed.setdefault(key, value) != value:
+            raise refuse_key(
+                other, value, f"the value of {key} ({renamed[key]}), which it means", where=where
+            )
+    return renamed
 
 
 def _kept(config: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:

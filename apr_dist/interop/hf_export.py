@@ -20,6 +20,7 @@ from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat_settings import huggingface_files
 from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, counted, kept_type, total_bytes
 from apr_dist.interop.embedding import embedded_files, stated_token_ids
+from apr_dist.interop.expert_layouts import Part, parted_tensor
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
@@ -59,6 +60,7 @@ def export_huggingface(
     *,
     dtype: DType | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fused_experts: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportSummary:
@@ -69,6 +71,8 @@ def export_huggingface(
         target: folder to make; it appears complete or not at all.
         dtype: element type of every tensor; None keeps F32, F16 and BF16 and makes the rest F16.
         max_shard_bytes: size from which weights are split over several files.
+        fused_experts: keep the experts of a block in one tensor, which ``transformers`` reads from version 5
+            on; otherwise each has its own, as models are published.
         overwrite: whether a model folder at ``target`` may be replaced.
         progress: told how far the writing is.
 
@@ -78,8 +82,9 @@ def export_huggingface(
         OutputError: the target exists or cannot be written.
     """
     with AprReader(source) as reader, _new_folder(Path(target), overwrite) as folder:
-        model, specs = _specs(reader, dtype)
-        shards = _split(specs, max_shard_bytes)
+        model, parts = _parts(reader, dtype, fused_experts)
+        specs = [part.spec for part in parts]
+        shards = _split(parts, max_shard_bytes)
         report = counted(progress, total_bytes(specs))
         for name, shard in shards.items():
             _write_weights(reader, shard, folder / name, report)
@@ -108,6 +113,7 @@ def export_safetensors(
     target: Path,
     *,
     dtype: DType | None = None,
+    fused_experts: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportSummary:
@@ -118,11 +124,12 @@ def export_safetensors(
     target = Path(target)
     beside = target.with_name("config.json")
     with AprReader(source) as reader:
-        model, specs = _specs(reader, dtype)
+        model, parts = _parts(reader, dtype, fused_experts)
+        specs = [part.spec for part in parts]
         config = _texts(reader, specs, model)["config.json"]
         with AtomicFile(beside, overwrite=overwrite) as file:
             file.write_at(0, config)
-            _write_weights(reader, specs, target, counted(progress, total_bytes(specs)), overwrite=overwrite)
+            _write_weights(reader, parts, target, counted(progress, total_bytes(specs)), overwrite=overwrite)
     return ExportSummary(
         source=Path(source),
         target=target,
@@ -134,26 +141,27 @@ def export_safetensors(
     )
 
 
-def _specs(reader: AprReader, dtype: DType | None) -> tuple[TransformerConfig, list[TensorSpec]]:
+def _parts(reader: AprReader, dtype: DType | None, fused: bool) -> tuple[TransformerConfig, list[Part]]:
     """The model, and what to write of it in index order; a tied head is left out."""
     model = prove_model(reader).config
-    specs = []
+    parts: list[Part] = []
     for entry in reader.tensors.values():
         if model.tie_word_embeddings and entry.name == HEAD:
             continue
-        specs.append(TensorSpec(entry.name, kept_type(entry, dtype), entry.shape))
-    return model, specs
+        spec = TensorSpec(entry.name, kept_type(entry, dtype), entry.shape)
+        parts += [Part(spec, spec.name)] if fused else parted_tensor(spec, model)
+    return model, parts
 
 
-def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
-    groups: list[list[TensorSpec]] = [[]]
+def _split(parts: Sequence[Part], limit: int) -> dict[str, list[Part]]:
+    groups: list[list[Part]] = [[]]
     size = 0
-    for spec in specs:
-        needed = payload_bytes(spec.dtype, spec.shape)
+    for part in parts:
+        needed = payload_bytes(part.spec.dtype, part.spec.shape)
         if groups[-1] and size + needed > limit:
             groups.append([])
             size = 0
-        groups[-1].append(spec)
+        groups[-1].append(part)
         size += needed
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
@@ -163,18 +171,21 @@ def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec
 
 def _write_weights(
     reader: AprReader,
-    specs: Sequence[TensorSpec],
+    parts: Sequence[Part],
     path: Path,
     report: Callable[[int], None],
     *,
     overwrite: bool = False,
 ) -> None:
-    with SafetensorsWriter(path, specs, overwrite=overwrite) as writer:
-        for spec in specs:
-            for piece in converted_pieces(reader, spec.name, spec.dtype):
+    with SafetensorsWriter(path, [part.spec for part in parts], overwrite=overwrite) as writer:
+        for part in parts:
+            pieces = converted_pieces(
+                reader, part.source, part.spec.dtype, first=part.first, count=part.count
+            )
+            for piece in pieces:
                 writer.append(piece)
                 report(piece.nbytes)
-            reader.forget(spec.name)
+            reader.forget(part.source)
 
 
 def _texts(reader: AprReader, specs: Sequence[TensorSpec], model: TransformerConfig) -> dict[str, bytes]:
@@ -190,9 +201,9 @@ def _texts(reader: AprReader, specs: Sequence[TensorSpec], model: TransformerCon
     return texts
 
 
-def _index(shards: dict[str, list[TensorSpec]]) -> bytes:
-    specs = [spec for shard in shards.values() for spec in shard]
-    weight_map = {spec.name: name for name, shard in shards.items() for spec in shard}
+def _index(shards: dict[str, list[Part]]) -> bytes:
+    specs = [part.spec for shard in shards.values() for part in shard]
+    weight_map = {part.spec.name: name for name, shard in shards.items() for part in shard}
     index = {"metadata": {"total_size": total_bytes(specs)}, "weight_map": weight_map}
     return (json.dumps(index, indent=2) + "\n").encode()
 

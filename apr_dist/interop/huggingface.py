@@ -22,6 +22,7 @@ from apr_dist.errors import DamagedModelFile, ModelFileMissing, TokenizerError, 
 from apr_dist.gates.architecture import HEAD
 from apr_dist.interop.convert import CHUNK_ELEMENTS, COPY_BYTES, Piece, encode
 from apr_dist.interop.embedding import END_IDS_KEY, embed_tokenizer, tokens_by_id
+from apr_dist.interop.expert_layouts import joined_tensors
 from apr_dist.interop.hf_config import metadata_from_config, read_config
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
@@ -86,19 +87,31 @@ def import_huggingface(request: ImportRequest) -> ImportSummary:
             equal=lambda left, right: _same_bytes(stored[left], stored[right]),
             where=folder,
         )
-        held = {name: stored[old] for name, old in names.items()}
+        joined = joined_tensors(names, lambda name: stored[name].tensor.shape, where=folder)
+        held = {name: [stored[part] for part in one.parts] for name, one in joined.items()}
         metadata, more = _metadata(folder, config, values | {CLAIM: HEAD not in held})
         specs = [
-            TensorSpec(name, one.tensor.dtype if request.dtype is None else request.dtype, one.tensor.shape)
-            for name, one in held.items()
+            TensorSpec(name, _common_type(held[name]) if request.dtype is None else request.dtype, one.shape)
+            for name, one in joined.items()
         ]
         return request.write(
-            ((spec.name, piece) for spec in specs for piece in held[spec.name].pieces(spec.dtype)),
+            (
+                (spec.name, piece)
+                for spec in specs
+                for part in held[spec.name]
+                for piece in part.pieces(spec.dtype)
+            ),
             metadata=metadata,
             specs=specs,
             original_format="safetensors",
             notes=(*located, *notes, *noted, *more),
         )
+
+
+def _common_type(parts: list[_Stored]) -> DType:
+    """The type of stored tensors that are joined; F32 where they have several."""
+    kinds = {one.tensor.dtype for one in parts}
+    return kinds.pop() if len(kinds) == 1 else DType.F32
 
 
 def _locate(source: Path) -> tuple[Path, list[Path], tuple[str, ...]]:

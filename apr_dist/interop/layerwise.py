@@ -47,6 +47,7 @@ def layerwise_logits(
         for layer in range(model.num_layers):
             block = _filled(DecoderBlock(model), f"model.layers.{layer}.", read, adapter)
             hidden = block(hidden, rotation, attend)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         norm = _filled(RMSNorm(model.hidden_size, eps=model.rms_norm_eps), "model.norm.", read, None)
         hidden = norm(hidden)
         if model.tie_word_embeddings:

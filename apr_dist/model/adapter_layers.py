@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apr_dist.choices import AdapterInit, AdapterKind
 from apr_dist.errors import UsageError
-from apr_dist.model.adapters import BIAS, FIRST, LENGTHS, PEFT_NAME, SECOND, Adapter, is_adapter
+from apr_dist.model.adapters import BIAS, FIRST, LENGTHS, PEFT_NAME, SECOND, Adapter, is_adapter, is_halved
 
 
 def attach(root: nn.Module, adapter: Adapter, modules: Iterable[str] | None = None) -> None:
@@ -52,11 +52,11 @@ def attach(root: nn.Module, adapter: Adapter, modules: Iterable[str] | None = No
 
 
 def _halve(root: nn.Module) -> None:
-    """Keep every matrix in bf16; norms and biases, which are small, stay as they are."""
-    for module in root.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 2:
-            module.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+    """Keep every matrix in bf16; norms and biases, which are small, and routers stay as they are."""
+    for prefix, module in root.named_modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if is_halved(f".{prefix}.{name}", weight.ndim):
+                setattr(module, name, nn.Parameter(weight.to(torch.bfloat16), requires_grad=False))
 
 
 def _peft(adapter: Adapter) -> tuple[Any, Any]:

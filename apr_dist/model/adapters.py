@@ -27,6 +27,9 @@ FIRST, SECOND, BIAS, LENGTHS = "lora_A.weight", "lora_B.weight", "lora_B.bias", 
 """Names of the trained tensors of one linear map, behind the map's own."""
 
 _BLOCKS: Final = "model.layers."
+_ROUTER: Final = ".mlp.gate.weight"
+_EXPERT_WORDS: Final = ("experts", "gate_up_proj", "gate", "gate_proj", "up_proj", "down_proj", "mlp")
+"""What targets are called by which an adapter of experts or routers is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,7 @@ class Adapter:
 
     def base_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         """Bytes that a frozen weight of that shape is kept in."""
-        del name
-        return math.prod(shape) * (2 if self.half_base and len(shape) == 2 else 4)
+        return math.prod(shape) * (2 if self.half_base and is_halved(name, len(shape)) else 4)
 
     def shapes(self, config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         """Shape of every trained tensor by name."""
@@ -79,13 +81,19 @@ class Adapter:
         return found
 
 
+def is_halved(name: str, dimensions: int) -> bool:
+    """Whether a frozen weight is a matrix, or one for each expert; a router's stays f32, as its logits."""
+    return dimensions >= 2 and not name.endswith(_ROUTER)
+
+
 def linear_maps(config: TransformerConfig) -> list[str]:
-    """Full names of the linear maps of a decoder, a head of its own among them, in the network's order."""
-    embedding = "model.embed_tokens"
-    names = (
-        name.removesuffix(".weight") for name, shape in config.parameter_shapes().items() if len(shape) == 2
-    )
-    return [name for name in names if name != embedding]
+    """Full names of the linear maps of a decoder, a head of its own among them, in the network's order.
+
+    Neither experts nor routers are among them: no adapter is put around these.
+    """
+    shapes = config.parameter_shapes().items()
+    names = (name for name, shape in shapes if len(shape) == 2 and not name.endswith(_ROUTER))
+    return [name.removesuffix(".weight") for name in names if name != "model.embed_tokens.weight"]
 
 
 def chosen_modules(
@@ -115,8 +123,14 @@ def chosen_modules(
     for target in targets:
         found = [name for name in kept if _is_meant(name, target)]
         if not found:
+            of_experts = config.num_experts is not None and any(
+                part in _EXPERT_WORDS for part in target.replace("*", ".").split(".")
+            )
             raise UsageError(
-                f"the target {target!r} is no linear map"
+                f"the target {target!r} is part of a mixture of experts, whose experts and routers get no"
+                " adapter"
+                if of_experts
+                else f"the target {target!r} is no linear map"
                 + (" of those blocks" if numbers else " of this model"),
                 where="--adapter.targets",
                 expected=f"{ALL_LINEAR}, or some of {', '.join(_kinds(kept))}",

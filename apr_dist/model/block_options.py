@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from apr_dist.model.expert_options import EXPERT_OPTIONS, ExpertOptions
 from apr_dist.model.families import FULL_ATTENTION, SLIDING_ATTENTION, FamilyDefinition
 from apr_dist.model.rope_scaling import one_of, refuse_key
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockOptions:
+class BlockOptions(ExpertOptions):
     """The options, by the names of a Hugging Face ``config.json`` where it has one.
 
     Attributes:
@@ -63,12 +64,13 @@ class BlockOptions:
         """
         for name, neutral in OPTIONS.items():
             value = getattr(self, name)
-            if value == neutral and not isinstance(value, bool):
+            if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
                 continue
             if name not in facts.options:
                 raise refuse_key(name, value, f"{_said(neutral)} for the {family} family")
-            if name not in _PER_LAYER and not _is_positive(value):
+            if name not in (*_PER_LAYER, *EXPERT_OPTIONS) and not _is_positive(value):
                 raise refuse_key(name, value, "a positive, finite number")
+        self.check_experts(facts.options)
         self._check_layers(facts, layers=layers, window=window)
         if not 0.0 < self.partial_rotary_factor <= 1.0:
             raise refuse_key("partial_rotary_factor", self.partial_rotary_factor, "at most 1")

@@ -17,11 +17,11 @@ from apr_dist.model.host_copies import HostInputs
 
 def run_checkpointed(
     mode: ActivationCheckpointing,
-    compute: Callable[..., Tensor],
+    compute: Callable[..., Any],
     *args: Any,
     inputs: HostInputs | None = None,
     draws: bool = False,
-) -> Tensor:
+) -> Any:
     """``compute(*args)``, keeping for the backward pass only what the mode keeps.
 
     With ``inputs`` what is kept is in host memory. Where it ``draws`` random numbers, they are the same the
@@ -35,8 +35,7 @@ def run_checkpointed(
     if inputs is not None:
         with torch.autograd.graph.saved_tensors_hooks(_packing(inputs), _unpacking(inputs)):
             return run_checkpointed(ActivationCheckpointing.FULL, compute, *args, draws=draws)
-    result: Tensor = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=draws, **options)
-    return result
+    return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=draws, **options)
 
 
 def _packing(inputs: HostInputs) -> Callable[[Tensor], Any]:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from apr_dist.errors import ArchitectureRefused, DimensionsUnstated, UsageError
 from apr_dist.model.block_options import BlockOptions, stated_options
+from apr_dist.model.expert_options import EXPERT_OPTIONS
 from apr_dist.model.families import SLIDING_ATTENTION, Activation, Family, FamilyDefinition, Norms
 from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, one_of, refuse_key
 
@@ -114,6 +115,21 @@ class TransformerConfig(BlockOptions):
         return self._facts.activation
 
     @property
+    def normed_routes(self) -> bool:
+        """Whether a token's weights of its experts are divided by their sum."""
+        return self._facts.normed_routes or self.norm_topk_prob
+
+    @property
+    def expert_size(self) -> int:
+        """Inner size of an expert, or of the only MLP of a block."""
+        return self.moe_intermediate_size or self.intermediate_size
+
+    @property
+    def active_experts(self) -> int:
+        """Experts that compute a token; 1 in a dense model."""
+        return self.num_experts_per_tok or 1
+
+    @property
     def embedding_scale(self) -> float:
         """What embeddings are multiplied by."""
         return math.sqrt(self.hidden_size) if self._facts.root_embedding else self.embedding_multiplier
@@ -156,11 +172,15 @@ class TransformerConfig(BlockOptions):
 
         Raises:
             ArchitectureRefused: keys are missing (all are named), of the wrong kind, contradictory, or
-                ask for something this network does not compute (experts, adjacent-pair RoPE).
+                ask for something this network does not compute (adjacent-pair RoPE, experts elsewhere).
         """
         _refuse_missing(values, family, where)
-        if values.get("num_experts"):
-            raise refuse_key("num_experts", values["num_experts"], "a dense model (no experts)", where=where)
+        options = stated_options(values)
+        if "num_experts" not in family.definition.options:
+            if values.get("num_experts"):
+                expected = f"a dense model (no experts) of the {family} family"
+                raise refuse_key("num_experts", values["num_experts"], expected, where=where)
+            options = {name: value for name, value in options.items() if name not in EXPERT_OPTIONS}
         if values.get("rope_type") not in (None, SPLIT_HALVES):
             raise ArchitectureRefused(
                 f"rope_type is {values['rope_type']!r}: rows of q and k for another pairing of dimensions",
@@ -181,7 +201,7 @@ class TransformerConfig(BlockOptions):
                 rope_scaling=RopeScaling.from_mapping(values.get("rope_scaling"), where=where),
                 sliding_window=_sliding_window(values, family, where),
                 attention_bias=_attention_bias(values, family),
-                **stated_options(values),
+                **options,
             )
         except ArchitectureRefused as refusal:
             refusal.where = str(where)
@@ -237,8 +257,15 @@ class TransformerConfig(BlockOptions):
         ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
         return self.num_layers * block + ends
 
+    def active_parameter_count(self) -> int:
+        """Number of values that compute one token: of a mixture's experts those that it goes through."""
+        idle = 0
+        if self.num_experts is not None:
+            idle = 3 * self.expert_size * self.hidden_size * (self.num_experts - self.active_experts)
+        return self.parameter_count() - self.num_layers * idle
+
     def _block_shapes(self) -> dict[str, tuple[int, ...]]:
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, inner = self.hidden_size, self.expert_size
         (before, after), (mlp_before, mlp_after) = self.norms.names
         shapes = _norm_shapes(before, hidden)
         for name, size in (("q", self.query_size), ("k", self.kv_size), ("v", self.kv_size)):
@@ -253,8 +280,13 @@ class TransformerConfig(BlockOptions):
             shapes["self_attn.q_norm.weight"] = (self.query_size if whole else self.head_dim,)
             shapes["self_attn.k_norm.weight"] = (self.kv_size if whole else self.head_dim,)
         shapes |= _norm_shapes(after, hidden) | _norm_shapes(mlp_before, hidden)
-        shapes["mlp.gate_proj.weight"] = shapes["mlp.up_proj.weight"] = (inner, hidden)
-        shapes["mlp.down_proj.weight"] = (hidden, inner)
+        if self.num_experts is None:
+            shapes["mlp.gate_proj.weight"] = shapes["mlp.up_proj.weight"] = (inner, hidden)
+            shapes["mlp.down_proj.weight"] = (hidden, inner)
+        else:
+            shapes["mlp.gate.weight"] = (self.num_experts, hidden)
+            shapes["mlp.experts.gate_up_proj"] = (self.num_experts, 2 * inner, hidden)
+            shapes["mlp.experts.down_proj"] = (self.num_experts, hidden, inner)
         return shapes | _norm_shapes(mlp_after, hidden)
 
 

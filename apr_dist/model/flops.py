@@ -22,7 +22,7 @@ LOGITS_CHUNK_BYTES: Final = 128 << 20
 LOGITS_CHUNK_MULTIPLE: Final = 16
 """Tokens of such a chunk are a multiple of this, as vector units and matrix units like them."""
 
-FORMULA: Final = "6 * matrix parameters + 12 * layers * heads * head_dim * sequence length"
+FORMULA: Final = "6 * active matrix parameters + 12 * layers * heads * head_dim * sequence length"
 """`flops_per_token` in words, to print beside an MFU."""
 
 
@@ -42,7 +42,8 @@ def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: boo
     """Floating-point operations the model needs per token (PaLM, arXiv:2204.02311, appendix B).
 
     Each weight of a matrix is one multiplication and one addition forward and twice that backward: 6
-    per weight, the head included, the embedding lookup not. Scores and mixing add
+    per weight, the head included, the embedding lookup not, and of a mixture's experts those that compute the
+    token. Scores and mixing add
     ``12 * layers * heads * head_dim * seq_length``, or in layers with a window its length; as in that
     convention, the causal half that is not computed counts. Recomputation is not counted.
 
@@ -52,9 +53,13 @@ def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: boo
         backward: whether the backward pass counts too; if not, a third of it all.
     """
     shapes = config.parameter_shapes()
+    experts = config.num_experts or 1
     matrices = sum(
-        rows * columns for rows, columns in (shape for shape in shapes.values() if len(shape) == 2)
+        math.prod(shape) * (config.active_experts if len(shape) == 3 else experts)
+        for shape in shapes.values()
+        if len(shape) > 1
     )
+    matrices //= experts
     if not config.tie_word_embeddings:
         matrices -= config.vocab_size * config.hidden_size
     seen = sum(min(seq_length, window or seq_length) for window in config.windows)

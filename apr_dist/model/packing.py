@@ -45,6 +45,15 @@ class Boundaries:
         document = torch.searchsorted(self.edges, places, right=True) - 1
         return (places - self.edges[document]).long().view(self.shape)
 
+    def with_any(self, marks: Tensor) -> Tensor:
+        """Bool ``[batch, seq]``: whether any token of a token's document is marked; nothing waits."""
+        batch, length = self.shape
+        before = torch.nn.functional.pad(marks.flatten().int().cumsum(0), (1, 0))
+        edges = self.edges.long()
+        some = before[edges[1:]] > before[edges[:-1]]
+        places = torch.arange(batch * length, dtype=torch.int32, device=self.edges.device)
+        return some[torch.searchsorted(self.edges, places, right=True) - 1].view(self.shape)
+
     def row(self, index: int) -> Boundaries:
         """Those of one row, as a batch of one; waits for the device."""
         length = self.shape[1]

@@ -20,14 +20,16 @@ from apr_dist.model.adapters import Adapter
 from apr_dist.model.attention import Attention, LayerCache
 from apr_dist.model.checkpointing import run_checkpointed
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.experts import MixtureMLP
 from apr_dist.model.families import FULL_ATTENTION
 from apr_dist.model.host_copies import HostInputs
-from apr_dist.model.kernels.loss import cross_entropy_of, soft_capped
+from apr_dist.model.kernels.loss import IGNORE_INDEX, Loss, cross_entropy_of, soft_capped
 from apr_dist.model.kernels.plain import Attend, Kernels, compute_dtype
 from apr_dist.model.kernels.tied_gradient import TiedGradient
 from apr_dist.model.layers import Computed, Embedding, GatedMLP, Head, RMSNorm
 from apr_dist.model.packing import Boundaries
 from apr_dist.model.rotary import RotaryEmbedding, Rotation
+from apr_dist.model.routing import Routing
 
 INITIAL_STD = 0.02
 """Standard deviation of embeddings and projections at the start (``initializer_range`` of all families)."""
@@ -37,7 +39,7 @@ class DecoderBlock(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``: the unit of sharding and compiling.
 
     A family may have norms after attention and MLP instead, or both before and after (`Norms`), and multiply
-    what is added.
+    what is added. With a mixture of experts in place of the MLP a call also returns the sums of its router.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -48,7 +50,11 @@ class DecoderBlock(nn.Module):
         self.self_attn = Attention(config)
         self._add_norm(self._attention_norms[1], config)
         self._add_norm(self._mlp_norms[0], config)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
+        self.mlp = (
+            GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
+            if config.num_experts is None
+            else MixtureMLP(config)
+        )
         self._add_norm(self._mlp_norms[1], config)
         self.checkpointing = ActivationCheckpointing.OFF
         self.draws = False
@@ -59,10 +65,19 @@ class DecoderBlock(nn.Module):
             self.add_module(name, _norm(config))
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None = None
-    ) -> Tensor:
-        """``[batch, seq, hidden]`` to the same shape; arguments as `Attention.forward`."""
-        return self._run(x, rotation, attend, cache)
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        attend: Attend,
+        cache: LayerCache | None = None,
+        counted: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``[batch, seq, hidden]`` to the same shape, with a mixture also `routing.routed_sums`.
+
+        Arguments as `Attention.forward`; ``counted`` as `MixtureMLP.forward`.
+        """
+        result: Tensor | tuple[Tensor, Tensor] = self._run(x, rotation, attend, cache, counted)
+        return result
 
     def compile_compute(self, **options: Any) -> None:
         """Compile what this block computes, checkpointing included; hooks on the module stay outside.
@@ -71,20 +86,27 @@ class DecoderBlock(nn.Module):
         """
         self._run = torch.compile(self._run, **options)  # type: ignore[method-assign]
 
-    def _run(self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None) -> Tensor:
-        given = (x, rotation, attend, cache)
+    def _run(self, *given: Any) -> Any:
         return run_checkpointed(
             self.checkpointing, self._compute, *given, inputs=self.inputs_on_host, draws=self.draws
         )
 
     def _compute(
-        self, x: Tensor, rotation: Rotation | None, attend: Attend, cache: LayerCache | None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        attend: Attend,
+        cache: LayerCache | None,
+        counted: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         before, after = self._attention_norms
         mixed = self.self_attn(self._normed(x, before), rotation, attend, cache)
         x = self._added(x, self._normed(mixed, after))
         before, after = self._mlp_norms
-        return self._added(x, self._normed(self.mlp(self._normed(x, before)), after))
+        if not isinstance(self.mlp, MixtureMLP):
+            return self._added(x, self._normed(self.mlp(self._normed(x, before)), after))
+        made, sums = self.mlp(self._normed(x, before), counted)
+        return self._added(x, self._normed(made, after)), sums
 
     def _normed(self, x: Tensor, name: str | None) -> Tensor:
         return x if name is None else getattr(self, name)(x)
@@ -119,6 +141,8 @@ class Backbone(Computed):
         caches: list[LayerCache] | None = None,
         *,
         tied: TiedGradient | None = None,
+        counted: Tensor | None = None,
+        routed: list[Tensor] | None = None,
     ) -> Tensor:
         """Token ids ``[batch, seq]`` to hidden states ``[batch, seq, hidden]``, after the final norm.
 
@@ -132,6 +156,8 @@ class Backbone(Computed):
                 where documents begin, which on CUDA saves a wait.
             caches: one per block, for generating.
             tied: where the embedding's gradient meets the head's.
+            counted: as `MixtureMLP.forward`.
+            routed: where the sums of each block's router are appended; None: nowhere.
         """
         if isinstance(document_ids, Tensor):
             document_ids = Boundaries.from_ids(document_ids)
@@ -147,7 +173,11 @@ class Backbone(Computed):
         rotations = self._rotations(position_ids)
         for index, layer in enumerate(self.layers):
             window = self.config.windows[index]
-            x = layer(x, rotations[index], attend[window], caches[index] if caches else None)
+            x = layer(x, rotations[index], attend[window], caches[index] if caches else None, counted)
+            if isinstance(x, tuple):
+                x, sums = x
+                if routed is not None:
+                    routed.append(sums)
         scaling = self.config.logits_scaling
         x = self.norm(x)
         return x if scaling == 1.0 else x / scaling  # type: ignore[no-any-return]
@@ -196,6 +226,9 @@ class Decoder(Computed):
             None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size, bias=False)
         )
         self.z_loss = 0.0
+        self.routing: Routing | None = None
+        if config.num_experts is not None:
+            self.routing = Routing(config.num_layers, config.num_experts, config.active_experts)
         self.adapter: Adapter | None = None
 
     def attach(self, adapter: Adapter) -> None:
@@ -233,23 +266,38 @@ class Decoder(Computed):
         Returns:
             without targets logits ``[batch, seq, vocab]``; with targets ``(loss sum in nats, f32;
             number of targets, int64)``. With ``z_loss`` set the sum is still the cross-entropy alone, and
-            its gradient that of cross-entropy and z-loss together.
+            its gradient that of cross-entropy and z-loss together; so it is with the router's losses of
+            ``routing``. Documents without a target (padding) count in none of these.
         """
         tied = TiedGradient() if targets is not None and self._gives_one_gradient(input_ids) else None
-        hidden = self.model(input_ids, position_ids, document_ids, caches, tied=tied)
+        if isinstance(document_ids, Tensor):
+            document_ids = Boundaries.from_ids(document_ids)
+        routed: list[Tensor] = []
+        counted = None
+        if self.routing is not None and targets is not None:
+            counted = _counted(targets, document_ids)
+        hidden = self.model(
+            input_ids, position_ids, document_ids, caches, tied=tied, counted=counted, routed=routed
+        )
         if targets is None:
             return self.logits(hidden[:, -1:] if last else hidden)
+        loss = self._loss(hidden, targets, tied)
+        total = loss.total - loss.penalty
+        if self.routing is not None:
+            total = self.routing.joined(total, torch.stack(routed), loss.targets)
+        return total, loss.targets
+
+    def _loss(self, hidden: Tensor, targets: Tensor, tied: TiedGradient | None) -> Loss:
+        """The loss of hidden states by whichever head there is."""
         terms = self._loss_terms
         if isinstance(self.lm_head, Head):
-            loss = self.lm_head(hidden, targets, **terms)
-        elif self.lm_head is not None:  # what wraps the head knows no targets
-            loss = cross_entropy_of(self.lm_head(hidden), targets, **terms)
-        else:
-            weight = self.head_weight
-            if tied is not None:
-                hidden, weight = tied.catch(hidden, weight)
-            loss = self.kernels_for(hidden).cross_entropy(hidden, weight, targets, **terms)
-        return loss.total - loss.penalty, loss.targets
+            return self.lm_head(hidden, targets, **terms)  # type: ignore[no-any-return]
+        if self.lm_head is not None:  # what wraps the head knows no targets
+            return cross_entropy_of(self.lm_head(hidden), targets, **terms)
+        weight = self.head_weight
+        if tied is not None:
+            hidden, weight = tied.catch(hidden, weight)
+        return self.kernels_for(hidden).cross_entropy(hidden, weight, targets, **terms)
 
     @property
     def _loss_terms(self) -> dict[str, Any]:
@@ -307,6 +355,14 @@ class Decoder(Computed):
                 module.reset()
 
 
+def _counted(targets: Tensor, documents: Boundaries | None) -> Tensor:
+    """Bool ``[batch, seq]``: tokens of documents, or of rows, that have a target: all but padding."""
+    marks = targets != IGNORE_INDEX
+    if documents is not None:
+        return documents.with_any(marks)
+    return marks.any(dim=1, keepdim=True).expand(marks.shape)
+
+
 def init_weights(model: Decoder, *, seed: int) -> None:
     """Give every parameter its value from scratch, in place; see `initial_weight`."""
     with torch.no_grad():
@@ -327,7 +383,7 @@ def initial_weight(name: str, shape: tuple[int, ...], *, config: TransformerConf
     if name.endswith(".bias"):
         return torch.zeros(shape)
     std = INITIAL_STD
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
+    if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
         std /= math.sqrt(2 * config.num_layers)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -42,6 +42,8 @@ class StepMetrics:
             not known.
         memory_bytes: most memory held so far: on a GPU by tensors, on a CPU by the process.
         host_memory_bytes: most memory the process has held so far.
+        router: what the routers of a mixture did with the batch, as `RoutingFigures.to_json`; not in the file
+            for a dense model.
     """
 
     step: int
@@ -62,6 +64,7 @@ class StepMetrics:
     mfu: float | None = None
     memory_bytes: int | None = None
     host_memory_bytes: int | None = None
+    router: Mapping[str, float] | None = None
 
 
 class MetricsFile:
@@ -109,7 +112,8 @@ class MetricsFile:
             OutputError: the line cannot be written.
         """
         values = asdict(metrics)
-        for key, value in values.items():
+        router = values.pop("router")
+        for key, value in (values | {f"router.{key}": one for key, one in (router or {}).items()}).items():
             if key == "data_epochs" or (value is None and key in MAY_BE_UNKNOWN):
                 continue
             if not math.isfinite(value) or (key == "tokens_per_sec" and value <= 0):
@@ -119,7 +123,7 @@ class MetricsFile:
                     expected="a finite figure, and a positive throughput",
                     falsifier="INV-TRAIN-008",
                 )
-        self._line({"kind": "step", **values})
+        self._line({"kind": "step", **values, **({} if router is None else {"router": router})})
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append a line of another kind, such as ``evaluation``."""

@@ -11,6 +11,7 @@ from apr_dist.gates.losses import Agreement
 from apr_dist.gates.result import GateResult
 from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.routing import RoutingFigures
 from apr_dist.runs.saved_state import SavedState
 
 
@@ -22,11 +23,13 @@ class Evaluation:
         loss: mean negative log-likelihood in nats per token, over every token of the sample.
         tokens: how many target tokens that was, over all ranks.
         wall_s: seconds it took.
+        routing: what the routers of a mixture did with these tokens; None for a dense model.
     """
 
     loss: float
     tokens: int
     wall_s: float
+    routing: RoutingFigures | None = None
 
     @property
     def is_finite(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from apr_dist.choices import Compile, Documents, Precision
 from apr_dist.config import TrainConfig
-from apr_dist.config.sections import ComputeSection
+from apr_dist.config.sections import ComputeSection, RouterSection
 from apr_dist.errors import UsageError
 from apr_dist.model.host_memory import keep_freed_memory
 from apr_dist.model.kernels.choice import choose_kernels, kernels_on
@@ -28,12 +28,45 @@ def set_up_compute(model: Decoder, options: ComputeSection, device: torch.device
         UsageError: kernels or compiling were asked for that cannot be had here.
     """
     compiled = options.compile is Compile.BLOCK
+    if compiled and model.routing is not None:
+        raise UsageError(
+            "compute.compile is block, and blocks with a mixture of experts are not compiled",
+            where="--compute.compile",
+            expected="a dense model",
+            remedy="use --compute.compile off",
+        )
     model.use_kernels(choose_kernels(options.kernels, device, compiled=compiled))
     model.set_checkpointing(options.activation_checkpointing)
     model.z_loss = options.z_loss
     if compiled:
         _assert_can_compile(device)
         model.compile_blocks()
+
+
+def set_up_routers(model: Decoder, options: RouterSection, runtime: Runtime) -> str | None:
+    """Give a mixture's routers their losses; what they are in one line, None for a dense model.
+
+    Raises:
+        UsageError: losses of routers are asked for of a dense model.
+    """
+    routing = model.routing
+    if routing is None:
+        if options.aux_loss or options.z_loss:
+            raise UsageError(
+                "router.aux_loss and router.z_loss are for mixtures of experts, and this model is dense",
+                where="--router.aux-loss" if options.aux_loss else "--router.z-loss",
+                expected="a model with experts",
+                remedy="leave both out",
+            )
+        return None
+    own = model.config.router_aux_loss_coef
+    routing.balance = (own or 0.0) if options.aux_loss is None else options.aux_loss
+    routing.z_loss, routing.total = options.z_loss, runtime.sum
+    stated = " (the model's)" if options.aux_loss is None and own is not None else ""
+    return (
+        f"{routing.experts} experts a block, {routing.each} a token, none is ever dropped;"
+        f" load-balancing loss x {routing.balance:g}{stated}, router z-loss x {routing.z_loss:g}"
+    )
 
 
 def set_up_machine(config: TrainConfig, runtime: Runtime) -> str:

@@ -14,6 +14,7 @@ from apr_dist.data.flags import input_ids, not_targets
 from apr_dist.errors import DataError
 from apr_dist.model.kernels.loss import IGNORE_INDEX
 from apr_dist.model.packing import Boundaries
+from apr_dist.model.routing import Routing
 from apr_dist.model.sending import send
 from apr_dist.parallel.heartbeat import HERE
 from apr_dist.parallel.runtime import Runtime
@@ -122,6 +123,9 @@ def evaluate(
     """
     started, told = time.perf_counter(), time.perf_counter()
     total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    routing: Routing | None = getattr(getattr(model, "module", model), "routing", None)
+    if routing is not None:
+        routing.take_measured(runtime.device)  # of a measurement that was given up
     was_training, flagged = model.training, bool(getattr(batches, "flagged", False))
     model.eval()
     try:
@@ -143,7 +147,15 @@ def evaluate(
                     progress(done, len(batches) if isinstance(batches, Sized) else 0)
     finally:
         model.train(was_training)
-    loss_sum, count = runtime.sum(total).tolist()
+    sums = runtime.sum(
+        total if routing is None else torch.cat((total, routing.take_measured(runtime.device)))
+    )
+    loss_sum, count = sums[:2].tolist()
     if not count:
         raise DataError("there is no held-out target to evaluate", expected="at least one whole sequence")
-    return Evaluation(loss=loss_sum / count, tokens=int(count), wall_s=time.perf_counter() - started)
+    return Evaluation(
+        loss=loss_sum / count,
+        tokens=int(count),
+        wall_s=time.perf_counter() - started,
+        routing=None if routing is None else routing.figures(sums[2:]),
+    )

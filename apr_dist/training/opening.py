@@ -47,7 +47,7 @@ from apr_dist.runs.saving import Saver
 from apr_dist.runs.trackers import Trackers
 from apr_dist.training.answers import Questions, open_questions
 from apr_dist.training.arrival import Weights, build_model
-from apr_dist.training.compute import set_up_compute, set_up_machine
+from apr_dist.training.compute import set_up_compute, set_up_machine, set_up_routers
 from apr_dist.training.efficiency import efficiency_of
 from apr_dist.training.optimizer import build_optimizer
 from apr_dist.training.proving import Around, Proven
@@ -224,6 +224,8 @@ class Opening:
     def _open_engine(self) -> None:
         config, runtime, options = self.config, self.runtime, self.config.optimizer
         set_up_compute(self.model, config.compute, runtime.device)
+        if said := set_up_routers(self.model, config.router, runtime):
+            self.display(said)
         optimizer = build_optimizer(
             self.model,
             lr=config.peak_lr,

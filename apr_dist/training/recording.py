@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 from apr_dist.errors import NumericalInstability
 from apr_dist.gates.losses import Agreement
+from apr_dist.model.routing import RoutingFigures
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.runs.display import Display
 from apr_dist.runs.metrics import MetricsFile, StepMetrics
@@ -52,7 +53,9 @@ class StepRecorder:
         self._guard, self._go_on, self._efficiency = guard, go_on, efficiency
         self._metrics, self._display, self._positions = metrics, display, positions
 
-    def judge(self, taken: Taken, gpu_util_pct: float) -> StepMetrics | None:
+    def judge(
+        self, taken: Taken, gpu_util_pct: float, routing: RoutingFigures | None = None
+    ) -> StepMetrics | None:
         """Record a step that happened and return its line; or that it was skipped, or why it ends the run.
 
         Raises:
@@ -71,9 +74,9 @@ class StepRecorder:
             self._metrics.event("refused", error.facts)
             error.told_by_rank_0 = not self._runtime.is_main  # every rank has the same figures
             raise
-        return self._record(taken, gpu_util_pct)
+        return self._record(taken, gpu_util_pct, routing)
 
-    def _record(self, taken: Taken, gpu_util_pct: float) -> StepMetrics:
+    def _record(self, taken: Taken, gpu_util_pct: float, routing: RoutingFigures | None) -> StepMetrics:
         state = self._progress
         state.tokens_seen += taken.targets
         state.train_loss = taken.train_loss
@@ -99,6 +102,7 @@ class StepRecorder:
             mfu=self._efficiency.mfu(speed),
             memory_bytes=peak_bytes(self._runtime.device),
             host_memory_bytes=host_peak_bytes(),
+            router=None if routing is None else routing.to_json(),
         )
         self._metrics.step(line)
         if taken.eval_loss is not None:

@@ -28,6 +28,7 @@ from apr_dist.runs.progress import Evaluation
 from apr_dist.training.answers import answer_all
 from apr_dist.training.efficiency import gpu_utilisation
 from apr_dist.training.evaluation import HeldOut, evaluate
+from apr_dist.training.expert_watch import ExpertWatch
 from apr_dist.training.garbage import collect
 from apr_dist.training.guards import check_targets
 from apr_dist.training.opening import Opening
@@ -85,6 +86,7 @@ class Session(Opening):
         )
 
     def _open_recorder(self) -> None:
+        self.experts = ExpertWatch(self.model.routing, self.runtime.device, self.display)
         done = self.data.train.progress(self.progress.step)
         self.progress.data_epochs = {name: one.newest_pass for name, one in done.items()}
         cuda = self.runtime.device.type == "cuda"
@@ -203,8 +205,9 @@ class Session(Opening):
         gpu_util = gpu_utilisation(self.runtime.device)
         for taken in self.stepper.read():
             check_targets(step=taken.step + 1, targets=taken.targets)
-            lines.append(self.recorder.judge(taken, gpu_util))
-            failed, *signals = taken.notes
+            failed, *noted = taken.notes
+            signals, routed = noted[: len(SIGNALS)], noted[len(SIGNALS) :]
+            lines.append(self.recorder.judge(taken, gpu_util, self.experts.trained(routed)))
             failures += failed
             self.signal_number = self.signal_number or first_signal(signals)
         if failures:
@@ -217,9 +220,12 @@ class Session(Opening):
         return send(torch.tensor(asked, dtype=torch.float64), self.runtime.device)
 
     def _notes(self) -> torch.Tensor:
-        """What each rank has to tell all others: that a save failed here, and which signals came."""
+        """What each rank has to tell all others.
+
+        That a save failed here, which signals came, and the sums of a mixture's routers.
+        """
         failed = torch.tensor([float(self.saver.failed)], dtype=torch.float64)
-        return torch.cat((send(failed, self.runtime.device), self.signals()))
+        return torch.cat((send(failed, self.runtime.device), self.signals(), self.experts.sums()))
 
     # --- evaluation and saving ----------------------------------------------------------------------
 
@@ -255,6 +261,7 @@ class Session(Opening):
                 "wall_ms": (result.wall_s + sum(one.wall_s for one in further.values())) * 1e3,
                 "updates_lost": state.updates_lost,
                 **_losses_by_name(further),
+                **self.experts.measured(result.routing, step=state.step),
             },
         )
         if state.updates_lost is not None:

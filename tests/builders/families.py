@@ -59,6 +59,25 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         UNTIED | WIDE_HEAD | {"no_rope_layers": [0, 1], "attention_bias": True, "rope_theta": 100.0},
         UNTIED | {"no_rope_layer_interval": 2},
     ),
+    "mixtral": (
+        {"num_local_experts": 5},
+        TIED
+        | {"num_local_experts": 3, "num_experts_per_tok": 3, "head_dim": 12, "sliding_window": 5}
+        | {"vocab_size": 53},
+    ),
+    "olmoe": (
+        {"num_experts": 7, "num_experts_per_tok": 3, "num_key_value_heads": 4},
+        TIED
+        | {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True, "attention_bias": True}
+        | {"vocab_size": 53, "rope_scaling": LINEAR},
+    ),
+    "qwen3_moe": (
+        WIDE_HEAD
+        | {"num_experts": 6, "num_experts_per_tok": 4, "norm_topk_prob": True, "moe_intermediate_size": 20},
+        TIED
+        | {"num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+        | {"attention_bias": True, "vocab_size": 53},
+    ),
 }
 """What of `PLAIN` each model of a family has otherwise; the first is a shape that GGUF can state."""
 

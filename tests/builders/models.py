@@ -36,6 +36,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "logits_scaling": 1.7,
     },
     "smollm3": {"no_rope_layers": (1, 0)},
+    "mixtral": {"num_experts": 5, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+    },
 }
 """What a tiny model of a family has that others have not: nothing of it is neutral."""
 

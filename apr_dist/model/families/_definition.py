@@ -102,11 +102,13 @@ class GgufForm:
         exported: whether such a file is written.
         permuted: rows of q and k are stored for adjacent pairs.
         rope_factors: a ``rope_freqs.weight`` is read by that architecture.
+        stated_by: key without which a file of that architecture is of another family.
         norm_shift: what is added to the weights of norms, as llama.cpp multiplies by them alone.
         absent: values of keys that a file may leave out, by our names, as llama.cpp takes them.
         wide_queries_at: number of layers of the model whose queries llama.cpp scales by hidden size over
             heads instead of the size of a head; only for families with ``query_pre_attn_scalar``.
         keys: keys of its own, without the architecture's prefix, over those that all families have.
+        norms_routes: of a mixture, whether llama.cpp divides a token's weights of its experts by their sum.
     """
 
     architecture: str
@@ -115,10 +117,32 @@ class GgufForm:
     exported: bool = True
     permuted: bool = False
     rope_factors: bool = False
+    stated_by: str | None = None
     norm_shift: float = 0.0
     absent: Mapping[str, Any] = field(default_factory=dict)
     wide_queries_at: int = 0
     keys: Mapping[str, Key] = field(default_factory=dict)
+    norms_routes: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """Names of a mixture's tensors where each expert has its own, as models are published.
+
+    Attributes:
+        gate, up, down: ends of the names of an expert's matrices.
+        router: name of the router in a block, beside which ``experts`` is.
+    """
+
+    gate: str
+    up: str
+    down: str
+    router: str = "mlp.gate.weight"
+
+    @property
+    def experts(self) -> str:
+        """What the names of a block's experts begin with, in front of their numbers."""
+        return self.router.removesuffix("gate.weight") + "experts."
 
 
 _SIZES = (
@@ -149,8 +173,10 @@ class FamilyDefinition:
         tensor_marks: patterns of tensor names; the family with the longest tuple of which all occur is
             the one that names show.
         hf_keys: keys of a ``config.json`` of its own, over those that all families have.
+        hf_aliases: keys that other releases of ``transformers`` write, and those of ours that they mean.
         hf_defaults: what ``transformers`` takes for a key of ``config.json`` that is absent.
         gguf: how it lies in a GGUF file.
+        experts: how a mixture's tensors are called where each expert has its own; None: it has no experts.
         pre_tokenizers: GGUF names of its pre-tokenizers, the preferred one first.
         qkv_bias: q, k and v projections always add a bias.
         optional_attention_bias: q, k, v and o add biases where the configuration says so.
@@ -160,6 +186,7 @@ class FamilyDefinition:
         one_plus_norms: norms multiply by one plus their weight.
         activation: what the MLP applies to its gate.
         root_embedding: embeddings are multiplied by the square root of the hidden size.
+        normed_routes: in a mixture a token's weights of its experts are always divided by their sum.
         sliding_window: attention may be limited to a window.
         full_every: of so many layers the last sees all positions and the others a window, where a
             configuration does not list its layers.
@@ -177,8 +204,10 @@ class FamilyDefinition:
     named_like: str | None = None
     tensor_marks: tuple[tuple[str, ...], ...] = ()
     hf_keys: Mapping[str, Key] = field(default_factory=dict)
+    hf_aliases: Mapping[str, str] = field(default_factory=dict)
     hf_defaults: Mapping[str, Any]
     gguf: GgufForm
+    experts: ExpertNames | None = None
     pre_tokenizers: tuple[str, ...] = ()
     qkv_bias: bool = False
     optional_attention_bias: bool = False
@@ -188,6 +217,7 @@ class FamilyDefinition:
     one_plus_norms: bool = False
     activation: Activation = Activation.SILU
     root_embedding: bool = False
+    normed_routes: bool = False
     sliding_window: bool = False
     full_every: int | None = None
     no_rope_every: int | None = None

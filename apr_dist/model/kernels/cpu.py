@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from apr_dist.choices import KernelChoice
 from apr_dist.model.families import Activation
 from apr_dist.model.kernels import cpu_attention
+from apr_dist.model.kernels.grouped import looped
 from apr_dist.model.kernels.loss import LossStyle
 from apr_dist.model.kernels.plain import Attend, Causal, Kernels, activated, compute_dtype
 from apr_dist.model.kernels.products import cpu_matmul_backend, linear, mm
@@ -51,6 +52,10 @@ class CpuKernels(Kernels):
         again = _Again(functools.partial(_gated, activation=activation))
         product: Tensor = _Gated.apply(gate, up, activation, again)  # type: ignore[no-untyped-call]
         return _made_of(product, again, (gate, up))
+
+    def grouped(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """See `Kernels.grouped`."""
+        return looped(rows.to(compute_dtype(rows)), weight, counts, mm)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """See `Kernels.rotate`."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apr_dist.choices import KernelChoice
 from apr_dist.model.families import Activation
+from apr_dist.model.kernels.grouped import grouped_mm, looped, runs_grouped_mm
 from apr_dist.model.kernels.loss import (
     Loss,
     LossStyle,
@@ -59,6 +60,19 @@ class Kernels:
     def gated(self, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """``activation(gate) * up`` of two tensors of one shape."""
         return activated(gate, activation) * up
+
+    def grouped(self, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """Rows ``[n, in]``, sorted by group, times ``[groups, out, in]``, in `compute_dtype`.
+
+        Args:
+            rows: those of the first group come first.
+            weight: a matrix for each group.
+            counts: rows of each group, int64 ``[groups]``.
+        """
+        rows = rows.to(compute_dtype(rows))
+        if not runs_grouped_mm(rows, weight):
+            return looped(rows, weight, counts)
+        return grouped_mm(rows, weight.to(rows.dtype), counts)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn each pair ``(i, i + head_dim / 2)`` of ``[..., head_dim]`` by its angle, in f32."""
