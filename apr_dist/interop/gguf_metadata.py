@@ -181,14 +181,7 @@ def _options(
             stated = fields.get(key, form.absent.get(rule.ours, 0))
             found[rule.ours] = None if stated == 0 else _integer(file, f"{form.architecture}.{key}", stated)
         elif rule.ours in EXPERT_SIZES:
-            if key not in fields:
-                raise UnsupportedModelFile(
-                    f"the GGUF file is read as {family} and lacks {form.architecture}.{key}",
-                    where=file.path,
-                    expected="every key of its experts, expert_count among them",
-                    remedy="export the model again from its Hugging Face folder",
-                )
-            found[rule.ours] = _integer(file, f"{form.architecture}.{key}", None)
+            found[rule.ours] = _expert_size(file, family, key)
         elif rule.ours is not None:
             absent = form.absent.get(rule.ours)
             stated = fields.get(key, absent)
@@ -207,6 +200,19 @@ def _options(
     if "query_pre_attn_scalar" in facts.options:
         found["query_pre_attn_scalar"] = query_scalar(form, layers, values)
     return found
+
+
+def _expert_size(file: GgufFile, family: Family, key: str) -> int:
+    """A size of a mixture, which a file of one states."""
+    stated = f"{family.definition.gguf.architecture}.{key}"
+    if stated not in file.fields:
+        raise UnsupportedModelFile(
+            f"the GGUF file is read as {family} and lacks {stated}",
+            where=file.path,
+            expected="every key of its experts, expert_count among them",
+            remedy="export the model again from its Hugging Face folder",
+        )
+    return _integer(file, stated, None)
 
 
 def query_scalar(form: GgufForm, layers: int, sizes: Mapping[str, Any]) -> int:

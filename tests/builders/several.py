@@ -6,13 +6,14 @@ process group.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builders.runs import once
+from builders.runs import TINY, once
 from builders.warm_ranks import open_ranks
 
 if TYPE_CHECKING:
@@ -93,6 +94,25 @@ MOVED = {
 }
 """World size to strategy to the run of another world size and strategy that it goes on from."""
 
+MIXTURE: Mapping[int, Mapping[str, tuple[str, ...]]] = {
+    1: {"single": ("single", "--micro-batch-size", "8")},
+    2: {name: (name, "--micro-batch-size", "4") for name in ("ddp", "fsdp2", "zero3")},
+}
+"""World size to name to strategy and flags of runs of a mixture, one forward a step on each rank."""
+
+MIXTURE_KEYS = {
+    **TINY,
+    "architecture": "olmoe",
+    "hf_architecture": "OlmoeForCausalLM",
+    "hf_model_type": "olmoe",
+    "intermediate_size": 48,
+    "num_experts": 7,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.1,
+    "tie_word_embeddings": False,
+}
+"""Architecture keys of that mixture; its experts cannot be divided over two ranks."""
+
 STEPS, HALF = 20, 10
 
 LIMIT_S = 900.0
@@ -129,6 +149,7 @@ def plan(inputs: Inputs, folder: Path, world: int) -> list[list[str]]:
             if HAS_COMPILER or not other.startswith("zero"):
                 moved = ("--resume", _saved(folder, f"{other_world}/{other}"))
                 runs.append(_flags(inputs, folder / f"{run}-moved", strategy, *moved))
+    runs += _mixture(inputs, folder, world)
     runs += _eight_bit(inputs, folder, world)
     runs += _stored(inputs, folder, world)
     for name in Z_LOSS.get(world, ()):
@@ -140,7 +161,8 @@ def plan(inputs: Inputs, folder: Path, world: int) -> list[list[str]]:
 def _flags(
     inputs: Inputs, run_dir: Path, strategy: tuple[str, ...], *more: str, steps: int = STEPS
 ) -> list[str]:
-    given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
+    start = ["--mode", "from-scratch"] if "--model" in more else ["--init", str(inputs.pretrained)]
+    given = [*inputs.data_flags(), *start, "--run-dir", str(run_dir)]
     given += ["--batch-size", "8", "--num-steps", str(steps), "--eval-every", str(HALF)]
     given += ["--lr", "1e-3", "--warmup-steps", "2", "--checkpoint.keep-last", "9"]
     return [*given, "--target-val-loss", "0.1", "--parallel.strategy", *strategy, *more]
@@ -154,6 +176,17 @@ def _stored(inputs: Inputs, folder: Path, world: int) -> Iterator[list[str]]:
         if name in {"ddp-offload", "ddp-bf16", "fsdp2-split", "fsdp2-bf16"}:
             again = ("--resume", str(folder / run / "steps" / "000040"))
             yield _flags(inputs, folder / f"{run}-resumed", flags, *again, steps=50)
+
+
+def _mixture(inputs: Inputs, folder: Path, world: int) -> Iterator[list[str]]:
+    keys = folder / "mixture.json"
+    keys.write_text(json.dumps(MIXTURE_KEYS))
+    for name, strategy in MIXTURE.get(world, {}).items():
+        if name.startswith("zero") and not HAS_COMPILER:
+            continue
+        run, more = f"{world}/{name}-mixture", ("--model", str(keys), "--router.z-loss", "0.01")
+        yield _flags(inputs, folder / run, strategy, *more)
+        yield _flags(inputs, folder / f"{run}-resumed", strategy, *more, "--resume", _saved(folder, run))
 
 
 def _saved(folder: Path, run: str) -> str:

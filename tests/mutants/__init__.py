@@ -1,6 +1,6 @@
 """The ways of breaking the code that ``mutate.py`` tries, each with the falsifier that must notice."""
 
-from mutants import adapters, data, gates, judging, model_and_files, processes, training
+from mutants import adapters, data, gates, judging, mixtures, model_and_files, processes, training
 from mutants.change import Change
 
 __all__ = ["MUTANTS", "Change"]
@@ -13,4 +13,5 @@ MUTANTS: tuple[Change, ...] = (
     *data.MUTANTS,
     *judging.MUTANTS,
     *adapters.MUTANTS,
+    *mixtures.MUTANTS,
 )
