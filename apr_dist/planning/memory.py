@@ -170,6 +170,9 @@ def estimate(
         state["offloaded"] += 0 if load.cuda else host_parts["activations"]
     kept = held.gradients if load.accumulates or strategy is Strategy.ZERO3 else 0
     activations = model.num_layers * kept_bytes(model, load, adapter) + _end_bytes(model, load)
+    copies_of_experts = _expert_copies(model, load, strategy, storage, adapter)
+    if load.checkpointing is ActivationCheckpointing.OFF:
+        activations += model.num_layers * copies_of_experts
     state["unfit"] = 0 if load.cuda else _unfit_bytes(gradients=held.gradients, activations=activations)
     head = _head_bytes(model, load, adapter)
     cast = head // 2 if load.cuda and load.compute_bytes < F32 and model.tie_word_embeddings else 0
@@ -182,6 +185,7 @@ def estimate(
     waiting = 0 if adapter or (streams and not model.tie_word_embeddings) else head
     # What a block did not keep it has again when its backward begins.
     again = layer_bytes(model, load, adapter) - kept_bytes(model, load, adapter)
+    again += 0 if load.checkpointing is ActivationCheckpointing.OFF else copies_of_experts
     at_start: dict[str, Any] = {
         "gradients": kept,
         "loss": waiting,
@@ -244,7 +248,23 @@ def _gathered(
         # This block and the next, which is fetched meanwhile, beside embedding and head.
         return width * (ends + 2 * (count - ends) // model.num_layers)
     casts = load.cuda and load.precision is Precision.BF16 and storage.weights is WeightStorage.F32
-    return width * trained_count(model, adapter) if casts else 0
+    experts = model.num_layers * _expert_elements(model) if adapter is None else 0
+    return width * (trained_count(model, adapter) - experts) if casts else 0
+
+
+def _expert_elements(model: TransformerConfig) -> int:
+    """Elements of the experts of a block."""
+    return 3 * (model.num_experts or 0) * model.expert_size * model.hidden_size
+
+
+def _expert_copies(
+    model: TransformerConfig, load: Load, strategy: Strategy, storage: Storage, adapter: Adapter | None
+) -> int:
+    """Copies of a block's experts in the compute type, which its products keep from forward to backward."""
+    replicas = strategy in {Strategy.SINGLE, Strategy.DDP} or strategy.zero_stage
+    stored = adapter.half_base if adapter is not None else storage.weights is not WeightStorage.F32
+    casts = load.cuda and load.precision is Precision.BF16 and replicas and not stored
+    return load.compute_bytes * _expert_elements(model) if casts else 0
 
 
 def _head_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -> int:
@@ -293,14 +313,15 @@ def kept_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = N
     per_token = F32 * model.hidden_size
     if load.checkpointing is ActivationCheckpointing.SELECTIVE:
         # Of the products q, k, v, o, gate, up, down every second from the first; and attention's result.
-        products = model.query_size + model.kv_size + model.intermediate_size + model.hidden_size
+        products = model.query_size + model.kv_size + model.hidden_size
+        products += model.intermediate_size if model.num_experts is None else 0
         per_token += load.compute_bytes * (products + model.query_size) + F32 * model.num_heads
     return load.tokens * per_token
 
 
 def layer_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = None) -> int:
     """Bytes one block needs for backward."""
-    hidden, inner = model.hidden_size, model.intermediate_size
+    hidden = model.hidden_size
     attention = 2 * model.query_size + 2 * model.kv_size
     normed = model.query_size + model.kv_size if model.qk_norm else 0
     normed += 2 * hidden if model.norms is Norms.BOTH else 0
@@ -310,16 +331,37 @@ def layer_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None = 
     width = load.compute_bytes
     # On the CPU a norm's output is computed again; on a GPU autocast casts it for each map that reads it.
     linear_inputs = (2 if load.precision is Precision.F32 else 5) * hidden if load.cuda else 0
-    gates = 4 * inner if load.cuda else 2 * inner
+    gates = _mlp_elements(model, load, frozen=adapter is not None)
     if adapter is not None and load.cuda:  # a frozen map keeps no input
-        linear_inputs, gates = 0, 3 * inner
+        linear_inputs = 0
     per_token = (
         F32 * 2 * hidden
         + width * (linear_inputs + attention + normed + gates)
         + F32 * (model.num_heads + scores)
+        + _router_bytes(model, load)
     )
     beside = 0 if adapter is None else adapter_bytes(model, load, adapter)
     return load.tokens * per_token + beside
+
+
+def _mlp_elements(model: TransformerConfig, load: Load, *, frozen: bool) -> int:
+    """Elements of the compute type that the MLP of a block keeps per token, without its input.
+
+    Experts keep what they are given, which is a copy for each expert of a token, and what each gives.
+    """
+    inner, each = model.expert_size, model.active_experts
+    if model.num_experts is None:
+        return (3 if frozen else 4) * inner if load.cuda else 2 * inner
+    inputs = 0 if frozen else model.hidden_size + inner
+    return each * (inputs + model.hidden_size + (3 if load.cuda else 2) * inner)
+
+
+def _router_bytes(model: TransformerConfig, load: Load) -> int:
+    """Bytes that a block's router keeps per token: its input, logits and shares in f32, and places."""
+    if model.num_experts is None:
+        return 0
+    wide = 0 if load.precision is Precision.F32 else model.hidden_size
+    return F32 * (wide + 2 * model.num_experts) + (3 * 8 + 3 * F32) * model.active_experts
 
 
 def _end_bytes(model: TransformerConfig, load: Load) -> int:
@@ -347,7 +389,9 @@ def _embedding_gradient_bytes(model: TransformerConfig, load: Load, *, is_cut: b
 
 def _backward_bytes(model: TransformerConfig, load: Load) -> int:
     """The gradients of gate, up, their product and the recomputed product, with the residual's."""
-    return load.tokens * (4 * model.intermediate_size * load.compute_bytes + 2 * F32 * model.hidden_size)
+    made = 4 * model.expert_size + (model.hidden_size if model.num_experts is not None else 0)
+    computed = model.active_experts * made * load.compute_bytes
+    return load.tokens * (computed + 2 * F32 * model.hidden_size)
 
 
 def _unfit_bytes(*, gradients: int, activations: int) -> int:

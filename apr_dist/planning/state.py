@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -101,7 +102,7 @@ class State:
             return cls(weights=0, low=0, gradients=0, optimizer=0, masters=0, buckets=0, host_parts=state)
         # Masters, moments, the masters' gradients; and a buffer through which weights (ZeRO-1, ZeRO-2) or
         # gradients (ZeRO-3) travel. ZeRO-1 and ZeRO-2 send one gradient at a time, by way of two buffers.
-        largest = F32 * model.hidden_size * max(model.vocab_size, model.intermediate_size, model.query_size)
+        largest = F32 * max(math.prod(shape) for _, shape, _ in model.kinds_of_parameters())
         sent = largest if strategy is not Strategy.ZERO3 else 0
         both = offload is Offload.OPTIMIZER_AND_PARAMETERS
         return cls(

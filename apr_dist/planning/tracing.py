@@ -23,6 +23,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from apr_dist.choices import KernelChoice, Precision, Strategy
 from apr_dist.config import TrainConfig
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.kernels import grouped
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.cuda import CudaKernels
 from apr_dist.parallel import engine as engines
@@ -195,6 +196,11 @@ def _imagined() -> Iterator[None]:
     def host_empty(count: int, kind: torch.dtype, **_: Any) -> Tensor:
         return torch.empty(count, dtype=kind, device=HOST)
 
+    def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """The kernel, which fake tensors know in bf16 alone; else a product that holds as much."""
+        bf16 = rows.dtype is torch.bfloat16
+        return grouped.grouped_mm(rows, weight, counts) if bf16 else rows @ weight[0].t()
+
     share = SimpleNamespace(device=torch.device("cuda"), to=lambda kind: torch.ones((), dtype=kind))
     users = ("model.host_copies", "parallel.gradients", "parallel.sharding", "parallel.stored_adamw")
     with contextlib.ExitStack() as stack:
@@ -206,4 +212,5 @@ def _imagined() -> Iterator[None]:
         stack.enter_context(mock.patch.object(Tensor, "nonzero", no_places))
         stack.enter_context(mock.patch.object(CudaKernels, "has_own_loss", return_value=True))
         stack.enter_context(mock.patch("apr_dist.model.kernels.cuda.has_varlen", return_value=False))
+        stack.enter_context(mock.patch("apr_dist.model.kernels.plain.grouped_mm", grouped_mm))
         yield
