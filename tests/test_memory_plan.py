@@ -63,6 +63,20 @@ def test_a_plan_of_each_rung_is_what_a_traced_step_holds(rungs: tuple[str, ...],
     assert said.host == pytest.approx(found.host_peak, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "precision"), [("mixtral-8x7b", "bf16"), ("olmoe-1b-7b", "f32"), ("qwen3-30b-a3b", "bf16")]
+)
+def test_a_plan_of_a_mixture_is_what_a_traced_step_holds(name: str, precision: str) -> None:
+    """One block of the published size; its experts' copies in bf16 are held from forward to backward."""
+    model = replace(PRESETS[name], num_layers=1)
+    flags = [*CARD, "--batch-size", "1", "--parallel.precision", precision]
+    config = parse_command_line(flags).config
+    said, found = memory_of(model, config), trace(model, config)
+    assert said.gradients == pytest.approx(found.gradients, rel=0.01)
+    assert said.optimizer == pytest.approx(found.optimizer, rel=0.01)
+    assert said.total == pytest.approx(found.peak, rel=0.1)
+
+
 def memory_of(model: Any, config: Any) -> Any:
     """The plan of one process of this architecture, which need not be a preset."""
     return next(iter(plan._memory(model, config, 1).values()))
