@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from builders.families import odd_config
+from builders.files import write_apr
 from builders.hf_models import TOKENS, hf_folder, logits_of, reference_logits
 from builders.models import random_tokens, tiny_config, tiny_decoder
+from builders.runs import metrics, run_here
+from builders.several import MIXTURE_KEYS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
+from apr_dist.apr.reader import AprReader
 from apr_dist.choices import AdapterKind, KernelChoice
+from apr_dist.cli import main as apr_dist_main
 from apr_dist.config import TrainConfig
 from apr_dist.config.sections import ComputeSection, RouterSection
 from apr_dist.errors import ArchitectureRefused, UsageError, WeightsRefused
+from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.hf_export import export_huggingface
 from apr_dist.interop.importing import import_model
 from apr_dist.model.adapters import Adapter, chosen_modules
@@ -30,7 +38,11 @@ from apr_dist.model.flops import flops_per_token
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.grouped import grouped_mm, looped, runs_grouped_mm
 from apr_dist.model.packing import Boundaries
+from apr_dist.report.page import write_report
 from apr_dist.training.compute import set_up_compute, set_up_routers
+
+if TYPE_CHECKING:
+    from builders.runs import Inputs
 
 MIXTURES = [Family.MIXTRAL, Family.OLMOE, Family.QWEN3_MOE]
 
@@ -298,3 +310,68 @@ def test_frozen_experts_may_be_bf16_and_routers_stay_f32() -> None:
 
 def test_router_keys_are_part_of_a_run_s_identity() -> None:
     assert TrainConfig().digest() != TrainConfig(router=RouterSection(z_loss=0.1)).digest()
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_measures_every_expert_and_names_one_that_nobody_uses(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained, given an expert that is never the best, evaluated, reported, exported and spoken with."""
+    keys = MIXTURE_KEYS | {"num_experts_per_tok": 1}
+    (tmp_path / "mixture.json").write_text(json.dumps(keys))
+    flags = [*inputs.data_flags(), "--num-steps", "2", "--eval-every", "1", "--warmup-steps", "0"]
+    start = ["--model", str(tmp_path / "mixture.json"), "--mode", "from-scratch"]
+    assert run_here(*flags, *start, "--run-dir", str(tmp_path / "first")) == 0
+    assert "load-balancing loss x 0.1 (the model's)" in "".join(capsys.readouterr())
+    with AprReader(tmp_path / "first" / "checkpoint.apr") as reader:
+        tensors = {name: np.array(reader.float32(name)) for name in reader.tensors}
+        router = tensors["model.layers.1.mlp.gate.weight"]
+        router[0] = (router[1] + router[2]) / 2
+        write_apr(tmp_path / "idle.apr", tensors, reader.metadata.to_mapping())
+    run_dir = tmp_path / "second"
+    flags += ["--init", str(tmp_path / "idle.apr"), "--run-dir", str(run_dir), "--router.aux-loss", "0"]
+    assert run_here(*flags, "--lr", "1e-6", "--early-stop.min-evaluations", "9") == 0
+    said = "".join(capsys.readouterr())
+    assert "experts got no held-out token: model.layers.1.mlp.experts 0" in said
+    assert "load-balancing loss x 0," in said
+    first, *later = metrics(run_dir, "evaluation")
+    assert first["router"]["idle_held_out"] == ["model.layers.1.mlp.experts 0"]
+    assert [len(row) for row in first["router"]["load"]] == [7, 7]
+    assert sum(first["router"]["load"][0]) == pytest.approx(7, abs=1e-3)
+    assert "model.layers.1.mlp.experts 0" in later[-1]["router"]["idle_trained"]
+    for line in metrics(run_dir):
+        figures = line["router"]
+        assert figures["load_min"] == 0.0 < 1 < figures["load_max"]
+        assert (figures["dropped"], figures["idle"] > 0) == (0.0, True)
+        assert 0 < figures["entropy"] <= math.log(7) + 1e-6
+    write_report([run_dir], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "0% dropped" in page
+    assert "with no training token (model.layers.1.mlp.experts 0" in page
+    model = str(run_dir / "checkpoint.apr")
+    assert apr_dist_main(["export", model, "--to", "huggingface", "-o", str(tmp_path / "out")]) == 0
+    fused = ["export", model, "--to", "huggingface", "--fused-experts", "-o", str(tmp_path / "fused")]
+    assert apr_dist_main(fused) == 0
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "fused" / "model.safetensors")
+    apart, together = (reference_logits(tmp_path / one) for one in ("out", "fused"))
+    assert torch.equal(apart, together)
+    torch.testing.assert_close(logits_of(run_dir / "checkpoint.apr"), apart, atol=1e-5, rtol=1e-5)
+    capsys.readouterr()
+    assert apr_dist_main(["generate", model, "--prompt", "the", "--max-tokens", "3"]) == 0
+    assert apr_dist_main(["plan", "--init", model, "--synthetic", "--seq-length", "32", "--json"]) == 0
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-053")
+def test_an_expert_that_is_all_zero_is_refused_by_its_number(tmp_path: Path) -> None:
+    import_model(hf_folder(tmp_path / "in", odd_config("olmoe", 0)), tmp_path / "x.apr")
+    with AprReader(tmp_path / "x.apr") as reader:
+        tensors = {name: np.array(reader.float32(name)) for name in reader.tensors}
+        tensors["model.layers.0.mlp.experts.down_proj"][5] = 0
+        write_apr(tmp_path / "y.apr", tensors, reader.metadata.to_mapping())
+    with (
+        AprReader(tmp_path / "y.apr") as reader,
+        pytest.raises(WeightsRefused, match=r"down_proj\[5\] is zero"),
+    ):
+        prove_model(reader)

@@ -194,13 +194,14 @@ def test_the_default_of_an_absent_key_is_that_of_the_library(family: Family) -> 
             assert getattr(theirs, key) == value, key
     values, notes = metadata_from_config(claims(family), where=Path("config.json"))
     assert values["num_kv_heads"] == theirs.num_key_value_heads
-    assert values["head_dim"] == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    stated = getattr(theirs, "head_dim", None)
+    assert values["head_dim"] == (stated or theirs.hidden_size // theirs.num_attention_heads)
     assert f"rms_norm_eps {theirs.rms_norm_eps:g}" in notes[0]
 
 
 @pytest.mark.parametrize("family", Family)
 def test_every_key_that_the_library_writes_for_a_family_is_listed(family: Family) -> None:
-    keys = {**HF_KEYS, **family.definition.hf_keys}
+    keys = {**HF_KEYS, **family.definition.hf_keys, **family.definition.hf_aliases}
     written = json.loads(CONFIG_MAPPING[family.hf_model_type]().to_json_string(use_diff=False))
     assert [key for key in written if key not in keys and not key.startswith("_")] == []
 

@@ -36,17 +36,31 @@ def count_non_finite(reader: AprReader, name: str) -> int:
     return sum(int(np.count_nonzero((bits & exponent) == exponent)) for bits in _chunks(reader, name))
 
 
-def is_all_zero(reader: AprReader, name: str) -> bool:
-    """Whether every value of the tensor is zero; stops at the first that is not."""
-    dtype = reader.tensors[name].dtype
-    if dtype not in _BITS:
-        return not reader.float32(name).any()
-    _, _, magnitude = _BITS[dtype]
-    return not any((bits & magnitude).any() for bits in _chunks(reader, name))
+def zero_matrix(reader: AprReader, name: str) -> str | None:
+    """Name of a matrix or vector all of whose values are zero; None without one.
+
+    It is the tensor, or with three dimensions the first such matrix of it (an expert's), as ``name[index]``.
+    Of each no more is read than up to the first value that is not zero.
+    """
+    entry = reader.tensors[name]
+    count = entry.shape[0] if len(entry.shape) == 3 else 1
+    if entry.dtype in _BITS:
+        kind, _, magnitude = _BITS[entry.dtype]
+        values, mask = np.frombuffer(reader.raw(name), kind), magnitude
+    else:
+        values, mask = (reader.float32(name).reshape(-1) != 0).view(np.uint8), 1
+    parts = values.reshape(count, -1) if values.size else values[None]
+    for index, part in enumerate(parts):
+        if not any((bits & mask).any() for bits in _pieces(part)):
+            return name if count == 1 else f"{name}[{index}]"
+    return None
 
 
 def _chunks(reader: AprReader, name: str) -> Iterator[npt.NDArray[Any]]:
     kind, _, _ = _BITS[reader.tensors[name].dtype]
-    bits = np.frombuffer(reader.raw(name), kind)
+    return _pieces(np.frombuffer(reader.raw(name), kind))
+
+
+def _pieces(bits: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     for first in range(0, bits.size, _CHUNK):
         yield bits[first : first + _CHUNK]

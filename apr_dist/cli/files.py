@@ -99,6 +99,7 @@ def export_file(
     output: Output,
     dtype: ElementType | None = None,
     base: Path | None = None,
+    fused_experts: bool = False,
     force: bool = False,
 ) -> None:
     """Write an APR file's model in another format, its tokenizer with it; or an adapter alone as GGUF.
@@ -110,6 +111,7 @@ def export_file(
         to: huggingface (a folder with config, weights, tokenizer and model card), safetensors, or gguf.
         output: folder or file to write.
         dtype: element type; by default the source's, and f16 for gguf.
+        fused_experts: keep a block's experts in one tensor, for transformers 5; else each has its own.
         base: given, the source is an adapter (a folder, or checkpoint.apr of its run), and this its base.
         force: replace an existing output.
     """
@@ -124,7 +126,14 @@ def export_file(
             summary = export_gguf(source, output, kind=kind, overwrite=force, progress=progress)
         else:
             write = export_huggingface if to is Format.HUGGINGFACE else export_safetensors
-            summary = write(source, output, dtype=dtype_of(dtype), overwrite=force, progress=progress)
+            summary = write(
+                source,
+                output,
+                dtype=dtype_of(dtype),
+                fused_experts=fused_experts,
+                overwrite=force,
+                progress=progress,
+            )
     print(
         f"{output}: {summary.format}, {summary.tensor_count} tensors, {summary.size_bytes / 1e6:,.1f} MB in"
         f" {len(summary.files)} file(s)"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from apr_dist.apr.finite import count_non_finite, is_all_zero
+from apr_dist.apr.finite import count_non_finite, zero_matrix
 from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader
 from apr_dist.cores import usable_cores
@@ -132,9 +132,9 @@ def _check_values_of(reader: AprReader, name: str, where: Path) -> None:
             remedy="start from an earlier checkpoint, or import the model again from its source",
             falsifier=VALUES,
         )
-    if not name.endswith(".bias") and is_all_zero(reader, name):
+    if not name.endswith(".bias") and (zero := zero_matrix(reader, name)) is not None:
         raise WeightsRefused(
-            f"every value of {name} is zero",
+            f"every value of {zero} is zero",
             where=where,
             expected="trained weights",
             remedy=_REMEDY,

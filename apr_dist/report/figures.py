@@ -248,6 +248,8 @@ FIGURES: tuple[tuple[str, str, str, Draw], ...] = (
     ("gradient-norm", "Gradient norm before clipping", "norm", _from_zero("grad_norm")),
     ("mfu", "Model FLOPs utilisation", "% of the peak", _scaled("mfu", 100.0)),
     ("memory", "Peak memory so far", "GB", _scaled("memory_bytes", 1e-9)),
+    ("expert-load", "Busiest expert", "times an equal share", _from_zero("router.load_max")),
+    ("balance-loss", "Load-balancing loss, without its weight", "loss", _line("router.balance_loss")),
     ("data-wait", "Time spent waiting for data", "% of the step", _data_wait),
 )
 """Every figure of runs over each other: its name for files, its title, its unit, and what draws it."""

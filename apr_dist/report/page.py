@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     _, memory = run.series("memory_bytes")
     if memory:
         rows.append(("peak memory", f"{max(memory) / 1e9:,.2f} GB"))
+    if run.experts:
+        rows.append(("experts", _experts(run.experts)))
     if facts.get("updates_lost"):
         lost = facts["updates_lost"]
         rows.append(
@@ -101,6 +103,18 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if "strategy" in facts:
         rows.append(("processes", f"{facts['world_size']}, {facts['strategy']}"))
     return rows
+
+
+def _experts(router: Mapping[str, Any]) -> str:
+    """What the routers did with the held-out tokens at the newest evaluation, and experts nobody used."""
+    said = (
+        f"{router['load_min']:.2f} to {router['load_max']:.2f} times an equal share of the held-out tokens,"
+        f" {router['dropped']:.0%} dropped, entropy of the routers {router['entropy']:.2f} nats"
+    )
+    for key, words in (("idle_held_out", "no held-out token"), ("idle_trained", "no training token")):
+        if idle := router.get(key):
+            said += f"; {len(idle):,} with {words} ({idle[0]}{', ...' if len(idle) > 1 else ''})"
+    return said
 
 
 def _data_uri(png: bytes) -> str:

@@ -56,6 +56,11 @@ class Run:
         """The finite validation losses, oldest first."""
         return [line["val_loss"] for line in self.evaluations if line.get("val_loss") is not None]
 
+    @property
+    def experts(self) -> Mapping[str, Any] | None:
+        """What the newest evaluation line says of a mixture's routers; None for a dense model."""
+        return next((line["router"] for line in reversed(self.evaluations) if line.get("router")), None)
+
     def set_losses(self) -> dict[str, tuple[list[int], list[float]]]:
         """(steps, finite losses) of each named validation set that does not count."""
         found: dict[str, tuple[list[int], list[float]]] = {}
@@ -68,8 +73,12 @@ class Run:
         return found
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one figure of the step lines that have it."""
-        found = [(line["step"], line[key]) for line in self.steps if line.get(key) is not None]
+        """(steps, values) of one figure of the step lines that have it, also one of ``router``."""
+        group, _, within = key.rpartition(".")
+        lines = [
+            (line["step"], line.get(group) or {}) if group else (line["step"], line) for line in self.steps
+        ]
+        found = [(step, figures[within]) for step, figures in lines if figures.get(within) is not None]
         return [step for step, _ in found], [value for _, value in found]
 
     @property

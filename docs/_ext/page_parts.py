@@ -122,7 +122,7 @@ def families() -> str:
         lines.append(
             f"| {family} | `{facts.hf_model_type}` | `{facts.hf_architecture}` |"
             f" {architecture} | {biases} | {norms} | {normed if facts.qk_norm else 'no'} |"
-            f" {facts.activation} | {window} | {options} |"
+            f" {facts.activation}{', experts' if facts.experts else ''} | {window} | {options} |"
         )
     return "\n".join(lines)
 
