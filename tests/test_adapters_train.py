@@ -1,4 +1,4 @@
-"""Adapters through the trainer's front door: as ``peft`` trains them, on every strategy, resumed exactly."""
+"""Adapters through the trainer's entry point: as ``peft`` trains them, on every strategy, resumed exactly."""
 
 from __future__ import annotations
 

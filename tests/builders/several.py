@@ -1,6 +1,6 @@
 """Training runs under every strategy, many in one set of processes: starting Python once saves most time.
 
-Each rank calls the trainer's front door with each list of flags in turn; all runs of a world size join one
+Each rank calls the trainer's entry point with each list of flags in turn; all runs of a world size join one
 process group.
 """
 

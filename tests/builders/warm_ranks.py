@@ -1,4 +1,4 @@
-"""Many launches of the trainer for the price of one: its front door, in ranks forked after the imports.
+"""Many launches of the trainer for the price of one: its entry point, in ranks forked after the imports.
 
 As a script this is a server: a JSON request a line (the runs of each rank, whom to hurt, folder), a JSON
 answer a line (codes and stderr of each rank, seconds). Every launch has processes and a process group of its
@@ -222,7 +222,7 @@ def _become(request: dict[str, Any], rank: int, port: int, errors: Path) -> NoRe
 
 
 def _train(runs: Sequence[Sequence[str]]) -> int:
-    """Every run through the front door, in one process group; the first exit code that is not 0."""
+    """Every run through the entry point, in one process group; the first exit code that is not 0."""
     # Already imported by the parent.
     import torch.distributed as dist  # noqa: PLC0415
 
