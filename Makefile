@@ -20,15 +20,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BUILD  := .build
 DEMO   := $(BUILD)/demo
-UV     := $(shell command -v uv 2>/dev/null)
 
-ifdef UV
-CREATE_VENV = $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-INSTALL     = $(UV) pip install --quiet --python $(BIN)/python --compile-bytecode
-else
-CREATE_VENV = $(PYTHON) -m venv $(VENV)
-INSTALL     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-endif
+# uv installs: the one on the PATH, else one of its own in the environment. It reads none of pip's settings,
+# so those of this machine (an index, a folder of wheels, a certificate) are passed on.
+UV = $(shell command -v uv || echo $(BIN)/uv)
+PIP_SETTINGS = $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -e 's/^:env:/~env/' -e 's/\\n/ /g' | sort | \
+    sed -n -e 's/^[^=]*[.]index-url=/UV_DEFAULT_INDEX=/p' -e 's/^[^=]*[.]extra-index-url=/UV_INDEX=/p' \
+    -e 's/^[^=]*[.]find-links=/UV_FIND_LINKS=/p' -e 's/^[^=]*[.]cert=/SSL_CERT_FILE=/p' \
+    -e 's/^[^=]*[.]default-timeout=/UV_HTTP_TIMEOUT=/p' -e 's/^[^=]*[.]trusted-host=/UV_INSECURE_HOST=/p')
+INSTALL = $(PIP_SETTINGS) $(UV) pip install --quiet --python $(BIN)/python --compile-bytecode \
+    --index-strategy unsafe-best-match
 
 RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_loader/Cargo.toml rust_loader/Cargo.lock)
 
@@ -43,7 +44,9 @@ setup: $(BUILD)/installed
 $(BUILD)/tools: constraints.txt
 	@mkdir -p $(BUILD)
 	@echo "creating $(VENV)"
-	@$(CREATE_VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt uv
 	@$(INSTALL) --constraint constraints.txt maturin
 	@touch $@
 

@@ -29,6 +29,7 @@ from apr_dist.model.families import Family
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 BLOCKS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -115,11 +116,12 @@ def test_a_merge_that_is_not_the_same_leaves_no_file(tmp_path: Path, monkeypatch
 @pytest.mark.falsifies("FALSIFY-APR-DIST-ADAPTER-002")
 def test_an_adapter_of_another_base_is_refused_by_digest(
     inputs: Inputs,
+    ranks: WarmRanks,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    runs = make_runs(inputs, shared_folder(tmp_path_factory) / "adapters")
+    runs = make_runs(inputs, ranks, shared_folder(tmp_path_factory) / "adapters")
     for adapter in (runs / "lora" / "adapter", runs / "lora" / "checkpoint.apr"):
         merged = tmp_path / "merged.apr"
         assert merge(inputs.pretrained, adapter, merged, "--force") == ExitCode.OK

@@ -24,8 +24,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 NOBODY = 65534
-LIMIT_S = 120.0
-"""A launch of one run that has not ended by then is killed, and its exit code is -9."""
+LIMIT_S = 300.0
+"""A launch of one run that has not ended by then is killed, and its exit code is -9.
+
+The first under ZeRO in a fresh checkout compiles DeepSpeed's CPU modules; killed at that, it would leave a
+lock on which every later one waits.
+"""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
