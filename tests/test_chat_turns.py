@@ -173,6 +173,7 @@ OTHERWISE = {
 SHOWN = {"has the system apart", "sets what is not asked", "numbers its turns", "looks back"}
 
 
+@pytest.mark.falsifies("FALSIFY-APR-DIST-TRAINER-040")
 @pytest.mark.parametrize("about", OTHERWISE)
 def test_templates_that_rewrite_drop_and_look_ahead_give_the_same(about: str) -> None:
     for messages in (*LONGER.values(), CHATS["two turns"], CHATS["two answers"], CHATS["system"]):

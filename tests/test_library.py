@@ -209,9 +209,10 @@ def test_held_out_shards_are_asked_their_gates_next_to_own_batches(inputs: Input
     rows, shards = batches_of(inputs, 2), str(inputs.validation)
     given = settings(inputs, tmp_path / "run", dataset=None, val_dataset=None)
     strange = of_another_tokenizer(inputs.validation, tmp_path / "strange")
+    same = str(shutil.copytree(inputs.validation, tmp_path / "same"))
     for named, refusal in (
         ({"val_dataset": str(strange)}, "encoded by tokenizer bbbbbbbbbbbb"),
-        ({"evaluation": {"sets": {"one": shards, "two": str(strange)}}}, "one and two hold the same data"),
+        ({"evaluation": {"sets": {"one": shards, "two": same}}}, "one and two hold the same data"),
         ({"evaluation": {"sets": {"two": str(strange)}}}, "encoded by tokenizer bbbbbbbbbbbb"),
         ({"evaluation": {"sets": {"one": shards}}, "seq_length": 4096}, "positions|a sequence needs"),
         ({"evaluation": {"sets": {"one": str(inputs.train)}}}, "the train part"),
