@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from builders.warm_ranks import WarmRanks
 
 from apr_dist.cli import main
 from apr_dist.corpus.encode import encode_corpus
+from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode
 from apr_dist.interop.stamp import stamp_file
 from apr_dist.interop.text_model import open_text_model
@@ -110,6 +113,18 @@ def test_two_names_for_the_same_data_are_refused(
     code = run_here(*flags(inputs, tmp_path / "run", *sets(one=inputs.validation, two=copy)))
     assert code == ExitCode.DATA
     assert "the validation sets one and two hold the same data" in capfd.readouterr().err
+
+
+def test_a_set_of_another_tokenizer_is_refused(
+    inputs: Inputs, other: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(other, tmp_path / "strange")
+    known = Manifest.load(tmp_path / "strange")
+    assert known.tokenizer is not None
+    replace(known, tokenizer=replace(known.tokenizer, sha256="b" * 64)).write()
+    given = flags(inputs, tmp_path / "run", *sets(one=inputs.validation, two=tmp_path / "strange"))
+    assert run_here(*given) == ExitCode.GATE
+    assert "the shards were encoded by tokenizer bbbbbbbbbbbb" in capfd.readouterr().err
 
 
 def test_a_set_that_is_trained_on_is_refused(
