@@ -353,14 +353,17 @@ def test_a_step_folder_of_an_earlier_version_is_read_under_the_new_names(
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_step_to_go_on_from(
     inputs: Inputs, tmp_path: Path
 ) -> None:
-    """A run that saves after every step is killed at moments that differ; the newest folder is whole."""
+    """A run that saves after every step is killed at moments that differ; the newest folder is whole.
+
+    The second run's state is in host memory: it goes on from the first one's.
+    """
     run_dir = tmp_path / "run"
     saving = ("--num-steps", "100000", "--eval-every", "1", "--evaluation.max-sequences", "1")
     saving += ("--early-stop.patience", "100000", "--resume", "auto", "--checkpoint.keep-last", "1")
     reached = 0
-    for moment_s in (0.05, 0.11):
+    for moment_s, offload in ((0.05, "none"), (0.11, "optimizer")):
         process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *flags(inputs, run_dir, *saving)],
+            [sys.executable, str(TRAIN), *flags(inputs, run_dir, *saving, "--parallel.offload", offload)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
