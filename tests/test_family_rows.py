@@ -58,6 +58,7 @@ def our_loss(model: Decoder) -> torch.Tensor:
     return result[0] / result[1]
 
 
+@pytest.mark.shows("trained", "from and to Hugging Face")
 @pytest.mark.parametrize(("family", "number"), CASES)
 def test_import_training_export_and_reload_equal_the_reference(
     family: str, number: int, tmp_path: Path
@@ -99,6 +100,7 @@ def test_import_training_export_and_reload_equal_the_reference(
     assert torch.equal(logits_of(tmp_path / "z.apr"), logits_of(tmp_path / "y.apr"))
 
 
+@pytest.mark.shows("from and to GGUF")
 @pytest.mark.parametrize("family", [one for one in ROWS if Family(one).definition.gguf.exported])
 def test_gguf_there_and_back_is_the_same_model(family: str, tmp_path: Path) -> None:
     windows = {"sliding_window": 1000} if family == "mistral" else {}

@@ -161,6 +161,7 @@ def test_rows_never_join_even_with_equal_ids() -> None:
     assert Boundaries.from_ids(torch.zeros(2, 5, dtype=torch.int64)).spans() == ((0, 0, 5), (1, 0, 5))
 
 
+@pytest.mark.shows("packed documents")
 @pytest.mark.parametrize("family", Family)
 def test_a_packed_row_is_to_each_document_what_the_reference_computes_of_it_alone(
     family: Family, kernels: KernelCase

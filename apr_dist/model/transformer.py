@@ -143,8 +143,8 @@ class Backbone(Computed):
         x = self.embed_tokens(input_ids, tied=tied) if tied else self.embed_tokens(input_ids)
         if self.config.embedding_scale != 1.0:
             x = x * _rounded(self.config.embedding_scale, x.dtype)
-        attend = self._attention(x, document_ids, whole=caches is None)
-        rotations = self._rotations(position_ids, document_ids)
+        attend = self.attention(x, document_ids, whole=caches is None)
+        rotations = self.rotations(position_ids, document_ids)
         for index, layer in enumerate(self.layers):
             window = self.config.windows[index]
             x = layer(x, rotations[index], attend[window], caches[index] if caches else None)
@@ -152,7 +152,9 @@ class Backbone(Computed):
         x = self.norm(x)
         return x if scaling == 1.0 else x / scaling  # type: ignore[no-any-return]
 
-    def _attention(self, x: Tensor, documents: Boundaries | None, *, whole: bool) -> dict[int | None, Attend]:
+    def attention(
+        self, x: Tensor, documents: Boundaries | None = None, *, whole: bool = True
+    ) -> dict[int | None, Attend]:
         """How each window attends."""
         kernels = self.kernels_for(x, compiled=self.compiled)
         return {
@@ -168,7 +170,7 @@ class Backbone(Computed):
             for window in dict.fromkeys(self.config.windows)
         }
 
-    def _rotations(self, position_ids: Tensor, documents: Boundaries | None) -> list[Rotation | None]:
+    def rotations(self, position_ids: Tensor, documents: Boundaries | None = None) -> list[Rotation | None]:
         """The rotation of each layer; where lengths decide it, each document has its own."""
         scaling = self.config.rope_scaling
         by_length = scaling is not None and scaling.by_length and documents is not None
