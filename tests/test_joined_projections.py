@@ -10,15 +10,18 @@ import pytest
 from builders.families import odd_config
 from builders.files import write_apr
 from builders.hf_models import hf_folder, logits_of, reference_logits
+from builders.models import tiny_config
 from safetensors.numpy import load_file, save_file
 
 from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader
-from apr_dist.errors import ArchitectureRefused, WeightsRefused
+from apr_dist.errors import ArchitectureRefused, UsageError, WeightsRefused
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.hf_export import export_huggingface
 from apr_dist.interop.importing import import_model
+from apr_dist.model.adapters import chosen_modules
+from apr_dist.model.families import Family
 
 QKV, GATE_UP = "model.layers.1.self_attn.qkv_proj.weight", "model.layers.1.mlp.gate_up_proj.weight"
 
@@ -105,6 +108,14 @@ def test_joined_names_under_another_familys_claim_are_refused(folder: Path, tmp_
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArchitectureRefused, match="LlamaForCausalLM"):
         import_model(folder, tmp_path / "x.apr")
+
+
+def test_an_adapter_of_a_joined_projection_is_refused_with_the_targets_there_are() -> None:
+    model = tiny_config(Family.PHI3)
+    with pytest.raises(UsageError, match=r"q_proj is a part of self_attn\.qkv_proj") as refusal:
+        chosen_modules(model, ["all-linear"])
+    assert "--adapter.targets o_proj,down_proj" in refusal.value.remedy
+    assert len(chosen_modules(model, ["o_proj", "down_proj"])) == 2 * model.num_layers
 
 
 def test_an_apr_file_of_joined_tensors_is_refused_until_an_import_has_split_it(
