@@ -14,17 +14,19 @@ from builders.families import odd_config
 from builders.files import write_apr
 from builders.hf_models import TOKENS, hf_folder, logits_of, reference_logits
 from builders.models import random_tokens, tiny_config, tiny_decoder
-from builders.runs import metrics, run_here
+from builders.runs import metrics
 from builders.several import MIXTURE_KEYS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
+from apr_dist import open_session
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import AdapterKind, KernelChoice
 from apr_dist.cli import main as apr_dist_main
 from apr_dist.config import TrainConfig
+from apr_dist.config.reading import parse_command_line
 from apr_dist.config.sections import ComputeSection, RouterSection
 from apr_dist.errors import ArchitectureRefused, UsageError, WeightsRefused
 from apr_dist.gates.model_file import prove_model
@@ -319,45 +321,43 @@ def test_a_run_measures_every_expert_and_names_one_that_nobody_uses(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained, given an expert that is never the best, evaluated, reported, exported and spoken with."""
-    keys = MIXTURE_KEYS | {"num_experts_per_tok": 1}
-    (tmp_path / "mixture.json").write_text(json.dumps(keys))
-    flags = [*inputs.data_flags(), "--num-steps", "2", "--eval-every", "1", "--warmup-steps", "0"]
-    start = ["--model", str(tmp_path / "mixture.json"), "--mode", "from-scratch"]
-    assert run_here(*flags, *start, "--run-dir", str(tmp_path / "first")) == 0
-    assert "load-balancing loss x 0.1 (the model's)" in "".join(capsys.readouterr())
-    with AprReader(tmp_path / "first" / "checkpoint.apr") as reader:
-        tensors = {name: np.array(reader.float32(name)) for name in reader.tensors}
-        router = tensors["model.layers.1.mlp.gate.weight"]
-        router[0] = (router[1] + router[2]) / 2
-        write_apr(tmp_path / "idle.apr", tensors, reader.metadata.to_mapping())
-    run_dir = tmp_path / "second"
-    flags += ["--init", str(tmp_path / "idle.apr"), "--run-dir", str(run_dir), "--router.aux-loss", "0"]
-    assert run_here(*flags, "--lr", "1e-6", "--early-stop.min-evaluations", "9") == 0
+    (tmp_path / "mixture.json").write_text(json.dumps(MIXTURE_KEYS | {"num_experts_per_tok": 1}))
+    run_dir, name = tmp_path / "run", "model.layers.1.mlp.gate.weight"
+    flags = [*inputs.data_flags(), "--warmup-steps", "0", "--num-steps", "2", "--progress", "plain"]
+    flags += ["--model", str(tmp_path / "mixture.json"), "--mode", "from-scratch", "--run-dir", str(run_dir)]
+    with open_session(parse_command_line(flags).config) as session:
+        router = session.weight(name)
+        router[0] = (router[1] + router[2]) / 2  # never larger than both
+        session.set_weight(name, router)
+        session.evaluate()
+        list(session.steps(until=1))
+        session.evaluate()
+        list(session.steps())
+        session.save()
     said = "".join(capsys.readouterr())
+    assert "load-balancing loss x 0.1 (the model's)" in said
     assert "experts got no held-out token: model.layers.1.mlp.experts 0" in said
-    assert "load-balancing loss x 0," in said
-    first, *later = metrics(run_dir, "evaluation")
+    assert "experts got no training token since the last evaluation, so nothing trained them" in said
+    first, second = metrics(run_dir, "evaluation")
     assert first["router"]["idle_held_out"] == ["model.layers.1.mlp.experts 0"]
     assert [len(row) for row in first["router"]["load"]] == [7, 7]
     assert sum(first["router"]["load"][0]) == pytest.approx(7, abs=1e-3)
-    assert "model.layers.1.mlp.experts 0" in later[-1]["router"]["idle_trained"]
-    for line in metrics(run_dir):
-        figures = line["router"]
-        assert figures["load_min"] == 0.0 < 1 < figures["load_max"]
-        assert (figures["dropped"], figures["idle"] > 0) == (0.0, True)
-        assert 0 < figures["entropy"] <= math.log(7) + 1e-6
+    assert "model.layers.1.mlp.experts 0" in second["router"]["idle_trained"]
+    figures = metrics(run_dir)[0]["router"]
+    assert figures["load_min"] == 0.0 < 1 < figures["load_max"]
+    assert (figures["dropped"], figures["idle"] > 0) == (0.0, True)
+    assert 0 < figures["entropy"] <= math.log(7) + 1e-6
     write_report([run_dir], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "0% dropped" in page
-    assert "with no training token (model.layers.1.mlp.experts 0" in page
-    model = str(run_dir / "checkpoint.apr")
+    model = str(run_dir / "steps" / "000002" / "checkpoint.apr")
     assert apr_dist_main(["export", model, "--to", "huggingface", "-o", str(tmp_path / "out")]) == 0
     fused = ["export", model, "--to", "huggingface", "--fused-experts", "-o", str(tmp_path / "fused")]
     assert apr_dist_main(fused) == 0
     assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "fused" / "model.safetensors")
     apart, together = (reference_logits(tmp_path / one) for one in ("out", "fused"))
     assert torch.equal(apart, together)
-    torch.testing.assert_close(logits_of(run_dir / "checkpoint.apr"), apart, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(Path(model)), apart, atol=1e-5, rtol=1e-5)
     capsys.readouterr()
     assert apr_dist_main(["generate", model, "--prompt", "the", "--max-tokens", "3"]) == 0
     assert apr_dist_main(["plan", "--init", model, "--synthetic", "--seq-length", "32", "--json"]) == 0

@@ -215,7 +215,7 @@ def test_keeping_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"general.architecture": "falcon"}, "falcon"),
-        ({"llama.expert_count": 8}, "expert_count is 8"),
+        ({"llama.expert_count": 8}, "read as mixtral and lacks llama.expert_used_count"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
         ({"llama.attention.head_count_kv": [2, 1]}, "layer to layer"),

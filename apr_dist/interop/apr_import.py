@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from apr_dist.apr.layout import TOKENIZER_TEXT, DType
+from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import ArchitectureRefused
-from apr_dist.gates.architecture import HEAD
+from apr_dist.gates.architecture import CLAIM_KEYS, HEAD
 from apr_dist.gates.model_file import refuse_shard, same_payload
 from apr_dist.interop.convert import Piece, converted_pieces, encode, kept_type
 from apr_dist.interop.embedding import embed_tokenizer
 from apr_dist.interop.expert_layouts import joined_tensors
 from apr_dist.interop.gguf_names import split_halves
+from apr_dist.interop.joined import Rows, joined_type, where_stored
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.stored_names import CLAIM, model_tensors
-from apr_dist.model.config import SPLIT_HALVES
+from apr_dist.model.config import SPLIT_HALVES, TransformerConfig
+from apr_dist.model.families import family_named
 
 _ADJACENT_PAIRS = 0
 """``rope_type`` of a file whose rows of q and k keep the pairing of GGUF's llama architecture."""
@@ -49,17 +51,24 @@ def import_apr(request: ImportRequest) -> ImportSummary:
         )
         head_dim, reordered = _pairing(reader)
         metadata, more = _metadata(reader, tied=HEAD not in stored)
-        joined = joined_tensors(stored, lambda name: reader.tensors[name].shape, where=request.source)
-        specs = [
-            TensorSpec(name, _common_type(reader, one.parts, request.dtype), one.shape)
-            for name, one in joined.items()
-        ]
+        rows = _rows(reader, stored)
+        entries = {name: reader.tensors[stored[part.stored if part else name]] for name, part in rows.items()}
+        shapes = {
+            name: entries[name].shape if part is None else (part.count, *entries[name].shape[1:])
+            for name, part in rows.items()
+        }
+        joined = joined_tensors(list(rows), shapes.__getitem__, where=request.source)
+        specs = []
+        for name, one in joined.items():
+            kind = joined_type([kept_type(entries[part], request.dtype) for part in one.parts])
+            specs.append(TensorSpec(name, kind, one.shape))
 
         def pieces() -> Iterator[tuple[str, Piece]]:
             for spec in specs:
                 for part in joined[spec.name].parts:
-                    yield from ((spec.name, one) for one in _pieces(reader, part, spec, head_dim))
-                    reader.forget(part)
+                    old = entries[part].name
+                    yield from ((spec.name, one) for one in _pieces(reader, old, spec, head_dim, rows[part]))
+                    reader.forget(old)
 
         return request.write(
             pieces(),
@@ -71,10 +80,20 @@ def import_apr(request: ImportRequest) -> ImportSummary:
         )
 
 
-def _common_type(reader: AprReader, parts: Sequence[str], wanted: DType | None) -> DType:
-    """The type that tensors are written in that are joined; F32 where theirs differ."""
-    kinds = {kept_type(reader.tensors[name], wanted) for name in parts}
-    return kinds.pop() if len(kinds) == 1 else DType.F32
+def _rows(reader: AprReader, stored: Mapping[str, str]) -> Mapping[str, Rows | None]:
+    """Each tensor of ours, and its rows where the file holds it joined with others."""
+    metadata = reader.metadata.to_mapping()
+    texts = [str(metadata[key]) for key in CLAIM_KEYS if metadata.get(key)]
+    family = next((one for text in texts if (one := family_named(text)) and one.definition.joined), None)
+    if family is None or not any(
+        f".{whole}." in name for whole in family.definition.joined for name in stored
+    ):
+        return dict.fromkeys(stored)
+    model = TransformerConfig.from_metadata(
+        metadata, family=family, where=reader.path, tie_word_embeddings=HEAD not in stored
+    )
+    shapes = {name: reader.tensors[old].shape for name, old in stored.items()}
+    return where_stored(model, shapes, where=reader.path)
 
 
 def _pairing(reader: AprReader) -> tuple[int | None, tuple[str, ...]]:
@@ -106,7 +125,15 @@ def _metadata(reader: AprReader, *, tied: bool) -> tuple[AprMetadata, tuple[str,
     return metadata, ()
 
 
-def _pieces(reader: AprReader, name: str, spec: TensorSpec, head_dim: int | None) -> Iterator[Piece]:
+def _pieces(
+    reader: AprReader, name: str, spec: TensorSpec, head_dim: int | None, part: Rows | None
+) -> Iterator[Piece]:
+    if part is not None:
+        values = np.ascontiguousarray(reader.float32(name)[part.first : part.first + part.count])
+        if head_dim is not None and any(one in spec.name for one in _ROTATED):
+            values = np.ascontiguousarray(split_halves(values, head_dim))
+        yield encode(values, spec.dtype, name=name, where=reader.path)
+        return
     if head_dim is None or not any(part in spec.name for part in _ROTATED):
         yield from converted_pieces(reader, name, spec.dtype)
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,7 +34,7 @@ class Joined:
     """The stored tensors that one of ours is made of, in the order of its elements.
 
     Attributes:
-        parts: their stored names.
+        parts: their plain names.
         shape: of all together.
     """
 
@@ -43,13 +43,13 @@ class Joined:
 
 
 def joined_tensors(
-    names: Mapping[str, str], shape_of: Callable[[str], Shape], *, where: Path
+    names: Iterable[str], shape_of: Callable[[str], Shape], *, where: Path
 ) -> dict[str, Joined]:
     """What each tensor of the model is made of; those of experts are joined, whatever layout they have.
 
     Args:
-        names: stored name of each tensor by its plain name.
-        shape_of: gives the shape of a stored tensor.
+        names: plain names of the stored tensors.
+        shape_of: gives the shape of one.
         where: what a refusal names.
 
     Raises:
@@ -57,8 +57,8 @@ def joined_tensors(
     """
     found: dict[str, Joined] = {}
     experts: dict[tuple[str, ExpertNames], dict[tuple[int, str], str]] = {}
-    for plain, stored in names.items():
-        layer, _, within = _split(plain)
+    for stored in names:
+        layer, _, within = _split(stored)
         layout = next((one for one in _layouts() if within.startswith(one.experts)), None)
         number, _, matrix = within.removeprefix(layout.experts).partition(".") if layout else ("", "", "")
         if layout and number.isdecimal() and matrix in (layout.gate, layout.up, layout.down):
@@ -132,32 +132,39 @@ def _refused(what: str, where: Path) -> WeightsRefused:
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor to be written, which is some consecutive elements of one of ours.
+    """A tensor to be written: whole ones of ours one after another, or some elements of one.
 
     Attributes:
         spec: what is written.
-        source: our tensor.
-        first: its first element that belongs to it.
+        sources: our tensors.
+        first: of a single one the first element that belongs to it.
     """
 
     spec: TensorSpec
-    source: str
+    sources: tuple[str, ...]
     first: int = 0
 
-    @property
-    def count(self) -> int:
-        """Elements of it."""
-        return math.prod(self.spec.shape)
+    def spans(self) -> Iterator[tuple[str, int, int | None]]:
+        """Each source, its first element that is written, and how many are; None: all."""
+        count = math.prod(self.spec.shape) if len(self.sources) == 1 else None
+        for source in self.sources:
+            yield source, self.first, count
 
 
-def parted_tensor(spec: TensorSpec, model: TransformerConfig) -> Iterator[Part]:
-    """The published tensors that one of ours becomes, in the order of its elements."""
+def parted_tensor(spec: TensorSpec, sources: tuple[str, ...], model: TransformerConfig) -> Iterator[Part]:
+    """The published tensors that one becomes, in the order of its elements.
+
+    Args:
+        spec: a tensor as this project, or a family's files, hold it.
+        sources: our tensors that it is made of.
+        model: what they are of.
+    """
     layout = model.family.definition.experts
     layer, _, within = _split(spec.name)
     if layout is None or model.num_experts is None:
-        yield Part(spec, spec.name)
+        yield Part(spec, sources)
     elif within == "mlp.gate.weight":
-        yield Part(TensorSpec(layer + layout.router, spec.dtype, spec.shape), spec.name)
+        yield Part(TensorSpec(layer + layout.router, spec.dtype, spec.shape), sources)
     elif within in {_OURS + end for end in _FUSED_ENDS}:
         together = (layout.down,) if within.endswith("down_proj") else (layout.gate, layout.up)
         _, rows, columns = spec.shape
@@ -166,6 +173,6 @@ def parted_tensor(spec: TensorSpec, model: TransformerConfig) -> Iterator[Part]:
         for index in range(model.num_experts * len(together)):
             number, matrix = divmod(index, len(together))
             name = f"{layer}{layout.experts}{number}.{together[matrix]}"
-            yield Part(TensorSpec(name, spec.dtype, shape), spec.name, index * each)
+            yield Part(TensorSpec(name, spec.dtype, shape), sources, index * each)
     else:
-        yield Part(spec, spec.name)
+        yield Part(spec, sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,14 @@ from apr_dist.interop.gguf_metadata import read_metadata
 from apr_dist.interop.gguf_names import (
     EMBEDDING,
     OUTPUT,
-    ROPE_FACTORS,
     all_gguf,
     norm_shift,
     rotary_projection,
     split_halves,
     to_huggingface,
 )
+from apr_dist.interop.gguf_rope import computed_tensors
+from apr_dist.interop.joined import joined_type, stored_tensors, where_stored
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.stored_names import CLAIM, decide_tie
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
@@ -45,12 +47,14 @@ class _Plan:
     Attributes:
         spec: what is written.
         tensors: where its values are; of several each has some rows of each expert.
+        first: row of a single one that is its first.
         reordered_head_dim: the head size if rows are reordered.
         shift: what the file adds to the values.
     """
 
     spec: TensorSpec
     tensors: tuple[GgufTensor, ...]
+    first: int
     reordered_head_dim: int | None
     shift: float
 
@@ -108,7 +112,7 @@ def _embed(metadata: AprMetadata, source: Path) -> tuple[AprMetadata, tuple[str,
 
 
 def _check_complete(file: GgufFile, model: TransformerConfig, form: GgufForm) -> None:
-    required = [one for name in model.parameter_shapes() for one in all_gguf(name, form) or (name,)]
+    required = [one for name in stored_tensors(model) for one in all_gguf(name, form) or (name,)]
     missing = [name for name in required if name not in file.tensors]
     if missing:
         raise DamagedModelFile(
@@ -126,17 +130,18 @@ def _same_values(file: GgufFile, left: GgufTensor, right: GgufTensor) -> bool:
     read = file.packed_rows if same_type else file.float32_rows
     return all(
         np.array_equal(np.asarray(read(left, first, last)), np.asarray(read(right, first, last)))
-        for first, last in _row_ranges(left, 1)
+        for first, last in _row_ranges(left.rows, left.shape[-1], 1)
     )
 
 
 def _plan(
     file: GgufFile, model: TransformerConfig, form: GgufForm, dtype: DType | None, tied: bool
 ) -> list[_Plan]:
-    expected = model.parameter_shapes().keys() | {"lm_head.weight"}
-    found: dict[str, list[GgufTensor]] = {}
+    expected = stored_tensors(model).keys() | {"lm_head.weight"}
+    left_out = {*([OUTPUT] if tied else []), *computed_tensors(form)}
+    tensors: dict[str, list[GgufTensor]] = {}
     for tensor in file.tensors.values():
-        if (tied and tensor.name == OUTPUT) or (form.rope_factors and tensor.name == ROPE_FACTORS):
+        if tensor.name in left_out:
             continue
         name = to_huggingface(tensor.name, form)
         if name not in expected or name is None:
@@ -149,16 +154,20 @@ def _plan(
         file.float32_rows(
             tensor, 0, min(1, tensor.rows)
         )  # refuses an unknown type before anything is written
-        found.setdefault(name, []).append(tensor)
+        tensors.setdefault(name, []).append(tensor)
     plans = []
-    for name, tensors in found.items():
-        order = all_gguf(name, form)
-        tensors.sort(key=lambda one: order.index(one.name))
-        kinds = {_KEPT.get(one.type_name, DType.F16) for one in tensors}
-        chosen = dtype or (kinds.pop() if len(kinds) == 1 else DType.F32)
-        head_dim = _head_dim(file, name, tensors[0], model) if form.permuted else None
-        spec = TensorSpec(name, chosen, _joined_shape(file, tensors))
-        plans.append(_Plan(spec, tuple(tensors), head_dim, norm_shift(name, form)))
+    shapes = {name: _joined_shape(file, found) for name, found in tensors.items()}
+    for name, rows in where_stored(model, shapes, where=file.path).items():
+        stored = name if rows is None else rows.stored
+        order = all_gguf(stored, form)
+        found = sorted(tensors[stored], key=lambda one: order.index(one.name))
+        kind = joined_type([_KEPT.get(one.type_name, DType.F16) for one in found])
+        chosen = kind if dtype is None else dtype
+        head_dim = _head_dim(file, name, found[0], model) if form.permuted else None
+        whole = shapes[stored]
+        first, shape = (0, whole) if rows is None else (rows.first, (rows.count, *whole[1:]))
+        spec = TensorSpec(name, chosen, shape)
+        plans.append(_Plan(spec, tuple(found), first, head_dim, norm_shift(name, form)))
     return plans
 
 
@@ -212,22 +221,20 @@ def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:
 
 def _ranges(plan: _Plan, multiple: int) -> Iterator[tuple[GgufTensor, int, int]]:
     """The rows that the tensor is made of, in its order: of several tensors each expert's in turn."""
+    shape = plan.spec.shape
     if len(plan.tensors) == 1:
-        yield from ((plan.tensors[0], first, last) for first, last in _row_ranges(plan.tensors[0], multiple))
+        for first, last in _row_ranges(math.prod(shape[:-1]), shape[-1], multiple):
+            yield plan.tensors[0], plan.first + first, plan.first + last
         return
-    experts, rows, _ = plan.tensors[0].shape
+    experts, rows, columns = plan.tensors[0].shape
     for expert in range(experts):
         for tensor in plan.tensors:
-            for first, last in _row_ranges(tensor, 1, rows):
+            for first, last in _row_ranges(rows, columns, 1):
                 yield tensor, expert * rows + first, expert * rows + last
 
 
-def _row_ranges(tensor: GgufTensor, multiple: int, rows: int | None = None) -> Iterator[tuple[int, int]]:
-    """Consecutive row ranges of about ``CHUNK_ELEMENTS`` values, each a multiple of ``multiple`` rows.
-
-    Of all rows, or of as many as are given.
-    """
-    rows = tensor.rows if rows is None else rows
-    step = max(1, CHUNK_ELEMENTS // max(1, tensor.shape[-1]) // multiple) * multiple
+def _row_ranges(rows: int, columns: int, multiple: int) -> Iterator[tuple[int, int]]:
+    """Consecutive row ranges of about ``CHUNK_ELEMENTS`` values, each a multiple of ``multiple`` rows."""
+    step = max(1, CHUNK_ELEMENTS // max(1, columns) // multiple) * multiple
     for first in range(0, rows, step):
         yield first, min(rows, first + step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,18 +18,11 @@ from apr_dist.errors import OutputError, UnsupportedModelFile
 from apr_dist.interop.convert import CHUNK_ELEMENTS
 from apr_dist.interop.gguf_file import GgufFile, GgufTensor
 from apr_dist.interop.gguf_metadata import read_metadata
-from apr_dist.interop.gguf_names import (
-    OUTPUT,
-    ROPE_FACTORS,
-    norm_shift,
-    part_of,
-    rotary_projection,
-    split_halves,
-)
-from apr_dist.interop.gguf_rope import rope_divisors
+from apr_dist.interop.gguf_names import OUTPUT, norm_shift, part_of, rotary_projection, split_halves
+from apr_dist.interop.gguf_rope import computed_tensors, rope_divisors
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.rope_scaling import RopeScaling
+from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
 
 LARGEST: Final = {"F32": math.inf, "F16": 65_504.0, "Q8_0": 65_504.0 * 127}
 """Largest magnitude that each GGML type holds; Q8_0 by its F16 scale."""
@@ -38,6 +32,23 @@ _Q8_STEP, _Q8_BLOCK = 0.5 / 127 + 2 * _F16_STEP, 32
 _FLOAT_TOLERANCE = 1e-6
 _NOT_IN_GGUF = ("family", "sliding_window", "router_aux_loss_coef")
 """Refused before, where llama.cpp would compute something else; or of training alone."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a GGUF file.
+
+    Attributes:
+        gguf: its name there.
+        parts: the tensors of the source whose rows it holds.
+        index: of a tensor that joins the gates and ups of experts, which of these it holds.
+        of: as how many tensors that is written.
+    """
+
+    gguf: str
+    parts: tuple[str, ...]
+    index: int = 0
+    of: int = 1
 
 
 def refuse_too_large(values: npt.NDArray[np.float32], type_name: str, *, name: str, where: Path) -> None:
@@ -57,14 +68,14 @@ def refuse_too_large(values: npt.NDArray[np.float32], type_name: str, *, name: s
 
 
 def check_read_back(
-    path: Path, reader: AprReader, names: Mapping[str, tuple[str, ...]], model: TransformerConfig
+    path: Path, reader: AprReader, names: Mapping[str, Stored], model: TransformerConfig
 ) -> None:
     """Compare metadata, tokenizer and every tensor of the file at ``path`` with the source.
 
     Args:
         path: the GGUF file that was written.
         reader: the source.
-        names: its names of the tensors that were written, each with its GGUF names.
+        names: the tensors that were written, by their names there.
         model: what the source states.
 
     Raises:
@@ -78,15 +89,11 @@ def check_read_back(
         for key in vars(model).keys() - set(_NOT_IN_GGUF):
             if not _same(key, model, back):
                 raise _differs(f"{key} {getattr(model, key)!r} as {getattr(back, key)!r}", reader.path)
-        written = sum(map(len, names.values()))
-        if len(file.tensors) - (ROPE_FACTORS in file.tensors) != written:
-            raise _differs(f"{written} tensors as {len(file.tensors)}", reader.path)
-        for name, translated in names.items():
-            whole = reader.float32(name)
-            for index, one in enumerate(translated):
-                part = part_of(whole, index, len(translated))
-                _check_tensor(file, file.tensors[one], part, reader, name, model)
-            reader.forget(name)
+        weights = file.tensors.keys() - set(computed_tensors(family.definition.gguf))
+        if len(weights) != len(names):
+            raise _differs(f"{len(names)} tensors as {len(weights)}", reader.path)
+        for stored in names.values():
+            _check_tensor(file, file.tensors[stored.gguf], reader, stored, model)
     _check_tokenizer(path, reader)
 
 
@@ -94,6 +101,8 @@ def _same(key: str, model: TransformerConfig, back: TransformerConfig) -> bool:
     before, after = getattr(model, key), getattr(back, key)
     if key == "rope_scaling":
         return _same_scaling(before, after, model)
+    if key == "partial_rotary_factor":  # a file counts dimensions
+        return model.rotary_dim == back.rotary_dim
     if isinstance(before, float):
         return math.isclose(before, after, rel_tol=_FLOAT_TOLERANCE)
     return bool(before == after)
@@ -102,27 +111,30 @@ def _same(key: str, model: TransformerConfig, back: TransformerConfig) -> bool:
 def _same_scaling(before: RopeScaling | None, after: RopeScaling | None, model: TransformerConfig) -> bool:
     """Whether two scalings turn alike; Llama 3's may be stated by other factors."""
     divisors = [
-        rope_divisors(one, theta=model.rope_theta, head_dim=model.head_dim) for one in (before, after)
+        rope_divisors(one, theta=model.rope_theta, head_dim=model.rotary_dim) for one in (before, after)
     ]
     if divisors[0] is not None:
-        ones = np.ones(model.head_dim // 2, np.float32)
+        ones = np.ones(model.rotary_dim // 2, np.float32)
         return bool(np.allclose(divisors[0], ones if divisors[1] is None else divisors[1], rtol=1e-4))
     if before is None or after is None:
         return before is after or (before is not None and before.factor == 1.0)
-    return all(
-        one == other or (isinstance(one, float) and math.isclose(one, other or 0.0, rel_tol=_FLOAT_TOLERANCE))
+    if before.rope_type is RopeScalingType.LONGROPE:  # its factor decides the rotation's alone
+        before, after = (
+            replace(one, factor=1.0, attention_factor=one.rotation_factor) for one in (before, after)
+        )
+    return before.rope_type is after.rope_type and all(
+        one == other or (one is not None and np.allclose(one, other or 0.0, rtol=_FLOAT_TOLERANCE, atol=0.0))
         for one, other in zip(vars(before).values(), vars(after).values(), strict=True)
+        if not isinstance(one, str)
     )
 
 
 def _check_tensor(
-    file: GgufFile,
-    tensor: GgufTensor,
-    expected: npt.NDArray[np.float32],
-    reader: AprReader,
-    name: str,
-    model: TransformerConfig,
+    file: GgufFile, tensor: GgufTensor, reader: AprReader, stored: Stored, model: TransformerConfig
 ) -> None:
+    parts = stored.parts
+    name, values = parts[0], [part_of(reader.float32(part), stored.index, stored.of) for part in parts]
+    expected = values[0] if len(values) == 1 else np.concatenate(values)
     expected = expected.reshape(-1, expected.shape[-1])
     permuted = model.family.definition.gguf.permuted and rotary_projection(name) is not None
     whole = len(tensor.shape) == 1
@@ -136,6 +148,8 @@ def _check_tensor(
         if not _within(expected[first:last] + shift, found, tensor.type_name):
             raise _differs(f"tensor {name!r} with other values", reader.path)
     file.forget(tensor)
+    for part in parts:
+        reader.forget(part)
 
 
 def _within(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32], type_name: str) -> bool:

@@ -15,13 +15,13 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, writing_to
 from apr_dist.errors import OutputError
-from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat_settings import huggingface_files
 from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, counted, kept_type, total_bytes
 from apr_dist.interop.embedding import embedded_files, stated_token_ids
 from apr_dist.interop.expert_layouts import Part, parted_tensor
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
+from apr_dist.interop.joined import joined_shape, joined_type, stored_tensors
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
 from apr_dist.model.config import TransformerConfig
@@ -129,7 +129,8 @@ def export_safetensors(
         config = _texts(reader, specs, model)["config.json"]
         with AtomicFile(beside, overwrite=overwrite) as file:
             file.write_at(0, config)
-            _write_weights(reader, parts, target, counted(progress, total_bytes(specs)), overwrite=overwrite)
+            report = counted(progress, total_bytes(specs))
+            _write_weights(reader, parts, target, report, overwrite=overwrite)
     return ExportSummary(
         source=Path(source),
         target=target,
@@ -144,12 +145,14 @@ def export_safetensors(
 def _parts(reader: AprReader, dtype: DType | None, fused: bool) -> tuple[TransformerConfig, list[Part]]:
     """The model, and what to write of it in index order; a tied head is left out."""
     model = prove_model(reader).config
+    order = {name: number for number, name in enumerate(reader.tensors)}
+    stored = sorted(stored_tensors(model).items(), key=lambda item: order[item[1][0]])
     parts: list[Part] = []
-    for entry in reader.tensors.values():
-        if model.tie_word_embeddings and entry.name == HEAD:
-            continue
-        spec = TensorSpec(entry.name, kept_type(entry, dtype), entry.shape)
-        parts += [Part(spec, spec.name)] if fused else parted_tensor(spec, model)
+    for name, sources in stored:
+        entries = [reader.tensors[source] for source in sources]
+        kind = joined_type([kept_type(entry, dtype) for entry in entries])
+        spec = TensorSpec(name, kind, joined_shape([entry.shape for entry in entries]))
+        parts += [Part(spec, sources)] if fused else parted_tensor(spec, sources, model)
     return model, parts
 
 
@@ -179,13 +182,11 @@ def _write_weights(
 ) -> None:
     with SafetensorsWriter(path, [part.spec for part in parts], overwrite=overwrite) as writer:
         for part in parts:
-            pieces = converted_pieces(
-                reader, part.source, part.spec.dtype, first=part.first, count=part.count
-            )
-            for piece in pieces:
-                writer.append(piece)
-                report(piece.nbytes)
-            reader.forget(part.source)
+            for source, first, count in part.spans():
+                for piece in converted_pieces(reader, source, part.spec.dtype, first=first, count=count):
+                    writer.append(piece)
+                    report(piece.nbytes)
+                reader.forget(source)
 
 
 def _texts(reader: AprReader, specs: Sequence[TensorSpec], model: TransformerConfig) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from apr_dist.interop.convert import CHUNK_ELEMENTS, COPY_BYTES, Piece, encode
 from apr_dist.interop.embedding import END_IDS_KEY, embed_tokenizer, tokens_by_id
 from apr_dist.interop.expert_layouts import joined_tensors
 from apr_dist.interop.hf_config import metadata_from_config, read_config
+from apr_dist.interop.joined import Rows, joined_type, where_stored
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
 from apr_dist.interop.stored_names import CLAIM, model_tensors
+from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
 from apr_dist.parsing import parse_yaml
 
@@ -54,6 +56,19 @@ class _Stored:
             values: npt.NDArray[Any] = np.frombuffer(piece, numbers)
             wide = widen_bfloat16(values) if own is DType.BF16 else values.astype(np.float32)
             yield encode(wide, dtype, name=self.tensor.name, where=self.file.path)
+
+    def part(self, name: str, rows: Rows) -> _Stored:
+        """Some of its rows, as a tensor of their own."""
+        whole = self.tensor
+        row_bytes = whole.size_bytes // whole.shape[0]
+        part = replace(
+            whole,
+            name=name,
+            shape=(rows.count, *whole.shape[1:]),
+            start=whole.start + rows.first * row_bytes,
+            size_bytes=rows.count * row_bytes,
+        )
+        return _Stored(self.file, part)
 
     def float32(self) -> npt.NDArray[np.float32]:
         """All of its values, flat."""
@@ -87,13 +102,14 @@ def import_huggingface(request: ImportRequest) -> ImportSummary:
             equal=lambda left, right: _same_bytes(stored[left], stored[right]),
             where=folder,
         )
-        joined = joined_tensors(names, lambda name: stored[name].tensor.shape, where=folder)
-        held = {name: [stored[part] for part in one.parts] for name, one in joined.items()}
+        parts = _parts({name: stored[old] for name, old in names.items()}, values, folder)
+        joined = joined_tensors(list(parts), lambda name: parts[name].tensor.shape, where=folder)
+        held = {name: [parts[part] for part in one.parts] for name, one in joined.items()}
         metadata, more = _metadata(folder, config, values | {CLAIM: HEAD not in held})
-        specs = [
-            TensorSpec(name, _common_type(held[name]) if request.dtype is None else request.dtype, one.shape)
-            for name, one in joined.items()
-        ]
+        specs = []
+        for name, one in joined.items():
+            kind = joined_type([part.tensor.dtype for part in held[name]])
+            specs.append(TensorSpec(name, kind if request.dtype is None else request.dtype, one.shape))
         return request.write(
             (
                 (spec.name, piece)
@@ -108,10 +124,17 @@ def import_huggingface(request: ImportRequest) -> ImportSummary:
         )
 
 
-def _common_type(parts: list[_Stored]) -> DType:
-    """The type of stored tensors that are joined; F32 where they have several."""
-    kinds = {one.tensor.dtype for one in parts}
-    return kinds.pop() if len(kinds) == 1 else DType.F32
+def _parts(held: dict[str, _Stored], values: Mapping[str, Any], folder: Path) -> dict[str, _Stored]:
+    """Each tensor of ours, one that the folder joins with others taken out of them."""
+    family = Family(values["architecture"])
+    if not family.definition.joined:
+        return held
+    model = TransformerConfig.from_metadata(
+        values, family=family, where=folder, tie_word_embeddings=HEAD not in held
+    )
+    shapes = {name: one.tensor.shape for name, one in held.items()}
+    rows = where_stored(model, shapes, where=folder)
+    return {name: held[name] if of is None else held[of.stored].part(name, of) for name, of in rows.items()}
 
 
 def _locate(source: Path) -> tuple[Path, list[Path], tuple[str, ...]]:

@@ -16,6 +16,7 @@ from typing import Final
 from apr_dist.choices import AdapterInit, AdapterKind
 from apr_dist.errors import UsageError
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.expert_options import ROUTER
 
 ALL_LINEAR: Final = "all-linear"
 """Every linear map of the blocks; not the output head, as in peft."""
@@ -27,7 +28,6 @@ FIRST, SECOND, BIAS, LENGTHS = "lora_A.weight", "lora_B.weight", "lora_B.bias", 
 """Names of the trained tensors of one linear map, behind the map's own."""
 
 _BLOCKS: Final = "model.layers."
-_ROUTER: Final = ".mlp.gate.weight"
 _EXPERT_WORDS: Final = ("experts", "gate_up_proj", "gate", "gate_proj", "up_proj", "down_proj", "mlp")
 """What targets are called by which an adapter of experts or routers is asked for."""
 
@@ -83,7 +83,7 @@ class Adapter:
 
 def is_halved(name: str, dimensions: int) -> bool:
     """Whether a frozen weight is a matrix, or one for each expert; a router's stays f32, as its logits."""
-    return dimensions >= 2 and not name.endswith(_ROUTER)
+    return dimensions >= 2 and not name.endswith(ROUTER)
 
 
 def linear_maps(config: TransformerConfig) -> list[str]:
@@ -92,7 +92,7 @@ def linear_maps(config: TransformerConfig) -> list[str]:
     Neither experts nor routers are among them: no adapter is put around these.
     """
     shapes = config.parameter_shapes().items()
-    names = (name for name, shape in shapes if len(shape) == 2 and not name.endswith(_ROUTER))
+    names = (name for name, shape in shapes if len(shape) == 2 and not name.endswith(ROUTER))
     return [name.removesuffix(".weight") for name in names if name != "model.embed_tokens.weight"]
 
 
@@ -137,11 +137,30 @@ def chosen_modules(
                 remedy="write one of them, or a pattern of whole names such as '*.mlp.*'",
             )
         wanted.update(found)
+    _refuse_joined(config, wanted, maps)
     if not wanted:
         raise UsageError(
             "no target is named", where="--adapter.targets", expected=ALL_LINEAR, remedy="name at least one"
         )
     return tuple(name for name in maps if name in wanted)
+
+
+def _refuse_joined(config: TransformerConfig, wanted: Iterable[str], maps: Iterable[str]) -> None:
+    """Refuse maps that are rows of one matrix in peft's base, which no folder of peft could name."""
+    joined = config.family.definition.joined
+    parts = {f".{part}": whole for whole, several in joined.items() for part in several}
+    for name in wanted:
+        whole = next((whole for part, whole in parts.items() if name.endswith(part)), None)
+        if whole is not None:
+            apart = list(
+                _kinds(one for one in maps if _block(one) is not None and not one.endswith(tuple(parts)))
+            )
+            raise UsageError(
+                f"{name} is a part of {whole} in the files of {config.family} models, where peft has one map",
+                where="--adapter.targets",
+                expected=f"some of {', '.join(apart)}",
+                remedy=f"write --adapter.targets {','.join(apart)}, or train the weights themselves",
+            )
 
 
 def short_names(config: TransformerConfig, modules: Iterable[str]) -> list[str]:

@@ -54,6 +54,8 @@ class ExpertOptions:
             raise refuse_key("router_aux_loss_coef", weight, "a finite number that is not negative")
 
 
+ROUTER: Final = ".mlp.gate.weight"
+"""End of the name of a router's weight, which is read in f32 whatever else is computed in."""
 SIZES: Final = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 EXPERT_OPTIONS: Final = tuple(ExpertOptions.__dataclass_fields__)
 """Names of all of them."""
