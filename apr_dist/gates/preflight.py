@@ -224,7 +224,7 @@ def _from_scratch(name: str) -> Preflight:
 
 
 def _positions(model: TransformerConfig, seq_length: int) -> GateResult:
-    limit = model.max_position_embeddings
+    limit = model.longest_sequence
     if seq_length > limit:
         raise UsageError(
             f"seq_length {seq_length:,} is more than the model's {limit:,} positions",

@@ -19,8 +19,8 @@ from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.host_copies import host_empty
 from apr_dist.model.transformer import Decoder
-from apr_dist.parallel.pieces import whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.shard_layout import whole_shape
 from apr_dist.parallel.sharded import as_dtensor, as_fsdp, held_here
 from apr_dist.parallel.split_weights import SplitWeight, attach
 from apr_dist.parallel.storage import is_narrow
@@ -61,8 +61,7 @@ def _narrow(decoder: Decoder, runtime: Runtime) -> set[str]:
     """Let the parameters that are stored in 16 bits be bf16; their names."""
     names = set()
     for name, weight in decoder.named_parameters():
-        stored = runtime.storage.weights is not WeightStorage.F32
-        if stored and is_narrow(name, weight.shape, runtime.strategy):
+        if is_narrow(name, weight.shape, runtime.strategy, runtime.storage.weights):
             weight.data = weight.data.to(torch.bfloat16)
             names.add(name)
     return names
