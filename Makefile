@@ -100,7 +100,12 @@ chat: $(CHATS)/validation/manifest.json
 	$(BIN)/apr-dist tokenize preview $(CHATS)/train --count 2
 	$(BIN)/python apr_dist/train.py --init $(DEMO)/smollm2.apr --dataset $(CHATS)/train \
 	    --val-dataset $(CHATS)/validation --config configs/chat.yaml --run-dir $(DEMO)/chat-run --overwrite
-	$(BIN)/apr-dist generate $(DEMO)/chat-run/checkpoint.apr --chat --prompt "Hello! How was your day?"
+	$(BIN)/apr-dist report $(DEMO)/chat-run --samples 0
+	@echo
+	@echo "an answer, which must end where the model ends its turn:"
+	$(BIN)/apr-dist generate $(DEMO)/chat-run/checkpoint.apr --chat --json --prompt "Hello! How was your day?" \
+	    | $(BIN)/python -c 'import json, sys; said = json.load(sys.stdin); print(said["text"]); \
+	        sys.exit(said["finish"] != "end-token")'
 
 EVIDENCE := contracts/evidence/smollm2-135m-500-steps
 EVIDENCE_RUN := $(BUILD)/evidence/run

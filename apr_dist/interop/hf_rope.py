@@ -144,6 +144,7 @@ def _layered_rope(
     if older is not None and not isinstance(older, Mapping):
         raise refuse_key("rope_scaling", older, "an object or null", where=where)
     far = dict(given.get(FULL_ATTENTION) or {}) | dict(older or {})
+    far.pop("truncate", None)  # transformers looks for it beside the kinds of layers, and finds none
     near = given.get(SLIDING_ATTENTION) or {}
     own = stated.get(_LOCAL_THETA, family.definition.hf_defaults["rope_theta"])
     local = _rotation(near, own, config, family, stated, where)

@@ -137,7 +137,7 @@ def chosen_modules(
                 remedy="write one of them, or a pattern of whole names such as '*.mlp.*'",
             )
         wanted.update(found)
-    _refuse_joined(config, wanted, maps)
+    _refuse_joined(config, [name for name in maps if name in wanted], maps)
     if not wanted:
         raise UsageError(
             "no target is named", where="--adapter.targets", expected=ALL_LINEAR, remedy="name at least one"

@@ -21,14 +21,14 @@ class ExpertOptions:
         num_experts_per_tok: those of them that compute a token.
         moe_intermediate_size: inner size of an expert; None: ``intermediate_size``.
         norm_topk_prob: a token's weights of its experts are divided by their sum.
-        router_aux_loss_coef: weight of the load-balancing loss with which the model was trained.
+        router_aux_loss_coef: weight of the load-balancing loss it is trained with, where a run names none.
     """
 
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = False
-    router_aux_loss_coef: float | None = None
+    router_aux_loss_coef: float = 0.0
 
     def check_experts(self, options: tuple[str, ...]) -> None:
         """Refuse what no mixture can be, for a family that has these options.
@@ -48,9 +48,8 @@ class ExpertOptions:
         if type(self.norm_topk_prob) is not bool:
             raise refuse_key("norm_topk_prob", self.norm_topk_prob, "true or false")
         weight = self.router_aux_loss_coef
-        if weight is not None and (
-            isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf
-        ):
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 <= weight < math.inf:
             raise refuse_key("router_aux_loss_coef", weight, "a finite number that is not negative")
 
 

@@ -123,7 +123,9 @@ class MetricsFile:
                     expected="a finite figure, and a positive throughput",
                     falsifier="INV-TRAIN-008",
                 )
-        self._line({"kind": "step", **values, **({} if router is None else {"router": router})})
+        if router is not None:
+            values["router"] = router
+        self._line({"kind": "step", **values})
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append a line of another kind, such as ``evaluation``."""

@@ -60,9 +60,9 @@ def set_up_routers(model: Decoder, options: RouterSection, runtime: Runtime) -> 
             )
         return None
     own = model.config.router_aux_loss_coef
-    routing.balance = (own or 0.0) if options.aux_loss is None else options.aux_loss
+    routing.balance = own if options.aux_loss is None else options.aux_loss
     routing.z_loss, routing.total = options.z_loss, runtime.sum
-    stated = " (the model's)" if options.aux_loss is None and own is not None else ""
+    stated = " (the model's)" if options.aux_loss is None else ""
     return (
         f"{routing.experts} experts a block, {routing.each} a token, none is ever dropped;"
         f" load-balancing loss x {routing.balance:g}{stated}, router z-loss x {routing.z_loss:g}"

@@ -13,12 +13,20 @@ from typing import Any, Final
 from apr_dist.model.families import Family
 
 CELLS: Final = (
-    *("trained", "from and to Hugging Face", "from and to GGUF", "generates", "packed documents"),
+    *(
+        "trained",
+        "from and to Hugging Face",
+        "from and to GGUF",
+        "chat template",
+        "generates",
+        "packed documents",
+    ),
     *("RoPE beyond its length", "adapters", "recomputation", "memory rungs", "plan"),
     *("DDP", "FSDP2", "ZeRO-3"),
 )
 MODULES: Final = (
     *("test_family_rows", "test_model_generation", "test_model_packing", "test_model_reference"),
+    "test_interop_chat",
     *("test_adapters_merge", "test_family_capabilities", "test_family_strategies"),
 )
 """Where the tests are."""

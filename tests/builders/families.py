@@ -18,6 +18,9 @@ WIDE_HEAD = {"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 1}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 300.0}
+UNTRUNCATED = YARN | {"original_max_position_embeddings": 61, "beta_fast": 4.0, "beta_slow": 0.3}
+UNTRUNCATED |= {"rope_theta": 500.0, "truncate": False}
+"""``transformers`` reads its last key only where all layers rotate alike."""
 BETA = {"llama_4_scaling_beta": 0.5}
 
 
@@ -57,7 +60,7 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         | {"rope_scaling": LINEAR},
         TIED
         | {"layer_types": [FULL, SLIDING], "sliding_window": 4}
-        | {"rope_parameters": {FULL: LINEAR | {"rope_theta": 500.0}, SLIDING: {"rope_type": "default"}}},
+        | {"rope_parameters": {FULL: UNTRUNCATED, SLIDING: {"rope_type": "default"}}},
     ),
     "olmo2": ({}, WIDE_HEAD, TIED | {"num_key_value_heads": 4, "vocab_size": 53, "rope_scaling": LINEAR}),
     "olmo3": (

@@ -37,12 +37,11 @@ MUTANTS: tuple[Change, ...] = (
     ),
     Change(
         TRAINER + "040",
-        "the first token of a conversation is a target",
-        FLAGS_FILE,
-        "flag",
-        "words[:1] |= NOT_A_TARGET | BEGINS",
-        "words[:1] |= BEGINS",
-        also=(LOADER + "014", TRAINER + "037", TRAINER + "038"),
+        "the token that ends a turn is not trained on",
+        "apr_dist/corpus/chat_encoding.py",
+        "_Chat._to_its_end",
+        "ends[at - 1][1]",
+        "ends[at - 1][0]",
     ),
     Change(
         TRAINER + "040",

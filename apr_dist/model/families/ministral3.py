@@ -57,6 +57,7 @@ FAMILY = FamilyDefinition(
         _BETA: 0.1,
     },
     options=(_BETA,),
+    head_dim_stated=True,
     presets={
         "ministral-3-8b": sizes(
             *(131_072, 4096, 34, 32, 8, 128, 14_336, 262_144, 1e6, 1e-5, False),
