@@ -105,7 +105,16 @@ def main() -> int:
         folder = Path(name)
         (folder / "model.json").write_text(json.dumps(MODEL))
         flags = [*make_data(folder), "--batch-size", "8", "--micro-batch-size", "2", "--seq-length", "128"]
-        flags += ["--evaluation.max-sequences", "128", "--device", "cpu", "--parallel.precision", "bf16"]
+        flags += [
+            "--warmup-steps",
+            "20",
+            "--evaluation.max-sequences",
+            "128",
+            "--device",
+            "cpu",
+            "--parallel.precision",
+            "bf16",
+        ]
         begun = ["--mode", "from-scratch", "--model", str(folder / "model.json"), "--num-steps", "300"]
         _, first = trained([*flags, *begun, "--eval-every", "300", "--lr", "1e-3"], folder / "begun")
         init = ["--init", str(folder / "begun" / "checkpoint.apr"), "--num-steps", str(options.steps)]
