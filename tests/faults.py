@@ -1,6 +1,6 @@
 """Faults a run has to survive, many times over; prints the table. ``make faults`` runs it, a few minutes.
 
-Every launch goes through the trainer's front door in processes forked after the imports. What is asked after
+Every launch goes through the trainer's entry point in processes forked after the imports. What is asked after
 each fault: exit codes, how long the others lived on, whether the newest folder is whole, and whether the run
 that goes on from it repeats the uninterrupted run's losses and gradient norms to the last bit.
 """

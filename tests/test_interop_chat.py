@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
 import pytest
+from builders.families import ROWS, odd_config
+from builders.hf_models import hf_folder
 from builders.runs import Inputs, run_here
 from builders.speakers import SETTINGS, TEMPLATE, TURN_END, chat_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,6 +60,28 @@ def test_they_pass_through_gguf(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert SETTINGS.items() <= made.items()
     assert answer_of(tmp_path / "out") == [0, TURN_END]
+
+
+@pytest.mark.shows("chat template")
+@pytest.mark.parametrize("family", ROWS)
+def test_the_template_of_every_family_passes_through_every_format(family: str, tmp_path: Path) -> None:
+    """A tokenizer of 40 tokens, and a vocabulary with rows that no token has."""
+    windows = {"sliding_window": 1000} if family == "mistral" else {}
+    folder = hf_folder(tmp_path / "in", odd_config(family, 0) | windows)
+    spoken = chat_folder(tmp_path / "spoken")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(spoken / name, folder / name)
+    import_model(folder, tmp_path / "x.apr")
+    export_gguf(tmp_path / "x.apr", tmp_path / "x.gguf")
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
+    import_model(tmp_path / "x.gguf", tmp_path / "y.apr")
+    for source in ("x.apr", "y.apr"):
+        export_huggingface(tmp_path / source, tmp_path / f"{source}.out")
+        tokenizers = [AutoTokenizer.from_pretrained(one) for one in (spoken, tmp_path / f"{source}.out")]
+        chat = [{"role": "user", "content": "b"}]
+        before, after = (one.apply_chat_template(chat, add_generation_prompt=True) for one in tokenizers)
+        assert before["input_ids"] == after["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ from apr_dist.model.families import Family
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.agreement import prove_same
 from apr_dist.parallel.engine import prepare
-from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.heartbeat import HERE, Phase
+from apr_dist.parallel.optimizer_files import restore
 from apr_dist.parallel.run_folder import prove_shared
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.state import restore
-from apr_dist.parallel.watch import Watch
+from apr_dist.parallel.save_group import Exchange
+from apr_dist.parallel.watchdog import Watch
 from apr_dist.runs.aborts import AbortRecord
 from apr_dist.runs.checkpoint import with_tokenizer
 from apr_dist.runs.display import Display
@@ -46,7 +46,6 @@ from apr_dist.runs.saved_state import SavedState
 from apr_dist.runs.saving import Saver
 from apr_dist.runs.trackers import Trackers
 from apr_dist.training.answers import Questions, open_questions
-from apr_dist.training.arrival import Weights, build_model
 from apr_dist.training.compute import set_up_compute, set_up_machine
 from apr_dist.training.efficiency import efficiency_of
 from apr_dist.training.optimizer import build_optimizer
@@ -56,6 +55,7 @@ from apr_dist.training.same_run import facts_of
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.step_guard import StepGuard
 from apr_dist.training.stepping import BatchFeed
+from apr_dist.training.weight_proof import Weights, build_model
 from apr_dist.version import __version__
 
 
@@ -97,12 +97,13 @@ class Opening:
             where="rank 0",
             tie_word_embeddings=facts["tied"],
         )
-        self.about = say_how(config, runtime, self.display)
         resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
         self.progress = Progress() if resumed is None else Progress.from_saved(resumed)
         if around.lock is not None:
             prove_shared(self.run.path, runtime)
         self.data = open_data(config, model_config, runtime, stack, self.display, self.progress, around.own)
+        self._apart = config.loader.documents is Documents.ISOLATE or self.data.has_conversations
+        self.about = say_how(config, runtime, self.display, conversations=self.data.has_conversations)
         prove_same(self.data.facts(), runtime)
         step_folder = Path(facts["step_folder"]) if resumed else None
         self.gates = [GateResult(**gate) for gate in facts["gates"]]
@@ -249,7 +250,7 @@ class Opening:
             runtime,
             seq_length=config.seq_length,
             precision=config.parallel.precision,
-            isolated=config.loader.documents is Documents.ISOLATE,
+            isolated=self._apart,
         )
         self._guard = StepGuard(
             config.guards,
@@ -337,9 +338,9 @@ def _watch_all(watch: Watch, runtime: Runtime, *, hang_s: float) -> None:
         )
 
 
-def say_how(config: TrainConfig, runtime: Runtime, display: Display) -> str:
-    """Print, and return, the choices that were made for this machine, in one line."""
-    about = set_up_machine(config, runtime)
+def say_how(config: TrainConfig, runtime: Runtime, display: Display, *, conversations: bool) -> str:
+    """Print, and return, the choices that were made for this machine and data, in one line."""
+    about = set_up_machine(config, runtime, conversations=conversations)
     display(f"running on {about}")
     bf16 = config.parallel.precision is Precision.BF16
     if bf16 and runtime.device.type == "cpu" and not has_bf16_arithmetic():

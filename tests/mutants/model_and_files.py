@@ -73,6 +73,14 @@ MUTANTS: tuple[Change, ...] = (
     ),
     Change(
         ARCH + "004",
+        "a long text keeps the factors of a short one",
+        "apr_dist/model/rotary.py",
+        "RotaryEmbedding._frequencies_of",
+        "torch.where(longer, self.long_frequencies.float(), frequencies)",
+        "torch.where(longer, frequencies, frequencies)",
+    ),
+    Change(
+        ARCH + "004",
         "the bias of the keys is not built",
         ATTENTION,
         "Attention.__init__",
