@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from apr_dist.config.sections import AdapterSection
 from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
+from apr_dist.model.quantized import quantized_layers
 from apr_dist.planning.memory import Load, estimate
 from apr_dist.planning.state import State, shards
 
@@ -59,6 +61,8 @@ def bytes_of(tensors: Any) -> int:
         {"kind": "dora", "rank": 5, "base": {"bits": 16}},
         {"kind": "rslora", "targets": "q_proj", "layers": "1"},
         {"kind": "lora", "bias": True, "targets": "k_proj"},
+        {"kind": "lora", "rank": 3, "base": {"bits": 4}},
+        {"kind": "dora", "rank": 3, "base": {"bits": 8}},
     ],
 )
 def test_weights_gradients_and_moments_are_counted_to_the_byte(asked: dict[str, Any]) -> None:
@@ -69,7 +73,8 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(asked: dict[str, 
     rows = torch.randint(model.vocab_size, (2, 17))
     settings = {"batches": [rows], "batch_size": 2, "seq_length": 16, "lr": 1e-3}
     with open_alone(model, Strategy.SINGLE, adapter=section.model_dump(mode="json"), **settings) as session:
-        assert bytes_of(session.model.parameters()) == said.weights
+        scales = (one for layer in quantized_layers(session.model).values() for one in layer.stored()[1:])
+        assert bytes_of([*session.model.parameters(), *scales]) == said.weights
         inputs, targets = rows[:, :-1], rows[:, 1:]
         session.engine.accumulate(inputs, targets, scale=1.0, last=True)
         given = [weight.grad for weight in session.model.parameters() if weight.grad is not None]
@@ -80,11 +85,25 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(asked: dict[str, 
         assert bytes_of(held) == said.optimizer
 
 
-@pytest.mark.parametrize(("bits", "targets", "most"), [(16, "q_proj,v_proj", 17.0), (16, "all-linear", 17.5)])
-def test_eight_billion_parameters_fit_one_gpu(bits: int, targets: str, most: float) -> None:
+OFFLOADED = replace(ONE_GPU, checkpointing=ActivationCheckpointing.FULL_OFFLOAD)
+
+
+@pytest.mark.parametrize(
+    ("bits", "targets", "load", "most"),
+    [
+        (16, "q_proj,v_proj", ONE_GPU, 17.0),
+        (16, "all-linear", ONE_GPU, 17.5),
+        (16, "all-linear", OFFLOADED, 16.5),
+        (8, "all-linear", ONE_GPU, 11.5),
+        (4, "q_proj,v_proj", ONE_GPU, 7.5),
+        (4, "all-linear", ONE_GPU, 8.0),
+        (4, "all-linear", OFFLOADED, 7.0),
+    ],
+)
+def test_eight_billion_parameters_fit_one_gpu(bits: int, targets: str, load: Load, most: float) -> None:
     section = AdapterSection.model_validate({"kind": "lora", "targets": targets, "base": {"bits": bits}})
     adapter, one = adapter_of(section, LLAMA_3_8B), Strategy.SINGLE
-    found = estimate(LLAMA_3_8B, ONE_GPU, strategy=one, world_size=1, shard_size=1, adapter=adapter)
+    found = estimate(LLAMA_3_8B, load, strategy=one, world_size=1, shard_size=1, adapter=adapter)
     assert (most - 0.5) * GIB < found.total < most * GIB
 
 

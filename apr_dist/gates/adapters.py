@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import AdapterKind, GradientStorage, Offload, Strategy, WeightStorage
 from apr_dist.config import TrainConfig
@@ -20,6 +21,9 @@ STATED = "apr_dist.adapter"
 
 BASE = "apr_dist.base_digest"
 """Metadata key of such a file: identity of the weights that it belongs to (`apr.digests.weights_digest`)."""
+
+BASE_BITS = "apr_dist.base_bits"
+"""Metadata key of such a file, and of a peft folder: bits that the base's matrices had in training."""
 
 OTHER_BASE = "FALSIFY-APR-DIST-ADAPTER-002"
 """Falsifier of every refusal of an adapter beside weights that are not those it was trained on."""
@@ -58,12 +62,37 @@ def check_adapter_settings(config: TrainConfig, strategy: Strategy) -> None:
             remedy="use --parallel.strategy fsdp2",
         )
     _refuse_storage(config, strategy)
+    if asked.base.bits < 16:
+        _check_quantized(asked.base.bits, strategy)
     if find_spec("peft") is None:
         raise UsageError(
             "adapters are peft's layers, and peft is not installed",
             where="--adapter.kind",
             expected="its package in this environment",
             remedy="pip install 'apr-dist[adapters]'",
+        )
+
+
+def _check_quantized(bits: int, strategy: Strategy) -> None:
+    """A base in 4 or 8 bits is whole in every process, and bitsandbytes quantises it.
+
+    Raises:
+        DistributedError: the strategy would cut codes from their scales.
+        UsageError: bitsandbytes is not installed.
+    """
+    if strategy not in {Strategy.SINGLE, Strategy.DDP}:
+        raise DistributedError(
+            f"a base in {bits} bits is not trained under strategy {strategy}",
+            where="--parallel.strategy",
+            expected="one process or ddp, where every process has the whole base; it is small in few bits",
+            remedy=f"use --parallel.strategy ddp, or --adapter.base.bits 16 with {strategy}",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"adapter.base.bits is {bits} and bitsandbytes is not installed",
+            where="--adapter.base.bits",
+            expected="the library that quantises the base",
+            remedy="pip install 'apr-dist[bitsandbytes]'",
         )
 
 
@@ -117,8 +146,15 @@ def adapter_of(asked: AdapterSection, model: TransformerConfig) -> Adapter | Non
         modules=modules,
         bias=asked.bias,
         init=asked.init,
-        half_base=asked.base.bits == 16,
+        base_bits=asked.base.bits,
     )
+
+
+def keeps_values(adapter: Adapter, reader: AprReader) -> bool:
+    """Whether the bits of a base leave every value of its file as it is."""
+    matrices = [entry.dtype for entry in reader.tensors.values() if len(entry.shape) == 2]
+    in_bf16 = all(kind is DType.BF16 for kind in matrices)
+    return adapter.base_bits == 32 or (adapter.base_bits == 16 and in_bf16)
 
 
 def prove_adapter_file(reader: AprReader, adapter: Adapter, model: TransformerConfig) -> GateResult:

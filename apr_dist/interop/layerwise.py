@@ -63,7 +63,7 @@ def _filled(part: nn.Module, prefix: str, read: Read, adapter: AdapterFile | Non
         linear = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
         here = [name for name in linear if prefix + name in adapter.adapter.modules]
         if here:
-            attach(part, adapter.adapter, here)
+            attach(part, adapter.adapter.beside_floats, here)
     for name, parameter in part.named_parameters():
         full = prefix + canonical(name)
         if is_adapter(full) and adapter is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from apr_dist.choices import AdapterInit, AdapterKind
 from apr_dist.errors import UsageError
 from apr_dist.model.adapters import BIAS, FIRST, LENGTHS, PEFT_NAME, SECOND, Adapter, is_adapter
+from apr_dist.model.quantized import bitsandbytes, quantize_blocks
 
 
 def attach(root: nn.Module, adapter: Adapter, modules: Iterable[str] | None = None) -> None:
@@ -33,7 +35,9 @@ def attach(root: nn.Module, adapter: Adapter, modules: Iterable[str] | None = No
     """
     layer, settings = _peft(adapter)
     root.requires_grad_(False)
-    if adapter.half_base:
+    if adapter.base_bits < 16:
+        quantize_blocks(root, adapter.base_bits)
+    if adapter.base_bits < 32:
         _halve(root)
     for within in adapter.modules if modules is None else modules:
         parent, _, last = within.rpartition(".")
@@ -55,11 +59,13 @@ def _halve(root: nn.Module) -> None:
     """Keep every matrix in bf16; norms and biases, which are small, stay as they are."""
     for module in root.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 2:
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point():
             module.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
 
 
 def _peft(adapter: Adapter) -> tuple[Any, Any]:
+    if find_spec("bitsandbytes") is not None:
+        bitsandbytes()  # which peft imports, in its own way
     from peft import LoraConfig  # noqa: PLC0415  (loads transformers, and only adapters need it)
     from peft.tuners.lora.layer import Linear  # noqa: PLC0415
 

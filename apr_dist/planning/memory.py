@@ -185,7 +185,10 @@ def estimate(
     at_start: dict[str, Any] = {
         "gradients": kept,
         "loss": waiting,
-        "working": _backward_bytes(model, load) + again + (stored.largest_gradient if streams else 0),
+        "working": _backward_bytes(model, load)
+        + again
+        + (stored.largest_gradient if streams else 0)
+        + _widened_bytes(model, load, adapter),
     }
     # DDP's gradients are views of its buckets, except those of micro-batches that are not sent.
     are_buckets = strategy is Strategy.DDP and not load.accumulates and not own
@@ -254,6 +257,15 @@ def _head_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -
         return elements * F32
     stored = adapter.base_bytes("lm_head.weight", (1, 1))
     return 0 if stored == load.compute_bytes else elements * load.compute_bytes
+
+
+def _widened_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -> int:
+    """The largest frozen matrix of a block in the compute type, where a product makes it of fewer bits."""
+    if adapter is None or adapter.base_bits >= 8 * load.compute_bytes:
+        return 0
+    inner = max(model.intermediate_size, model.query_size)
+    # Of int8 its f32 values come first.
+    return inner * model.hidden_size * (load.compute_bytes + (2 * F32 if adapter.base_bits == 8 else 0))
 
 
 def adapter_bytes(model: TransformerConfig, load: Load, adapter: Adapter) -> int:

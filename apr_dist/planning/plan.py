@@ -132,12 +132,12 @@ def make_plan(
     config = config.resolved()
     found, refusal = _ask_gates(config, world_size)
     model = found.model_config
-    flops = flops_per_token(model, config.seq_length)
+    flops = flops_per_token(model, config.seq_length, adapter=found.adapter)
     speed = rate.tokens_per_second(flops, world_size)
     tokens = config.num_steps * config.batch_size * config.seq_length
     stop = stop_time(
         config,
-        parameters=model.parameter_count(),
+        parameters=found.trained_parameters,
         tokens_per_s=speed,
         grace_s=grace_s,
         disk_bytes_per_s=rate.disk_bytes_per_s,

@@ -250,6 +250,7 @@ class Opening:
             seq_length=config.seq_length,
             precision=config.parallel.precision,
             isolated=config.loader.documents is Documents.ISOLATE,
+            adapter=self.model.adapter,
         )
         self._guard = StepGuard(
             config.guards,
