@@ -121,6 +121,7 @@ def test_a_profile_that_is_refused_ends_both_ranks_and_says_so_once(inputs: Inpu
     assert done.stderr.count("seq_length 257 is more than the model's 256 positions") == 1
     # torchrun stops the second rank as soon as it sees that the first has ended.
     codes = [int(code) for code in re.findall(r"exitcode  : (-?\d+)", done.stderr)]
-    assert len(codes) == 2 and int(ExitCode.USAGE) in codes
+    assert len(codes) == 2
+    assert int(ExitCode.USAGE) in codes
     assert set(codes) <= {int(ExitCode.USAGE), -signal.SIGTERM}
     assert not (tmp_path / "profile").exists()
