@@ -63,6 +63,7 @@ def bytes_of(tensors: Any) -> int:
         {"kind": "lora", "bias": True, "targets": "k_proj"},
         {"kind": "lora", "rank": 3, "base": {"bits": 4}},
         {"kind": "dora", "rank": 3, "base": {"bits": 8}},
+        {"kind": "lora", "rank": 3, "train_embeddings": "1,9"},
     ],
 )
 def test_weights_gradients_and_moments_are_counted_to_the_byte(asked: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def test_a_code_that_is_not_that_of_the_file_is_refused(bits: int) -> None:
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-ADAPTER-004")
-def test_every_rank_proves_the_codes_of_the_file(runs: Path, inputs: Inputs) -> None:
+def test_the_codes_in_the_network_are_those_of_the_file(inputs: Inputs) -> None:
     with AprReader(inputs.pretrained) as reader:
         model = prove_model(reader).config
         settings: dict[str, Any] = {"adapter": {"kind": "lora", "base": {"bits": 4}}}

@@ -150,6 +150,9 @@ class AdapterSection(Section):
     init: AdapterInit = Field(
         AdapterInit.KAIMING, description="first factor: kaiming (uniform, as peft) or gaussian (1 / rank)"
     )
+    train_embeddings: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_ids_from_text)] = (
+        Field((), description="ids of tokens whose rows of embedding and head are trained too")
+    )
     base: AdapterBaseSection = AdapterBaseSection()
 
     @property

@@ -61,6 +61,13 @@ def check_adapter_settings(config: TrainConfig, strategy: Strategy) -> None:
             expected="fsdp2, which shards base and adapter alike, or any other strategy",
             remedy="use --parallel.strategy fsdp2",
         )
+    if strategy is Strategy.ZERO3 and asked.train_embeddings:
+        raise DistributedError(
+            f"rows of tokens are not trained under strategy {strategy}, which gathers a matrix without them",
+            where="--adapter.train-embeddings",
+            expected="fsdp2, or any strategy but zero3",
+            remedy="use --parallel.strategy fsdp2",
+        )
     _refuse_storage(config, strategy)
     if asked.base.bits < 16:
         _check_quantized(asked.base.bits, strategy)
@@ -147,7 +154,32 @@ def adapter_of(asked: AdapterSection, model: TransformerConfig) -> Adapter | Non
         bias=asked.bias,
         init=asked.init,
         base_bits=asked.base.bits,
+        tokens=_tokens_of(asked, model, modules),
     )
+
+
+def _tokens_of(asked: AdapterSection, model: TransformerConfig, modules: tuple[str, ...]) -> tuple[int, ...]:
+    """The ids whose rows are trained, in order.
+
+    Raises:
+        UsageError: the model has no such row, an id is given twice, or the head has factors too.
+    """
+    ids, wrong = asked.train_embeddings, None
+    beyond = [one for one in ids if one >= model.vocab_size]
+    if beyond:
+        wrong = f"there is no row {beyond[0]:,} in a model of {model.vocab_size:,}"
+    elif len(set(ids)) < len(ids):
+        wrong = "an id is given twice"
+    elif ids and "lm_head" in modules:
+        wrong = "rows of the head are trained, and lm_head is a target too"
+    if wrong is not None:
+        raise UsageError(
+            wrong,
+            where="--adapter.train-embeddings",
+            expected="ids of the model's tokens, each once, and a head without factors",
+            remedy="name ids that apr-dist import --add-tokens printed, or leave it out",
+        )
+    return tuple(sorted(ids))
 
 
 def keeps_values(adapter: Adapter, reader: AprReader) -> bool:

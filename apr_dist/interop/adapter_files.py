@@ -28,7 +28,16 @@ from apr_dist.errors import DamagedModelFile, ModelFileMissing, UnsupportedModel
 from apr_dist.gates.adapters import BASE, BASE_BITS, OTHER_BASE, STATED, refuse_other_base
 from apr_dist.gates.weights import check_names_and_shapes
 from apr_dist.interop.safetensors_file import SafetensorsFile, SafetensorsWriter
-from apr_dist.model.adapters import BIAS, FIRST, LENGTHS, SECOND, Adapter, short_names
+from apr_dist.model.adapters import (
+    BIAS,
+    FIRST,
+    LENGTHS,
+    ROW_OWNERS,
+    ROWS,
+    SECOND,
+    Adapter,
+    short_names,
+)
 from apr_dist.model.config import TransformerConfig
 
 CONFIG: Final = "adapter_config.json"
@@ -45,7 +54,6 @@ _DEFAULTS: Final[Mapping[str, tuple[Any, ...]]] = {
     "fan_in_fan_out": (None, False),
     "bias": (None, "none"),
     "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "megatron_config": (None,),
     "alora_invocation_tokens": (None,),
@@ -129,9 +137,16 @@ def peft_config(adapter: Adapter, model: TransformerConfig, *, base: str | None 
         "r": adapter.rank,
         "target_modules": short_names(model, adapter.modules),
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": _token_indices(adapter, model),
         "use_dora": adapter.kind is AdapterKind.DORA,
         "use_rslora": adapter.kind is AdapterKind.RSLORA,
     }
+
+
+def _token_indices(adapter: Adapter, model: TransformerConfig) -> dict[str, list[int]] | None:
+    """Which rows of what are trained, as ``peft`` says it; a tied head follows the embedding."""
+    owners = [name for name in adapter.row_owners if f"{name}.weight" in model.parameter_shapes()]
+    return {name.rpartition(".")[2]: list(adapter.tokens) for name in owners} if adapter.tokens else None
 
 
 def write_peft_folder(checkpoint: Path, folder: Path) -> None:
@@ -317,8 +332,32 @@ def _adapter(
         dropout=0.0,
         modules=tuple(dict.fromkeys(owners)),
         bias=bool(stated.get("lora_bias")),
+        tokens=_tokens(stated.get("trainable_token_indices"), shapes, where),
+        row_owners=tuple(name for name in ROW_OWNERS if f"{name}.{ROWS}" in shapes),
         base_bits=int(bits or 32),
     )
+
+
+def _tokens(said: Any, shapes: Mapping[str, tuple[int, ...]], where: Path) -> tuple[int, ...]:
+    """The ids whose rows are trained, in the order of the rows.
+
+    Raises:
+        UnsupportedModelFile: other rows of the head than of the embedding, or of something else.
+    """
+    if not said:
+        return ()
+    owners = [name for name in ROW_OWNERS if f"{name}.{ROWS}" in shapes]
+    by_owner = said if isinstance(said, dict) else {"embed_tokens": said}
+    lists = [ids for ids in by_owner.values() if isinstance(ids, list)]
+    known = {name.rpartition(".")[2] for name in ROW_OWNERS}
+    same = len(lists) == len(by_owner) and all(ids == lists[0] for ids in lists)
+    if not owners or not same or not {name.rpartition(".")[2] for name in by_owner} <= known:
+        raise _unsupported(
+            "trainable_token_indices", said, "the same rows of embed_tokens and lm_head", where
+        )
+    if not all(type(one) is int and one >= 0 for one in lists[0]):
+        raise _unsupported("trainable_token_indices", said, "ids", where)
+    return tuple(lists[0])
 
 
 def _unsupported(key: str, value: Any, expected: str, where: Path) -> UnsupportedModelFile:
@@ -339,6 +378,14 @@ def _proven(file: AdapterFile, model: TransformerConfig) -> AdapterFile:
             where=file.path,
             expected="linear maps of the base",
             remedy="give the base that the adapter was trained on",
+        )
+    beyond = [one for one in file.adapter.tokens if one >= model.vocab_size]
+    if beyond:
+        raise WeightsRefused(
+            f"the adapter has a row for token {beyond[0]:,}, and the base has {model.vocab_size:,} rows",
+            where=file.path,
+            expected="rows of the base",
+            remedy="give the base that the adapter was trained on, its new tokens added",
         )
     check_names_and_shapes(file.adapter.shapes(model), file.shapes, where=file.path)
     for name in file.shapes:

@@ -6,6 +6,7 @@ With it a merge is proven on a machine that could not hold either model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from apr_dist.choices import KernelChoice
 from apr_dist.gates.architecture import EMBEDDING
 from apr_dist.interop.adapter_files import AdapterFile
 from apr_dist.model.adapter_layers import attach
-from apr_dist.model.adapters import canonical, is_adapter
+from apr_dist.model.adapters import ROW_OWNERS, ROWS, canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.layers import Head, RMSNorm
@@ -43,18 +44,35 @@ def layerwise_logits(
         rotation = RotaryEmbedding(model)(positions)
         shape = (ids.shape[0], ids.shape[1])
         attend = plain.attention(shape, ids.device, dtype=torch.float32, window=model.sliding_window)
-        hidden = nn.functional.embedding(ids, read(EMBEDDING))
+        hidden = _looked_up(ids, read, adapter)
         for layer in range(model.num_layers):
             block = _filled(DecoderBlock(model), f"model.layers.{layer}.", read, adapter)
             hidden = block(hidden, rotation, attend)
         norm = _filled(RMSNorm(model.hidden_size, eps=model.rms_norm_eps), "model.norm.", read, None)
         hidden = norm(hidden)
         if model.tie_word_embeddings:
-            return nn.functional.linear(hidden, read(EMBEDDING))
+            return _with_rows(nn.functional.linear(hidden, read(EMBEDDING)), hidden, adapter, ROW_OWNERS[0])
         tail = nn.Sequential()
         tail.add_module("lm_head", Head(model.hidden_size, model.vocab_size, bias=False))
-        logits: Tensor = _filled(tail, "", read, adapter)(hidden)
-        return logits
+        return _with_rows(_filled(tail, "", read, adapter)(hidden), hidden, adapter, ROW_OWNERS[1])
+
+
+def _looked_up(ids: Tensor, read: Read, adapter: AdapterFile | None) -> Tensor:
+    """Rows of the embedding ``[batch, seq, hidden]``, those of trained tokens in place."""
+    hidden = nn.functional.embedding(ids, read(EMBEDDING))
+    for number, token in enumerate(adapter.adapter.tokens if adapter is not None else ()):
+        assert adapter is not None
+        hidden[ids == token] = torch.from_numpy(adapter.read(f"{ROW_OWNERS[0]}.{ROWS}"))[number]
+    return hidden
+
+
+def _with_rows(logits: Tensor, hidden: Tensor, adapter: AdapterFile | None, owner: str) -> Tensor:
+    """Logits with those of trained tokens computed from their rows."""
+    name = f"{owner}.{ROWS}"
+    if adapter is not None and name in adapter.shapes:
+        rows = torch.from_numpy(adapter.read(name))
+        logits[..., list(adapter.adapter.tokens)] = nn.functional.linear(hidden, rows)
+    return logits
 
 
 def _filled(part: nn.Module, prefix: str, read: Read, adapter: AdapterFile | None) -> nn.Module:
@@ -63,7 +81,7 @@ def _filled(part: nn.Module, prefix: str, read: Read, adapter: AdapterFile | Non
         linear = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
         here = [name for name in linear if prefix + name in adapter.adapter.modules]
         if here:
-            attach(part, adapter.adapter.beside_floats, here)
+            attach(part, replace(adapter.adapter.beside_floats, tokens=()), here)
     for name, parameter in part.named_parameters():
         full = prefix + canonical(name)
         if is_adapter(full) and adapter is not None:

@@ -29,7 +29,8 @@ from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.adapter_files import AdapterFile, open_adapter
 from apr_dist.interop.convert import Piece, Progress, converted_pieces, encode, kept_type, total_bytes
 from apr_dist.interop.layerwise import layerwise_logits
-from apr_dist.model.adapter_layers import merged_bias, merged_weight
+from apr_dist.model.adapter_layers import merged_bias, merged_rows, merged_weight
+from apr_dist.model.adapters import ROWS
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.quantized import kept_values
 
@@ -206,7 +207,13 @@ def _pieces(
 
 def _is_changed(name: str, adapter: AdapterFile) -> bool:
     module, _, kind = name.rpartition(".")
+    if _has_rows(module, adapter):
+        return True
     return module in adapter.adapter.modules and (kind == "weight" or adapter.adapter.bias)
+
+
+def _has_rows(module: str, adapter: AdapterFile) -> bool:
+    return f"{module}.{ROWS}" in adapter.shapes
 
 
 def _merged(name: str, base: Callable[[str], Tensor], adapter: AdapterFile) -> Tensor:
@@ -214,8 +221,10 @@ def _merged(name: str, base: Callable[[str], Tensor], adapter: AdapterFile) -> T
     values, (module, _, kind) = base(name), name.rpartition(".")
     if not _is_changed(name, adapter):
         return values
-    merge = merged_weight if kind == "weight" else merged_bias
-    return merge(values, module, adapter.adapter, lambda tensor: torch.from_numpy(adapter.read(tensor)))
+    given = (values, module, adapter.adapter, lambda tensor: torch.from_numpy(adapter.read(tensor)))
+    if _has_rows(module, adapter):
+        return merged_rows(*given)
+    return merged_weight(*given) if kind == "weight" else merged_bias(*given)
 
 
 def _file(reader: AprReader) -> Callable[[str], Tensor]:

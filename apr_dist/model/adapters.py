@@ -23,8 +23,14 @@ ALL_LINEAR: Final = "all-linear"
 PEFT_NAME: Final = "default"
 """What peft calls the only adapter of a network."""
 
+ROWS: Final = "token_adapter.trainable_tokens_delta"
+"""Name of the trained rows ``[tokens, hidden]`` of an embedding or a head, behind its own: peft's too."""
+
 FIRST, SECOND, BIAS, LENGTHS = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 """Names of the trained tensors of one linear map, behind the map's own."""
+
+ROW_OWNERS: Final = ("model.embed_tokens", "lm_head")
+"""What has a row for each token; a tied head has those of the embedding."""
 
 BLOCKS: Final = "model.layers."
 """What the names of everything in a block begin with."""
@@ -44,6 +50,8 @@ class Adapter:
         init: how the first factor begins.
         base_bits: bits of the frozen matrices: 32, 16 (bf16), and 8 or 4 for those of the blocks, where
             embedding and head have 16.
+        tokens: ids whose rows are trained in place of the frozen ones.
+        row_owners: whose rows; a tied head has those of the embedding.
     """
 
     kind: AdapterKind
@@ -54,6 +62,8 @@ class Adapter:
     bias: bool = False
     init: AdapterInit = AdapterInit.KAIMING
     base_bits: int = 32
+    tokens: tuple[int, ...] = ()
+    row_owners: tuple[str, ...] = ROW_OWNERS
 
     @property
     def scale(self) -> float:
@@ -92,6 +102,9 @@ class Adapter:
                 found[f"{module}.{BIAS}"] = (outputs,)
             if self.kind is AdapterKind.DORA:
                 found[f"{module}.{LENGTHS}"] = (outputs,)
+        for module in self.row_owners if self.tokens else ():
+            if f"{module}.weight" in base:
+                found[f"{module}.{ROWS}"] = (len(self.tokens), base[f"{module}.weight"][1])
         return found
 
 
@@ -156,7 +169,7 @@ def short_names(config: TransformerConfig, modules: Iterable[str]) -> list[str]:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter of that name belongs to an adapter."""
-    return ".lora_" in name
+    return ".lora_" in name or name.endswith(ROWS)
 
 
 def canonical(name: str) -> str:

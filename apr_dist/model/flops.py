@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from apr_dist.model.adapters import BLOCKS, Adapter, block_of
+from apr_dist.model.adapters import BLOCKS, ROWS, Adapter, block_of
 from apr_dist.model.config import TransformerConfig
 
 if TYPE_CHECKING:
@@ -74,17 +74,14 @@ def flops_per_token(
     forward = 2 * matrices + 4 * config.query_size * seen
     if adapter is None:
         return 3 * forward if backward else forward
-    own = sum(math.prod(shape) for shape in adapter.shapes(config).values() if len(shape) == 2)
+    factors = (shape for name, shape in adapter.shapes(config).items() if not name.endswith(ROWS))
+    own = sum(math.prod(shape) for shape in factors if len(shape) == 2)
+    if not backward:
+        return forward + 2 * own
     below = _without_gradient(config, seq_length, adapter)
-    return (
-        forward
-        + 2 * own
-        + (
-            4 * own + 2 * (matrices - below.matrices) + 8 * config.query_size * (seen - below.seen)
-            if backward
-            else 0
-        )
-    )
+    given = 2 * (matrices - below.matrices) + 8 * config.query_size * (seen - below.seen)
+    head = 2 * config.vocab_size * config.hidden_size if adapter.tokens else 0
+    return forward + 6 * own + given + head
 
 
 class _Below(NamedTuple):
@@ -95,7 +92,8 @@ class _Below(NamedTuple):
 
 
 def _without_gradient(config: TransformerConfig, seq_length: int, adapter: Adapter) -> _Below:
-    first = min((block_of(name, config.num_layers) for name in adapter.modules), default=config.num_layers)
+    lowest = (block_of(name, config.num_layers) for name in adapter.modules)
+    first = 0 if adapter.tokens else min(lowest, default=config.num_layers)
     matrices = sum(
         math.prod(shape)
         for name, shape in config.parameter_shapes().items()

@@ -255,6 +255,8 @@ def _head_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -
     elements = model.vocab_size * model.hidden_size
     if adapter is None:
         return elements * F32
+    if adapter.tokens:  # its gradient, and the matrix with the trained rows in it
+        return elements * (F32 + adapter.base_bytes("lm_head.weight", (1, 1)))
     stored = adapter.base_bytes("lm_head.weight", (1, 1))
     return 0 if stored == load.compute_bytes else elements * load.compute_bytes
 

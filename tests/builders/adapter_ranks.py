@@ -43,6 +43,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     ),
     "dora": ("dora", "--adapter.rank", "4", "--adapter.init", "gaussian"),
     "bias": ("lora", "--adapter.rank", "3", "--adapter.targets", "q_proj,v_proj", "--adapter.bias"),
+    "tokens": ("lora", "--adapter.rank", "3", "--adapter.train-embeddings", "40,7,101"),
 }
 """Name to what follows ``--adapter.kind``."""
 
@@ -51,6 +52,8 @@ RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
     "rslora": (1, "rslora", ("single",)),
     "dora": (1, "dora", ("single", "--compute.activation-checkpointing", "full")),
     "bias": (1, "bias", ("single", "--compute.kernels", "plain")),
+    "tokens": (1, "tokens", ("single",)),
+    "tokens-fsdp2": (2, "tokens", ("fsdp2",)),
     "lora-half": (1, "lora", ("single", "--adapter.base.bits", "16")),
     "dora-half-fsdp2": (2, "dora", ("fsdp2", "--adapter.base.bits", "16")),
     "lora-half-ddp-plain": (2, "lora", ("ddp", "--adapter.base.bits", "16", "--compute.kernels", "plain")),
@@ -75,7 +78,7 @@ RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
 }
 """Name to world size, kind, and what follows ``--parallel.strategy``."""
 
-RESUMED = ("lora", "lora-nf4", "dora", "lora-ddp", "lora-fsdp2", "lora-zero2", "lora-zero3", "dropout")
+RESUMED = ("lora", "lora-nf4", "dora", "lora-ddp", "tokens-fsdp2", "lora-zero2", "lora-zero3", "dropout")
 """Runs that are also resumed from the middle."""
 
 PACKED = ("--loader.documents", "isolate", "--compute.kernels")

@@ -51,6 +51,14 @@ MUTANTS: tuple[Change, ...] = (
     ),
     Change(
         ADAPTER + "003",
+        "rows of new tokens are lost",
+        LAYERS,
+        "merged_rows",
+        "tensor(f'{module}.{ROWS}')",
+        "merged[list(adapter.tokens)]",
+    ),
+    Change(
+        ADAPTER + "003",
         "merged twice",
         LAYERS,
         "merged_weight",
