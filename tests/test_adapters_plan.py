@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from builders.adapter_ranks import reopened
 from builders.models import tiny_config
 from builders.sessions import open_alone
 
@@ -106,6 +107,36 @@ def test_eight_billion_parameters_fit_one_gpu(bits: int, targets: str, load: Loa
     adapter, one = adapter_of(section, LLAMA_3_8B), Strategy.SINGLE
     found = estimate(LLAMA_3_8B, load, strategy=one, world_size=1, shard_size=1, adapter=adapter)
     assert (most - 0.5) * GIB < found.total < most * GIB
+
+
+def test_a_base_in_bf16_is_kept_in_16_bits_unless_others_are_asked_for(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = tmp_path / "narrow.apr"
+    assert main(["import", str(inputs.pretrained), "-o", str(narrow), "--dtype", "bf16"]) == 0
+    held = {}
+    for name, init, more in (
+        ("wide", inputs.pretrained, ()),
+        ("narrow", narrow, ()),
+        ("asked", narrow, ("--adapter.base.bits", "32")),
+    ):
+        flags = [
+            "plan",
+            *inputs.data_flags(),
+            "--init",
+            str(init),
+            "--run-dir",
+            str(tmp_path / "r"),
+            "--json",
+        ]
+        capsys.readouterr()
+        assert main([*flags, "--num-steps", "10", "--adapter.kind", "lora", *more]) == 0
+        held[name] = json.loads(capsys.readouterr().out)["memory_bytes"]["single"]["weights"]
+    assert held["narrow"] < 0.65 * held["wide"]
+    assert held["asked"] == held["wide"]
+    run = tmp_path / "run"
+    assert reopened(run, inputs, "--init", str(narrow), "--num-steps", "0") == 0
+    assert "base in training: in bf16" in (run / "adapter" / "README.md").read_text()
 
 
 def test_a_plan_says_what_is_trained_and_refuses_what_the_run_refuses(

@@ -123,10 +123,10 @@ def _words_from_text(value: object) -> object:
 class AdapterBaseSection(Section):
     """How the frozen weights are kept while an adapter is trained."""
 
-    bits: Annotated[Literal[4, 8, 16, 32], BeforeValidator(_number_from_text)] = Field(
-        32,
+    bits: Annotated[Literal[4, 8, 16, 32] | None, BeforeValidator(_number_from_text)] = Field(
+        None,
         description="bits of the frozen matrices: 32, 16 (bf16); of those of the blocks 8 (int8) or 4 (nf4),"
-        " by bitsandbytes",
+        " by bitsandbytes; none: 16 where every matrix of the file is bf16, else 32",
     )
 
 

@@ -69,7 +69,7 @@ def check_adapter_settings(config: TrainConfig, strategy: Strategy) -> None:
             remedy="use --parallel.strategy fsdp2",
         )
     _refuse_storage(config, strategy)
-    if asked.base.bits < 16:
+    if asked.base.bits is not None and asked.base.bits < 16:
         _check_quantized(asked.base.bits, strategy)
     if find_spec("peft") is None:
         raise UsageError(
@@ -127,8 +127,20 @@ def _refuse_keys_alone(asked: AdapterSection) -> None:
         )
 
 
-def adapter_of(asked: AdapterSection, model: TransformerConfig) -> Adapter | None:
+def adapter_of(
+    asked: AdapterSection,
+    model: TransformerConfig,
+    reader: AprReader | None = None,
+    *,
+    bits: int | None = None,
+) -> Adapter | None:
     """The adapter that a configuration means for a model; None: every weight is trained.
+
+    Args:
+        asked: the section of the configuration.
+        model: the base's architecture.
+        reader: the base's file, which says how many bits lose nothing where none are asked for.
+        bits: these, where the file was read elsewhere.
 
     Raises:
         UsageError: a target that is nothing in this model, or a map without the bias that is asked for.
@@ -153,7 +165,7 @@ def adapter_of(asked: AdapterSection, model: TransformerConfig) -> Adapter | Non
         modules=modules,
         bias=asked.bias,
         init=asked.init,
-        base_bits=asked.base.bits,
+        base_bits=asked.base.bits or bits or (16 if reader is not None and _is_bf16(reader) else 32),
         tokens=_tokens_of(asked, model, modules),
     )
 
@@ -184,9 +196,18 @@ def _tokens_of(asked: AdapterSection, model: TransformerConfig, modules: tuple[s
 
 def keeps_values(adapter: Adapter, reader: AprReader) -> bool:
     """Whether the bits of a base leave every value of its file as it is."""
-    matrices = [entry.dtype for entry in reader.tensors.values() if len(entry.shape) == 2]
-    in_bf16 = all(kind is DType.BF16 for kind in matrices)
-    return adapter.base_bits == 32 or (adapter.base_bits == 16 and in_bf16)
+    return adapter.base_bits == 32 or (adapter.base_bits == 16 and _is_bf16(reader))
+
+
+def _is_bf16(reader: AprReader) -> bool:
+    """Whether every matrix of a file is stored in bf16."""
+    return all(one.dtype is DType.BF16 for one in reader.tensors.values() if len(one.shape) == 2)
+
+
+def with_base_bits(config: TrainConfig, bits: int) -> TrainConfig:
+    """The configuration with the bits of the base stated."""
+    base = config.adapter.base.model_copy(update={"bits": bits})
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update={"base": base})})
 
 
 def prove_adapter_file(reader: AprReader, adapter: Adapter, model: TransformerConfig) -> GateResult:

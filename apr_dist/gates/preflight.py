@@ -124,7 +124,7 @@ def run_preflight(
             found = prove_model_file(path, stack, say, read_weights, progress)
         else:
             found = _from_scratch(config.model)
-        found.adapter = adapter_of(config.adapter, found.model_config)
+        found.adapter = adapter_of(config.adapter, found.model_config, found.reader)
         if resume_from is not None and found.adapter is not None:
             found.given_init_digest = found.provenance.get("init_digest")
             found.adapter_reader = stack.enter_context(AprReader(resume_from))

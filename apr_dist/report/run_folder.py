@@ -49,12 +49,12 @@ class Run:
     @property
     def adapter(self) -> str | None:
         """The adapter that was trained in place of the weights, in words."""
-        kind, rank, alpha, bits = (
-            self.values.get(f"adapter.{key}", "off") for key in ("kind", "rank", "alpha", "base.bits")
-        )
+        kind, rank, alpha = (self.values.get(f"adapter.{key}", "off") for key in ("kind", "rank", "alpha"))
         if kind == "off":
             return None
-        return f"{kind} of rank {rank}, alpha {alpha}, beside a base in {bits} bits"
+        bits = self.verdict["facts"].get("base_bits") if self.verdict else None
+        beside = f", beside a base in {bits} bits" if bits else ""
+        return f"{kind} of rank {rank}, alpha {alpha}{beside}"
 
     @property
     def gates(self) -> Sequence[Mapping[str, Any]]:

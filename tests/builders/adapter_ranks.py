@@ -58,7 +58,11 @@ RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
     "dora-half-fsdp2": (2, "dora", ("fsdp2", "--adapter.base.bits", "16")),
     "lora-half-ddp-plain": (2, "lora", ("ddp", "--adapter.base.bits", "16", "--compute.kernels", "plain")),
     "lora-int8": (1, "lora", ("single", "--adapter.base.bits", "8", "--compute.kernels", "plain")),
-    "lora-nf4": (1, "lora", ("single", "--adapter.base.bits", "4")),
+    "lora-nf4": (
+        1,
+        "lora",
+        ("single", "--adapter.base.bits", "4", "--compute.activation-checkpointing", "full-offload"),
+    ),
     "dora-nf4-ddp": (
         2,
         "dora",
