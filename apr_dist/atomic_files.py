@@ -1,17 +1,18 @@
 """Putting files in place atomically: complete under their name, or not there at all.
 
-Lives here: the temporary file that is flushed and renamed, flushing a folder, and the translation of the
-operating system's refusals into ours. Nothing here knows what is in a file; shards, checkpoints, models
-and pages are all written through it.
+Lives here: the temporary file that is flushed and renamed, flushing a folder, the digest of a file, and
+the translation of the operating system's refusals into ours. Nothing here knows what is in a file; shards,
+checkpoints, models and pages are all written through it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -24,6 +25,19 @@ _REMEDIES: Final[dict[Any, str]] = {
     errno.EROFS: "choose a folder on a file system that is not mounted read-only",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+
+
+_PIECE = 8 << 20  # bytes hashed at a time
+
+
+def file_digest(path: Path, counted: Callable[[int], object] = lambda _: None) -> str:
+    """``sha256:...`` of a file's bytes, read in pieces; ``counted`` is called with the size of each."""
+    hashed = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            hashed.update(piece)
+            counted(len(piece))
+    return f"sha256:{hashed.hexdigest()}"
 
 
 class AtomicFile:

@@ -1,7 +1,7 @@
 """Every error a user can meet: one exception tree, no logic beyond its own text.
 
 An error says what is wrong, where, what was expected and what to do; it knows the falsifier that
-pins it and the exit code the process ends with. Front doors print ``str(error)`` as one paragraph
+pins it and the exit code the process ends with. Entry points print ``str(error)`` as one paragraph
 and exit with ``error.exit_code``; nothing else decides exit codes.
 """
 
@@ -254,7 +254,7 @@ class VerdictFailed(AprDistError):
 
 
 def as_known(error: BaseException) -> AprDistError:
-    """What a front door says of any error: itself where it is ours, a defect where nobody foresaw it."""
+    """What an entry point says of any error: itself where it is ours, a defect where nobody foresaw it."""
     if isinstance(error, AprDistError):
         return error
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

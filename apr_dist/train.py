@@ -1,4 +1,4 @@
-"""The front door of training: ``accelerate launch apr_dist/train.py --init model.apr ...``.
+"""The entry point of training: ``accelerate launch apr_dist/train.py --init model.apr ...``.
 
 Parses, asks the gates, runs, prints the verdict, and ends with the documented exit code. PyTorch is
 imported only after rank 0's gates have spoken, so that a refusal takes a second.
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
             return int(run(parse_command_line(arguments, prog=prog), watch))
         except SystemExit:
             raise
-        except BaseException as error:  # the front door: no bare traceback leaves it
+        except BaseException as error:  # the entry point: no bare traceback leaves it
             signals.disarm()
             if "--debug" in arguments:
                 traceback.print_exc()

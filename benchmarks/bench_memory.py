@@ -1,18 +1,15 @@
-"""The memory ladder: what fits, what a traced step holds, what rounding costs, how fast updates stream.
+"""The memory ladder: what fits, what a traced step holds, how fast updates stream.
 
 python benchmarks/bench_memory.py table                    # the table and picture of docs/memory.md
 python benchmarks/bench_memory.py trace qwen3-8b           # plan beside a step on fake tensors; minutes
 python benchmarks/bench_memory.py trace-adapters           # the same of an adapter beside 8 billion weights
 python benchmarks/bench_memory.py update                   # a streamed update over the bytes it moves
-python benchmarks/bench_memory.py losses --init MODEL ...  # 200 steps a rung, with the trainer's flags
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +23,14 @@ from apr_dist.config.schema import TrainConfig
 from apr_dist.model.config import TransformerConfig, preset
 from apr_dist.model.families import Family
 from apr_dist.model.host_copies import host_empty
-from apr_dist.parallel.runtime import reset_state
 from apr_dist.parallel.split_weights import SplitWeight, attach
+from apr_dist.parallel.storage import Storage
 from apr_dist.parallel.stored_adamw import Place, StoredAdamW
+from apr_dist.parallel.strategy import named
 from apr_dist.planning import plan as planning
 from apr_dist.planning.memory import Memory
+from apr_dist.planning.state import State, shards
 from apr_dist.planning.tracing import trace
-from apr_dist.train import main as train
 
 GIB = 1 << 30
 MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-4b", "qwen3-8b")
@@ -71,22 +69,21 @@ RUNGS: dict[str, tuple[str, ...]] = {
         *(*SPLIT, *HALVED, *OFFLOAD),
     ),
 }
-LOSSES: dict[str, tuple[str, ...]] = {
-    "f32": (),
-    "split": SPLIT,
-    "split, offloaded": (*SPLIT, *OFFLOAD),
-    "8-bit moments": ("--optimizer.state-bits", "8"),
-    "bf16 gradients": ("--memory.gradients", "bf16"),
-    "bf16": BF16,
-    "bf16, bf16 gradients, 8-bit moments": (*BF16, *HALVED),
-    "bf16-nearest": ("--memory.weights", "bf16-nearest"),
+
+
+FSDP: dict[str, tuple[str, ...]] = {
+    "f32": FULL,
+    "split, 8-bit moments": (*FULL, *SPLIT, "--optimizer.state-bits", "8"),
+    "bf16, 8-bit moments": (*FULL, *BF16, "--optimizer.state-bits", "8"),
 }
+SHARDED = (("qwen2.5-0.5b", 8), ("qwen3-8b", 8), ("qwen3-8b", 64), ("qwen3-8b", 1024))
+"""Models and numbers of processes, each of which is one trace."""
 
 
-def planned(model: TransformerConfig, config: TrainConfig) -> Memory:
+def planned(model: TransformerConfig, config: TrainConfig, world_size: int = 1) -> Memory:
     """The plan of one process, with the loss that is traced."""
     with mock.patch.object(planning, "_has_liger", return_value=False):
-        return next(iter(planning._memory(model, config, 1).values()))
+        return next(iter(planning._memory(model, config, world_size).values()))
 
 
 def table() -> None:
@@ -136,21 +133,47 @@ def picture(found: dict[str, list[Memory]]) -> str:
 
 
 def traced(names: Sequence[str]) -> int:
-    """Plan beside trace for every rung; 1 if a total is more than 5 % off, or a part of the state 1 %."""
-    worst = 0.0
-    print("| model | rung | planned GiB | traced GiB | ratio | state |\n|---|---|---|---|---|---|")
-    for name in names:
+    """Plan and trace of every rung, and of FSDP2 over many processes; 1 if one is too far off."""
+    good = True
+    print("| model | rung | planned GiB | traced GiB | ratio | on the host | ratio | worst part | s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in names or MODELS:
         for rung, flags in RUNGS.items():
-            config = parse_command_line([*CARD, *flags, "--batch-size", "1"]).config
-            said, found = planned(preset(name), config), trace(preset(name), config)
-            parts = said.host_parts
-            state = said.low + parts.get("low bits", 0) + said.optimizer + parts.get("moments", 0)
-            off = abs(state / (found.low + found.optimizer) - 1)
-            ratio = said.total / found.peak
-            worst = max(worst, abs(ratio - 1) / 5, off)
-            row = f"{said.total / GIB:.2f} | {found.peak / GIB:.2f} | {ratio:.3f} | {off:.2%} off"
-            print(f"| {name} | {rung} | {row} |", flush=True)
-    return int(worst > 0.01)
+            good &= _compared(name, rung, [*CARD, *flags, "--batch-size", "2"], 1)
+    for name, size in SHARDED:
+        for rung, flags in FSDP.items():
+            more = ["--parallel.strategy", "fsdp2", "--batch-size", str(2 * size)]
+            good &= _compared(name, f"fsdp2 over {size:,}, {rung}", [*CARD, *flags, *more], size)
+    return int(not good)
+
+
+def _compared(name: str, rung: str, flags: Sequence[str], world_size: int) -> bool:
+    """Print one row; whether weights, gradients and moments are within 1 %, the totals within 5 %."""
+    model, config, began = preset(name), parse_command_line(flags).config, time.perf_counter()
+    said, found = planned(model, config, world_size), trace(model, config, world_size=world_size)
+    strategy = named(config.parallel.strategy, world_size)
+    state = State.of(
+        model,
+        shards(strategy, world_size, world_size),
+        strategy,
+        config.parallel.offload,
+        config.optimizer.state_bits,
+        Storage(weights=config.memory.weights, gradients=config.memory.gradients),
+    )
+    beside = state.host_parts
+    parts = {
+        "weights": (state.weights + beside.get("weights", 0), found.weights),
+        "low bits": (state.low + beside.get("low bits", 0), found.low),
+        "gradients": (state.gradients + beside.get("gradients", 0), found.gradients),
+        "moments": (state.optimizer + beside.get("moments", 0), found.optimizer),
+    }
+    off = {part: abs(one / other - 1) if other else float(one > 0) for part, (one, other) in parts.items()}
+    worst = max(off, key=lambda part: off[part])
+    ratio, host = said.total / found.peak, said.host / found.host_peak if found.host_peak else 1.0
+    cells = [f"{said.total / GIB:.2f}", f"{found.peak / GIB:.2f}", f"{ratio:.3f}"]
+    cells += [f"{said.host / GIB:.2f}", f"{host:.3f}", f"{worst} {off[worst]:.2%}"]
+    print(f"| {name} | {rung} | {' | '.join(cells)} | {time.perf_counter() - began:.0f} |", flush=True)
+    return off[worst] <= 0.01 and abs(ratio - 1) <= 0.05 and abs(host - 1) <= 0.05
 
 
 def traced_adapters() -> int:
@@ -166,7 +189,7 @@ def traced_adapters() -> int:
             flags = ["--adapter.kind", "lora", "--adapter.targets", targets, "--adapter.base.bits", str(bits)]
             flags += ["--compute.activation-checkpointing", kept, "--batch-size", "1"]
             config = parse_command_line([*CARD, *flags]).config
-            said, found = planned(LLAMA_3_8B, config).total, trace(LLAMA_3_8B, config).peak
+            said, found = planned(LLAMA_3_8B, config, 1).total, trace(LLAMA_3_8B, config).peak
             worst = max(worst, abs(said / found - 1))
             row = f"{said / GIB:.2f} | {found / GIB:.2f} | {said / found:.3f}"
             print(f"| {bits} | {targets} | {kept} | {row} |", flush=True)
@@ -219,36 +242,14 @@ def _round_trip(tensors: Sequence[torch.Tensor], device: torch.device) -> None:
             tensor.copy_(here, non_blocking=True)
 
 
-def losses(flags: Sequence[str]) -> None:
-    """200 steps at every rung: validation loss beside that of f32, and updates lost."""
-    print(
-        "| rung | validation loss | beside f32 | below half an ulp | changed nothing |\n|---|---|---|---|---|"
-    )
-    base = None
-    for rung, more in LOSSES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
-            steps = ["--num-steps", "200", "--eval-every", "200", "--progress", "quiet"]
-            reset_state()
-            train([*flags, *steps, "--parallel.precision", "bf16", "--run-dir", str(run), *more])
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        last = [line for line in lines if line["kind"] == "evaluation"][-1]
-        base = last["val_loss"] if base is None else base
-        lost = last["updates_lost"] or {"below_half_ulp": float("nan"), "unchanged": float("nan")}
-        row = f"{last['val_loss']:.4f} | {last['val_loss'] - base:+.4f}"
-        print(f"| {rung} | {row} | {lost['below_half_ulp']:.2%} | {lost['unchanged']:.2%} |", flush=True)
-
-
 def main(arguments: Sequence[str]) -> int:
     """See the module."""
     verb, *rest = arguments or ["table"]
     if verb == "trace":
-        return traced(rest or MODELS)
+        return traced(rest)
     if verb == "trace-adapters":
         return traced_adapters()
-    if verb == "losses":
-        losses(rest)
-    elif verb == "update":
+    if verb == "update":
         update()
     else:
         table()

@@ -72,7 +72,7 @@ def _contents(wheel: Path, sdist: Path) -> None:
 
 
 def _use(wheel: Path, folder: Path) -> None:
-    """Install the wheel alone, and call every kind of front door it brings."""
+    """Install the wheel alone, and call every kind of entry point it brings."""
     venv.create(folder / "venv", with_pip=True)
     bin_folder = folder / "venv" / "bin"
     python = str(bin_folder / "python")

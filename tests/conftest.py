@@ -15,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from builders.kernels import KernelCase
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -34,9 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _give_back_memory() -> Iterator[None]:
-    """A run in this process made it keep what is freed; the next module need not live beside that."""
+    """A run in this process made it keep what is freed; the next module need not live beside that.
+
+    What is left then stays for good, modules above all: no later collection walks through it again.
+    """
     yield
     gc.collect()
+    gc.freeze()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
@@ -50,11 +55,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.fixture(scope="session")
-def strategies(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
+    """Launches of the trainer on several ranks that cost no start of Python each; one server a worker."""
+    from builders.several import HAS_COMPILER  # noqa: PLC0415  (imports PyTorch; most tests do not need it)
+    from builders.warm_ranks import open_ranks  # noqa: PLC0415
+
+    server = open_ranks(tmp_path_factory.mktemp("ranks"), deepspeed=HAS_COMPILER)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def strategies(inputs: Inputs, ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of finished runs of one, two and four processes under every strategy, shared by all workers."""
     from builders.several import make_runs  # noqa: PLC0415  (imports PyTorch; most tests do not need it)
 
-    return make_runs(inputs, shared_folder(tmp_path_factory) / "strategies")
+    return make_runs(inputs, ranks, shared_folder(tmp_path_factory) / "strategies")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

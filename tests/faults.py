@@ -1,6 +1,6 @@
 """Faults a run has to survive, many times over; prints the table. ``make faults`` runs it, a few minutes.
 
-Every launch goes through the trainer's front door in processes forked after the imports. What is asked after
+Every launch goes through the trainer's entry point in processes forked after the imports. What is asked after
 each fault: exit codes, how long the others lived on, whether the newest folder is whole, and whether the run
 that goes on from it repeats the uninterrupted run's losses and gradient norms to the last bit.
 """
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,11 +72,11 @@ class Bench:
         flags += ["--evaluation.max-sequences", "2", "--early-stop.patience", str(STEPS), "--lr", "1e-5"]
         return [*flags, "--evaluation.random-sequences", "0", "--target-val-loss", "0.01", *more]
 
-    def reference(self, steps: int, world_size: int) -> dict[int, tuple[float, float]]:
+    def reference(self, steps: int, world_size: int, *more: str) -> dict[int, tuple[float, float]]:
         """Loss and norm of each step of a run that nothing happened to."""
-        run_dir = self.folder / f"reference-{world_size}"
+        run_dir = self.folder / "-".join(("reference", str(world_size), *more))
         self.ranks.launch(
-            [*self.flags(run_dir), "--eval-every", str(steps)],
+            [*self.flags(run_dir, *more), "--eval-every", str(steps)],
             world_size=world_size,
             hurt=Hurt(number=signal.SIGTERM, ranks=(0,), after=str(marker(run_dir, steps))),
         )
@@ -93,9 +93,22 @@ def figures(run_dir: Path) -> dict[int, tuple[float, float]]:
     return {line["step"]: (line["train_loss"], line["grad_norm"]) for line in metrics(run_dir)}
 
 
-def chain(bench: Bench, tally: Tally, times: int, *, world_size: int, number: int, codes: set[int]) -> Tally:
-    """Hurt one run again and again, each time going on from what the last fault left."""
-    run_dir, reached = bench.folder / f"chain-{number}-{world_size}", 0
+def chain(
+    bench: Bench,
+    tally: Tally,
+    times: int,
+    *,
+    world_size: int,
+    number: int,
+    codes: set[int],
+    more: Sequence[str] = (),
+    plain: Sequence[str] = (),
+) -> Tally:
+    """Hurt one run again and again, each time going on from what the last fault left.
+
+    It is launched with the flags ``more``, and has to repeat a run with the flags ``plain``.
+    """
+    run_dir, reached = bench.folder / "-".join(("chain", str(number), str(world_size), *more)), 0
     for _ in range(times):
         who = [(rank,) for rank in range(world_size)] + [tuple(range(world_size))]
         hurt = Hurt(
@@ -104,7 +117,7 @@ def chain(bench: Bench, tally: Tally, times: int, *, world_size: int, number: in
             after=str(marker(run_dir, reached + 1)),
             delay_s=bench.random.uniform(0, 0.25),
         )
-        ended = bench.ranks.launch(bench.flags(run_dir), world_size=world_size, hurt=hurt)
+        ended = bench.ranks.launch(bench.flags(run_dir, *more), world_size=world_size, hurt=hurt)
         tally.times += 1
         tally.slowest_s = max(tally.slowest_s, ended.after_s or 0.0)
         tally.check(set(ended.codes) <= codes, f"codes {ended.codes}: {ended.errors[0][-200:]}")
@@ -115,11 +128,36 @@ def chain(bench: Bench, tally: Tally, times: int, *, world_size: int, number: in
             last = max(figures(run_dir))
             tally.check(int(whole.name) == last, f"step {last} was done, step {whole.name} saved")
         reached = reached if whole is None else int(whole.name)
-    found, wanted = figures(run_dir), bench.reference(reached, world_size)
+    found, wanted = figures(run_dir), bench.reference(reached, world_size, *plain)
     other = [step for step in range(1, reached + 1) if found.get(step) != wanted.get(step)]
     tally.check(not other, f"step {other[:1]} differs from the uninterrupted run")
     tally.note = f"{reached} steps, loss and norm equal to the uninterrupted run's to the last bit"
     return tally
+
+
+BF16 = ("--parallel.precision", "bf16")
+OFFLOADED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "f32 weights": ((), ()),
+    "split weights": (BF16, (*BF16, "--memory.weights", "split")),
+    "8-bit moments": (("--optimizer.state-bits", "8"),) * 2,
+    "bf16 weights and gradients": ((*BF16, "--memory.weights", "bf16", "--memory.gradients", "bf16"),) * 2,
+}
+"""Flags of a run that keeps its state on the device, and of the offloaded one that has its bits."""
+
+
+def offloaded(bench: Bench, rung: str, times: int) -> Tally:
+    """Kill a run whose state is in host memory; the run that goes on repeats one without offload."""
+    plain, more = OFFLOADED[rung]
+    return chain(
+        bench,
+        Tally(f"SIGKILL while saving, {rung} offloaded"),
+        times,
+        world_size=1,
+        number=signal.SIGKILL,
+        codes={-signal.SIGKILL},
+        more=(*more, "--parallel.offload", "optimizer"),
+        plain=plain,
+    )
 
 
 @contextmanager
@@ -236,6 +274,7 @@ def main() -> int:
             lambda: chain(
                 bench, Tally("SIGKILL while saving"), options.kills, world_size=1, number=9, codes={killed}
             ),
+            *(lambda rung=rung: offloaded(bench, rung, max(2, options.kills // 10)) for rung in OFFLOADED),
             lambda: chain(
                 bench, Tally("SIGTERM, two ranks"), options.terms, world_size=2, number=15, codes=termed
             ),

@@ -160,7 +160,7 @@ def _try(repository: Repository, change: Change, copy: Path) -> Trial:
             _build(copy)
         red = _run(copy, [test.node for test in _asked(repository, change, doors=False)])
         if not red & set(bound):
-            red |= _run(copy, [test.node for test in repository.bound[change.falsifier] if test.front_door])
+            red |= _run(copy, [test.node for test in repository.bound[change.falsifier] if test.entry_point])
     finally:
         path.write_text(whole, encoding="utf-8")
         extension.write_bytes(built)
@@ -200,13 +200,13 @@ def _build(copy: Path) -> None:
 
 
 def _asked(repository: Repository, change: Change, *, doors: bool = True) -> list[SuiteTest]:
-    """The bound tests, and those of other falsifiers in the same files that need no front door."""
+    """The bound tests, and those of other falsifiers in the same files that need no entry point."""
     bound = repository.bound[change.falsifier]
     files = {test.file for test in bound}
     beside = [
-        test for test in repository.tests.values() if test.file in files and test.ids and not test.front_door
+        test for test in repository.tests.values() if test.file in files and test.ids and not test.entry_point
     ]
-    return [test for test in {t.node: t for t in [*bound, *beside]}.values() if doors or not test.front_door]
+    return [test for test in {t.node: t for t in [*bound, *beside]}.values() if doors or not test.entry_point]
 
 
 def _run(copy: Path, nodes: Iterable[str], *, expected: int | None = None) -> set[str]:

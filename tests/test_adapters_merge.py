@@ -29,6 +29,7 @@ from apr_dist.model.families import Family
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 BLOCKS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -65,6 +66,31 @@ def test_merged_logits_are_those_of_transformers_and_peft(
         logits_of(tmp_path / "merged.apr"), expected, atol=1e-4 * expected.abs().max().item()
     )
     assert not torch.allclose(logits_of(base), expected, atol=0.05)
+
+
+@pytest.mark.shows("adapters")
+@pytest.mark.parametrize("family", Family)
+def test_an_adapter_of_every_family_merges_into_what_peft_computes(family: Family, tmp_path: Path) -> None:
+    source, base = base_of(family, tmp_path)
+    joined = family.definition.joined
+    targets = ["o_proj", "down_proj"] if joined else BLOCKS
+    adapter = peft_folder(source, tmp_path / "adapter", target_modules=targets, **KINDS["lora"])
+    assert merge(base, adapter, tmp_path / "merged.apr") == ExitCode.OK
+    expected = peft_logits(source, adapter)
+    near = torch.allclose(
+        logits_of(tmp_path / "merged.apr"), expected, atol=1e-4 * expected.abs().max().item()
+    )
+    assert near
+    assert not torch.allclose(logits_of(base), expected, atol=0.05)
+
+
+def test_an_adapter_of_joined_projections_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, base = base_of(Family.PHI3, tmp_path)
+    adapter = peft_folder(source, tmp_path / "adapter", target_modules=["qkv_proj"], **KINDS["lora"])
+    assert merge(base, adapter, tmp_path / "merged.apr") == ExitCode.MODEL_FILE
+    assert "qkv_proj, which is several maps in an APR file" in capsys.readouterr().err
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-ADAPTER-003")
@@ -138,11 +164,12 @@ def test_a_merge_that_is_not_the_same_leaves_no_file(tmp_path: Path, monkeypatch
 @pytest.mark.falsifies("FALSIFY-APR-DIST-ADAPTER-002")
 def test_an_adapter_of_another_base_is_refused_by_digest(
     inputs: Inputs,
+    ranks: WarmRanks,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    runs = make_runs(inputs, shared_folder(tmp_path_factory) / "adapters")
+    runs = make_runs(inputs, ranks, shared_folder(tmp_path_factory) / "adapters")
     for adapter in (runs / "lora" / "adapter", runs / "lora" / "checkpoint.apr"):
         merged = tmp_path / "merged.apr"
         assert merge(inputs.pretrained, adapter, merged, "--force") == ExitCode.OK

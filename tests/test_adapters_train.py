@@ -1,4 +1,4 @@
-"""Adapters through the trainer's front door: as ``peft`` trains them, on every strategy, resumed exactly."""
+"""Adapters through the trainer's entry point: as ``peft`` trains them, on every strategy, resumed exactly."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from apr_dist.interop.adapter_files import open_adapter
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 
 def _case(name: str) -> object:
@@ -47,8 +48,8 @@ ALL, AGAIN = [_case(name) for name in RUNS], [_case(name) for name in RESUMED]
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_runs(inputs, shared_folder(tmp_path_factory) / "adapters")
+def runs(inputs: Inputs, ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_runs(inputs, ranks, shared_folder(tmp_path_factory) / "adapters")
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-ADAPTER-001")

@@ -18,11 +18,12 @@ from apr_dist.report.samples import make_samples
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_runs(inputs, shared_folder(tmp_path_factory) / "adapters")
+def runs(inputs: Inputs, ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_runs(inputs, ranks, shared_folder(tmp_path_factory) / "adapters")
 
 
 def measured(capsys: pytest.CaptureFixture[str], *given: object) -> dict[str, float]:

@@ -142,6 +142,7 @@ def test_a_run_reports_what_it_trains_on(
     said = capsys.readouterr()
     assert "tokens trained on (" in said.out + said.err
     assert "130 conversations" in said.out + said.err
+    assert "conversations isolated by spans" in said.out
     gates = {gate["id"]: gate for gate in verdict(run)["gates"]}
     assert "the longest conversation" in gates["FALSIFY-APR-DIST-TRAINER-039"]["measured"]
     assert 0 < metrics(run)[0]["targets"] < 4 * 32

@@ -14,7 +14,7 @@ from builders.chats import ANSWER, CHATS, TOOLS, assistant, chat, model_chat, us
 from builders.tokens import packaged
 from transformers import PreTrainedTokenizerFast
 
-from apr_dist.corpus import chat_sandbox
+from apr_dist.corpus import chat_limits, chat_sandbox
 from apr_dist.corpus.chat_encoding import TrainOn, encode_conversation, encode_prompt
 from apr_dist.corpus.chat_template import ChatTemplate
 from apr_dist.errors import AprDistError, CorpusError, TokenizerError
@@ -217,7 +217,7 @@ def test_a_template_that_reaches_out_or_never_ends_is_stopped(
 
 
 def test_a_template_that_writes_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_sandbox, "LARGEST", 10_000)
+    monkeypatch.setattr(chat_limits, "LARGEST", 10_000)
     with pytest.raises(CorpusError, match="writes more than 10,000 characters"):
         ChatTemplate(text="{% for a in range(9000) %}xxxx{% endfor %}").render([user("x")])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from builders.kernels import KernelCase
 from builders.models import tiny_config, tiny_decoder
 from builders.runs import metrics, run_here
 from builders.several import HAS_COMPILER
-from builders.warm_ranks import WarmRanks, open_ranks
+from builders.warm_ranks import WarmRanks
 from torch.nn.functional import cross_entropy
 
 from apr_dist.data.loader import TokenLoader
@@ -33,13 +32,6 @@ T, V = 48, 96
 needs_compiler = pytest.mark.skipif(
     not HAS_COMPILER, reason="DeepSpeed builds its CPU modules with a C++ compiler, and there is none"
 )
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
-    server = open_ranks(tmp_path_factory.mktemp("ranks"), deepspeed=HAS_COMPILER)
-    yield server
-    server.close()
 
 
 def alone(model: Decoder, turns: Turns) -> torch.Tensor:

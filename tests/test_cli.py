@@ -1,4 +1,4 @@
-"""The verbs of ``apr-dist`` through their front door."""
+"""The verbs of ``apr-dist`` through their entry point."""
 
 from __future__ import annotations
 

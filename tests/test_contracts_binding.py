@@ -19,14 +19,14 @@ HEAD = "import pytest\n\n"
 
 
 def suite_of(root: Path, text: str, **others: str) -> dict[str, tuple[tuple[str, ...], bool]]:
-    """Node id to (ids, front door) of a suite with one test file and some others."""
+    """Node id to (ids, entry point) of a suite with one test file and some others."""
     for name, content in {"test_one": HEAD + text, **others}.items():
         path = root / "tests" / f"{name.replace('__', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
     found = read_tests(root)
     return {
-        node.removeprefix("tests/test_one.py::"): (test.ids, test.front_door) for node, test in found.items()
+        node.removeprefix("tests/test_one.py::"): (test.ids, test.entry_point) for node, test in found.items()
     }
 
 
@@ -68,7 +68,7 @@ def test_markers_on_functions_classes_files_and_single_cases_are_found(tmp_path:
         ("from apr_dist.config import parse\ndef test_x():\n    parse('apr-dist stamp x.apr')\n", False),
     ],
 )
-def test_a_front_door_is_seen_through_helpers_builders_fixtures_and_constants(
+def test_a_entry_point_is_seen_through_helpers_builders_fixtures_and_constants(
     tmp_path: Path, text: str, through: bool
 ) -> None:
     builder = (

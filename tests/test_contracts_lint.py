@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from builders.contracts import CONTRACT, ID, MUTANTS, SUITE, changed, make_repository
 
-from apr_dist.contracts.evidence import RULES, sha256_of, sign, signature
+from apr_dist.atomic_files import file_digest
+from apr_dist.contracts.evidence import RULES, sign, signature
 from apr_dist.contracts.finding import Finding, Gate
 from apr_dist.contracts.lint import LintReport, lint
 from apr_dist.contracts.repository import read_repository
@@ -239,7 +240,7 @@ def test_status_a_test_under_a_falsifier_that_is_only_proposed(tmp_path: Path) -
     assert "is called PROPOSED" in only(report(tmp_path, contract=text), Gate.STATUS).text
 
 
-def test_status_a_failed_test_takes_the_front_door_away(tmp_path: Path) -> None:
+def test_status_a_failed_test_takes_the_entry_point_away(tmp_path: Path) -> None:
     text = CONTRACT.replace("PARTIAL_ALGORITHM_LEVEL", "FUNCTIONAL")
     suite = changed("    assert 2 + 2 == 4", "    from apr_dist.train import main\n\n    main([])", SUITE)
     make_repository(tmp_path, contract=text, suite=suite)
@@ -317,7 +318,7 @@ def test_evidence_that_was_edited_or_is_stale(tmp_path: Path, harm: Callable[[Pa
     path = tmp_path / LIVE
     path.parent.mkdir(parents=True)
     path.with_name("metrics.jsonl").write_text('{"step": 1}\n')
-    keep(tmp_path, {**PASSED, "files": {"metrics.jsonl": sha256_of(path.with_name("metrics.jsonl"))}})
+    keep(tmp_path, {**PASSED, "files": {"metrics.jsonl": file_digest(path.with_name("metrics.jsonl"))}})
     assert report(tmp_path, contract=live_contract()).ok
     harm(path)
     found = lint(read_repository(tmp_path), collected=COLLECTED)

@@ -14,20 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from builders.broken_inputs import EMBEDDING, FROM_SCRATCH, WITH_INIT, Arrays, Case
-from builders.warm_ranks import Ended, WarmRanks, open_ranks
+from builders.warm_ranks import Ended, WarmRanks
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.errors import ExitCode
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
-    server = open_ranks(tmp_path_factory.mktemp("ranks"))
-    yield server
-    server.close()
 
 
 @pytest.fixture

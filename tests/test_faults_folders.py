@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ import pytest
 from builders.faults import launch
 from builders.files import open_folder
 from builders.runs import TRAIN
-from builders.warm_ranks import Ended, WarmRanks, open_ranks
+from builders.warm_ranks import Ended, WarmRanks
 
 from apr_dist.errors import ExitCode
 
@@ -27,13 +26,6 @@ def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
     given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
     given += ["--num-steps", "2", "--eval-every", "1", "--lr", "1e-4", "--target-val-loss", "0.1"]
     return [*given, "--evaluation.random-sequences", "0", *more]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
-    server = open_ranks(tmp_path_factory.mktemp("ranks"))
-    yield server
-    server.close()
 
 
 def assert_refused(ended: Ended, rank: int, what: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from builders.faults import free_port, trainers_under
 from builders.network import Hosts, why_no_hosts
 from builders.runs import REPOSITORY, TRAIN, metrics, newest_whole, verdict
-from builders.warm_ranks import open_ranks
+from builders.warm_ranks import WarmRanks
 
 from apr_dist.errors import ExitCode
 
@@ -66,12 +66,10 @@ def accelerate() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def untouched(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untouched(inputs: Inputs, ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody touched, of two ranks forked after the imports."""
     folder = tmp_path_factory.mktemp("untouched")
-    server = open_ranks(folder / "ranks")
-    ended = server.launch(flags(inputs, folder / "run"), world_size=2)
-    server.close()
+    ended = ranks.launch(flags(inputs, folder / "run"), world_size=2)
     assert ended.codes == (0, 0), ended.errors
     return folder / "run"
 

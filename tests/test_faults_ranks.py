@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import pytest
 from builders.broken import token_of_one_sequence, write_model_that_breaks_at
 from builders.runs import metrics, newest_whole, verdict
 from builders.several import HAS_COMPILER
-from builders.warm_ranks import Hurt, WarmRanks, open_ranks
+from builders.warm_ranks import Hurt, WarmRanks
 
 from apr_dist.apr.reader import AprReader
 from apr_dist.cli import main
@@ -34,13 +33,6 @@ STRATEGIES = [
     *(pytest.param(f"zero{stage}", marks=needs_compiler) for stage in (1, 2, 3)),
 ]
 PROMISED_S = 15
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
-    server = open_ranks(tmp_path_factory.mktemp("ranks"), deepspeed=HAS_COMPILER)
-    yield server
-    server.close()
 
 
 def flags(inputs: Inputs, init: Path, run_dir: Path, *more: str) -> list[str]:

@@ -53,6 +53,10 @@ ROPES: list[dict[str, Any] | None] = [
     {"rope_type": "yarn", "factor": 2.0},
     YARN | {"extrapolation_factor": 1.0},
     {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    {"type": "su", "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0, 9.0]},
+    {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [3.0] * 2}
+    | {"partial_rotary_factor": 0.5, "attention_factor": 1.2},
+    YARN | {"llama_4_scaling_beta": 0.4, "max_position_embeddings": 9},
     {"full_attention": {"rope_type": "default", "rope_theta": 10.0}},
     {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"rope_type": "default"}},
     {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}},
@@ -76,7 +80,7 @@ CHOICES: dict[str, list[Any]] = {
     "layer_types": [[FULL, FULL], [SLIDING, SLIDING], [FULL, SLIDING], [SLIDING], None],
     "tie_word_embeddings": [True, False],
     "rms_norm_eps": [1e-6, 1e-2, 0.3],
-    "max_position_embeddings": [32, 64],
+    "max_position_embeddings": [16, 32, 64],
     "attention_dropout": [0.0, 0.3],
     "pretraining_tp": [1, 2],
     "is_causal": [True, False],
@@ -189,7 +193,8 @@ def test_the_default_of_an_absent_key_is_that_of_the_library(family: Family) -> 
         if key in ("rope_theta", "rope_local_base_freq"):
             kind = "full_attention" if key == "rope_theta" else "sliding_attention"
             rope = theirs.rope_parameters
-            assert rope.get(kind, rope)["rope_theta"] == value
+            theta = family.definition.rope_default.get("rope_theta", value)
+            assert rope.get(kind, rope)["rope_theta"] == theta
         elif value is not None:
             assert getattr(theirs, key) == value, key
     values, notes = metadata_from_config(claims(family), where=Path("config.json"))

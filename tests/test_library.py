@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +194,51 @@ def test_held_out_batches_must_begin_again(inputs: Inputs, tmp_path: Path) -> No
     given = settings(inputs, tmp_path / "run", dataset=None, val_dataset=None)
     with pytest.raises(UsageError, match="iterated once only"):
         apr_dist.open_session(**given, batches=rows, val_batches=iter(rows))
+
+
+def of_another_tokenizer(source: Path, folder: Path) -> Path:
+    """The same shards, said to be encoded by another tokenizer."""
+    shutil.copytree(source, folder)
+    known = Manifest.load(folder)
+    assert known.tokenizer is not None
+    replace(known, tokenizer=replace(known.tokenizer, sha256="b" * 64)).write()
+    return folder
+
+
+def test_held_out_shards_are_asked_their_gates_next_to_own_batches(inputs: Inputs, tmp_path: Path) -> None:
+    rows, shards = batches_of(inputs, 2), str(inputs.validation)
+    given = settings(inputs, tmp_path / "run", dataset=None, val_dataset=None)
+    strange = of_another_tokenizer(inputs.validation, tmp_path / "strange")
+    same = str(shutil.copytree(inputs.validation, tmp_path / "same"))
+    for named, refusal in (
+        ({"val_dataset": str(strange)}, "encoded by tokenizer bbbbbbbbbbbb"),
+        ({"evaluation": {"sets": {"one": shards, "two": same}}}, "one and two hold the same data"),
+        ({"evaluation": {"sets": {"two": str(strange)}}}, "encoded by tokenizer bbbbbbbbbbbb"),
+        ({"evaluation": {"sets": {"one": shards}}, "seq_length": 4096}, "positions|a sequence needs"),
+        ({"evaluation": {"sets": {"one": str(inputs.train)}}}, "the train part"),
+    ):
+        for own in ({}, {"val_batches": rows}):
+            if own and "val_dataset" in named:
+                continue  # the program's own are in its place
+            with pytest.raises(AprDistError, match=refusal):
+                apr_dist.open_session(**{**given, **named}, batches=rows, **own)
+    counting = {"sets": {"one": shards}, "counts": "one"}
+    with pytest.raises(UsageError, match="the program's own held-out batches count"):
+        apr_dist.open_session(**{**given, "evaluation": counting}, batches=rows, val_batches=rows)
+
+
+def test_named_sets_are_measured_next_to_own_batches(inputs: Inputs, tmp_path: Path) -> None:
+    rows = batches_of(inputs, 2)
+    given = settings(inputs, tmp_path / "run", dataset=None, val_dataset=None)
+    given["evaluation"] |= {"sets": {"one": str(inputs.validation)}}
+    with apr_dist.open_session(**given, batches=rows) as session:
+        shards = session.evaluate()
+    given["run_dir"] = str(tmp_path / "both")
+    with apr_dist.open_session(**given, batches=rows, val_batches=rows) as session:
+        assert session.evaluate().tokens == 2 * 4 * 32
+    (line,) = metrics(tmp_path / "both", "evaluation")
+    assert line["val_losses"] == {"one": shards.loss}
+    assert list(verdict(tmp_path / "both")["facts"]["validation_sets"]) == ["one"]
 
 
 def test_leaving_a_session_closes_everything_and_an_error_leaves_a_verdict(

@@ -17,8 +17,11 @@ from apr_dist.config.text import load_config
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.gates.host_memory import check_host_memory, host_bytes
 from apr_dist.model.config import PRESETS
+from apr_dist.parallel.storage import Storage
+from apr_dist.parallel.strategy import named
 from apr_dist.planning import plan
 from apr_dist.planning.plan import Rate, make_plan
+from apr_dist.planning.state import State, shards
 from apr_dist.planning.tracing import trace
 
 if TYPE_CHECKING:
@@ -46,26 +49,43 @@ def _own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_has_liger", lambda: False)
 
 
-@pytest.mark.parametrize("rungs", RUNGS.values(), ids=RUNGS)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_plan_of_each_rung_is_what_a_traced_step_holds(rungs: tuple[str, ...], tied: bool) -> None:
-    model = replace(PRESETS["qwen2.5-0.5b"], num_layers=2, tie_word_embeddings=tied)
-    config = parse_command_line([*CARD, "--batch-size", "1", *rungs]).config
-    said = memory_of(model, config)
-    found = trace(model, config)
-    streams = bool(said.host)
-    parts = said.host_parts
-    assert said.weights == pytest.approx(found.weights, rel=0.01)
-    assert (parts.get("low bits", 0) if streams else said.low) == pytest.approx(found.low, rel=0.01)
-    moments = parts["moments"] if streams else said.optimizer
-    assert moments == pytest.approx(found.optimizer, rel=0.01)
+TRACED: dict[str, tuple[tuple[str, ...], bool, int]] = {
+    "split": (RUNGS["split"], True, 1),
+    "bf16": (RUNGS["bf16"], True, 1),
+    "offloaded": (RUNGS["offloaded"], True, 1),
+    "offloaded, untied": (RUNGS["offloaded"], False, 1),
+    "fsdp2 over 64": ((*SPLIT, *KEPT, "--parallel.strategy", "fsdp2"), True, 64),
+}
+
+
+@pytest.mark.parametrize(("rungs", "tied", "world"), TRACED.values(), ids=TRACED)
+def test_a_plan_of_each_rung_is_what_a_traced_step_holds(
+    rungs: tuple[str, ...], tied: bool, world: int
+) -> None:
+    model = replace(PRESETS["qwen2.5-0.5b"], num_layers=2, vocab_size=32768, tie_word_embeddings=tied)
+    config = parse_command_line([*CARD, "--batch-size", str(2 * world), *rungs]).config
+    said, found = memory_of(model, config, world), trace(model, config, world_size=world)
+    strategy, memory = named(config.parallel.strategy, world), config.memory
+    state = State.of(
+        model,
+        shards(strategy, world, world),
+        strategy,
+        config.parallel.offload,
+        config.optimizer.state_bits,
+        Storage(weights=memory.weights, gradients=memory.gradients),
+    )
+    there = state.host_parts
+    assert state.weights == pytest.approx(found.weights, rel=0.01)
+    assert state.low + there.get("low bits", 0) == pytest.approx(found.low, rel=0.01)
+    assert state.gradients + there.get("gradients", 0) == pytest.approx(found.gradients, rel=0.01)
+    assert state.optimizer + there.get("moments", 0) == pytest.approx(found.optimizer, rel=0.01)
     assert said.total == pytest.approx(found.peak, rel=0.05)
     assert said.host == pytest.approx(found.host_peak, rel=0.05)
 
 
-def memory_of(model: Any, config: Any) -> Any:
+def memory_of(model: Any, config: Any, world: int = 1) -> Any:
     """The plan of one process of this architecture, which need not be a preset."""
-    return next(iter(plan._memory(model, config, 1).values()))
+    return next(iter(plan._memory(model, config, world).values()))
 
 
 def test_8b_trains_exactly_on_a_card_of_24_gb_with_64_gb_of_host_memory() -> None:

@@ -15,6 +15,8 @@ from apr_dist.model.config import PRESETS, TransformerConfig, preset
 from apr_dist.model.families import Family
 from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
 
+LONGROPE = {"type": "longrope", "factor": 2.0, "original_max_position_embeddings": 64}
+LONGROPE |= {"short_factor": [1.0] * 32, "long_factor": [1.0] * 32}
 FIELDS = (
     *("family", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
     *("vocab_size", "rope_theta", "rms_norm_eps", "max_position_embeddings", "qkv_bias", "qk_norm"),
@@ -187,6 +189,12 @@ _YARN = RopeScaling(
     original_max_position_embeddings=8192,
     attention_factor=1.2079441541679836,
 )
+_MINISTRAL = RopeScaling(
+    rope_type=RopeScalingType.YARN,
+    factor=16.0,
+    original_max_position_embeddings=16_384,
+    attention_factor=1.0,
+)
 PUBLISHED |= {
     "gemma-2-2b": ("gemma2", 2304, 26, 8, 4, 256, 9216, *_GEMMA_2),
     "gemma-2-9b": ("gemma2", 3584, 42, 16, 8, 256, 14_336, *_GEMMA_2),
@@ -202,6 +210,18 @@ PUBLISHED |= {
     "granite-3.3-2b": (
         *("granite", 2048, 40, 32, 8, 64, 8192, 49_159, 1e7, 1e-5, 131_072),
         *(False, False, True, None, None),
+    ),
+    "phi-3-mini-4k": (
+        *("phi3", 3072, 32, 32, 32, 96, 8192, 32_064, 1e4, 1e-5, 4096),
+        *(False, False, False, 2047, None),
+    ),
+    "phi-4": (
+        *("phi3", 5120, 40, 40, 10, 128, 17_920, 100_352, 2.5e5, 1e-5, 16_384),
+        *(False, False, False, None, None),
+    ),
+    "ministral-3-8b": (
+        *("ministral3", 4096, 34, 32, 8, 128, 14_336, 131_072, 1e6, 1e-5, 262_144),
+        *(False, False, False, None, _MINISTRAL),
     ),
     "smollm3-3b": (
         *("smollm3", 2048, 36, 16, 4, 128, 11_008, 128_256, 5e6, 1e-6, 65_536),
@@ -237,6 +257,8 @@ def test_qwen25_05b_has_its_290_parameters_of_which_72_are_biases() -> None:
         ("smollm2-135m", 134_515_008),
         ("qwen3-0.6b", 596_049_920),
         ("gemma-3-270m", 268_098_176),
+        ("phi-3-mini-4k", 3_821_079_552),
+        ("phi-4", 14_659_507_200),
         ("gemma-2-2b", 2_614_341_888),
         ("olmo-2-1b", 1_484_916_736),
     ],
@@ -330,7 +352,14 @@ def test_qwen3_must_state_its_head_dim() -> None:
         ("rope_type", 0, "rope_type is 0.*split halves"),
         ("use_sliding_window", True, "use_sliding_window is True"),
         ("rope_scaling", "yarn", "rope_scaling is 'yarn'"),
-        ("rope_scaling", {"type": "longrope", "factor": 2.0}, "'longrope'.*linear, llama3, yarn"),
+        ("rope_scaling", {"type": "longrope", "factor": 2.0}, "original_max_position_embeddings is None"),
+        ("rope_scaling", LONGROPE | {"short_factor": None}, "short_factor is None"),
+        ("rope_scaling", LONGROPE | {"long_factor": [1.0] * 31 + [0]}, "long_factor is .*positive"),
+        ("rope_scaling", LONGROPE | {"long_factor": [1.0] * 4}, "long_factor is '4 numbers'.*32 numbers"),
+        ("rope_scaling", LONGROPE | {"long_factor": 2.0}, "long_factor is 2.0.*list of numbers"),
+        ("rope_scaling", {"type": "ntk", "factor": 2.0}, "'ntk'.*linear, dynamic, llama3, yarn, longrope"),
+        ("llama_4_scaling_beta", 0.1, "llama_4_scaling_beta is 0.1.*null for the qwen2 family"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5.*1.0 for the qwen2 family"),
         ("rope_scaling", {"type": "linear"}, "no factor"),
         ("rope_scaling", {"type": "linear", "factor": 0.5}, "factor is 0.5"),
         ("rope_scaling", {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings is None"),

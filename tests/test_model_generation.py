@@ -14,6 +14,7 @@ from apr_dist.model.generation import Sampling, choose, generate, stream
 PROMPT = [5, 17, 3, 88, 41]
 
 
+@pytest.mark.shows("generates")
 @pytest.mark.parametrize("family", Family)
 def test_greedy_text_equals_the_reference_token_by_token(family: Family) -> None:
     config = tiny_config(family, tie_word_embeddings=False, max_position_embeddings=128)

@@ -230,7 +230,7 @@ def test_rotation_turns_pairs_of_split_halves_and_its_gradient_turns_back(kernel
     x = normal(2, 5, 3, 8).to(kernels.device).requires_grad_()
     table = RotaryEmbedding(tiny_config()).to(kernels.device)
     rotation: Rotation = table(torch.arange(5, device=kernels.device).unsqueeze(0))
-    turned = kernels.kernels.rotate(x, *rotation)
+    turned = kernels.kernels.rotate(x, rotation.cos, rotation.sin)
     pairs = torch.complex(x[..., :4].detach(), x[..., 4:].detach())
     expected = pairs * torch.complex(rotation.cos, rotation.sin)
     assert torch.allclose(turned, torch.cat((expected.real, expected.imag), -1), atol=1e-6)
@@ -241,7 +241,7 @@ def test_rotation_turns_pairs_of_split_halves_and_its_gradient_turns_back(kernel
 def test_position_zero_is_not_turned(kernels: KernelCase) -> None:
     x = normal(1, 1, 3, 8).to(kernels.device)
     rotation = RotaryEmbedding(tiny_config()).to(kernels.device)(torch.zeros(1, 1, device=kernels.device))
-    assert torch.equal(kernels.kernels.rotate(x, *rotation), x)
+    assert torch.equal(kernels.kernels.rotate(x, rotation.cos, rotation.sin), x)
 
 
 @pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-ARCH-004")

@@ -159,3 +159,25 @@ def test_a_device_that_is_not_waited_for_adds_the_same_rows() -> None:
     found, expected = gradients(model, one_gradient), gradients(model, added_by_autograd)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_of_a_bf16_embedding_are_added_up_in_f32_where_its_gradient_is_f32(tied: bool) -> None:
+    """A token that occurs often: its small gradients would be lost one by one in bf16."""
+    model = tiny_decoder(tiny_config(tie_word_embeddings=tied))
+    weight = model.model.embed_tokens.weight
+    weight.data = weight.data.bfloat16()
+    inputs = random_tokens(model.config, (4, 64)) % 2  # two ids alone
+    targets = random_tokens(model.config, (4, 64), seed=1)
+    found = []
+    for kind in (torch.bfloat16, torch.float32):
+        weight.data, weight.grad = weight.data.to(kind), None
+        weight.grad_dtype = torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(inputs, targets)[0].backward()
+        found.append(weight.grad)
+    assert found[0].dtype is torch.float32
+    if tied:  # the head's part is given as bf16
+        assert float((found[0] - found[1]).abs().max()) < 2**-8 * float(found[1].abs().max())
+    else:
+        assert_equal([found[0]], [found[1]])

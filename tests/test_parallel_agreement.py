@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from builders.runs import metrics, run_here, verdict
 from builders.several import HAS_COMPILER
-from builders.warm_ranks import Hurt, WarmRanks, open_ranks
+from builders.warm_ranks import Hurt, WarmRanks
 
 from apr_dist.data.loader import EvaluationLoader
 from apr_dist.data.manifest import Manifest
@@ -24,13 +23,6 @@ if TYPE_CHECKING:
 needs_compiler = pytest.mark.skipif(
     not HAS_COMPILER, reason="DeepSpeed builds its CPU modules with a C++ compiler, and there is none"
 )
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
-    server = open_ranks(tmp_path_factory.mktemp("ranks"), deepspeed=HAS_COMPILER)
-    yield server
-    server.close()
 
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:

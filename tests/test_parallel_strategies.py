@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from builders.ranks import CASES, drawn, take_steps
-from builders.runs import REPOSITORY, metrics, run_script, verdict
+from builders.runs import REPOSITORY, metrics, verdict
 from builders.sessions import architecture_of
 
 from apr_dist.apr.reader import AprReader
@@ -23,6 +23,7 @@ from apr_dist.parallel.runtime import reset_state
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 ELEMENTS = 107_072
 """Parameters of the tiny pretrained model, the tied embedding counted once."""
@@ -41,30 +42,26 @@ def kept_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".build" / "torch_extensions"))
 
 
-def train(inputs: Inputs, run_dir: Path, world_size: int, *flags: str) -> Path:
-    done = run_script(
-        *inputs.data_flags(),
-        *("--init", str(inputs.pretrained), "--run-dir", str(run_dir), "--batch-size", "8"),
-        *("--micro-batch-size", "2", "--num-steps", "4", "--eval-every", "2", "--lr", "1e-3"),
-        *("--warmup-steps", "1", "--checkpoint.keep-last", "9", *flags),
-        world_size=world_size,
-        timeout_s=500,
-    )
-    assert done.returncode == 0, done.stderr
+def train(ranks: WarmRanks, inputs: Inputs, run_dir: Path, world_size: int, *flags: str) -> Path:
+    given = [*inputs.data_flags(), "--init", str(inputs.pretrained), "--run-dir", str(run_dir)]
+    given += ["--batch-size", "8", "--micro-batch-size", "2", "--num-steps", "4", "--eval-every", "2"]
+    given += ["--lr", "1e-3", "--warmup-steps", "1", "--checkpoint.keep-last", "9", *flags]
+    ended = ranks.launch(given, world_size=world_size)
+    assert set(ended.codes) == {0}, ended.errors
     return run_dir
 
 
 @pytest.fixture(scope="module")
-def alone(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(inputs: Inputs, ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps in one process: four micro-batches a step, saved after two and after four."""
-    return train(inputs, tmp_path_factory.mktemp("alone") / "run", 1)
+    return train(ranks, inputs, tmp_path_factory.mktemp("alone") / "run", 1)
 
 
 @pytest.fixture(scope="module")
-def fsdp2(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fsdp2(inputs: Inputs, ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run under FSDP2 on two processes: two micro-batches a step and rank."""
     run_dir = tmp_path_factory.mktemp("fsdp2") / "run"
-    return train(inputs, run_dir, 2, "--parallel.strategy", "fsdp2")
+    return train(ranks, inputs, run_dir, 2, "--parallel.strategy", "fsdp2")
 
 
 def assert_same_numbers(one: Path, other: Path, *, first: int = 0, loss: float = 1e-6) -> None:
@@ -96,10 +93,10 @@ def test_fsdp2_halves_the_model_and_changes_no_number(alone: Path, fsdp2: Path) 
 
 @needs_compiler
 def test_zero2_goes_on_from_what_fsdp2_saved(
-    alone: Path, fsdp2: Path, inputs: Inputs, tmp_path: Path
+    alone: Path, fsdp2: Path, inputs: Inputs, ranks: WarmRanks, tmp_path: Path
 ) -> None:
     resume = ("--resume", str(fsdp2 / "steps" / "000002"))
-    run_dir = train(inputs, tmp_path / "run", 2, "--parallel.strategy", "zero2", *resume)
+    run_dir = train(ranks, inputs, tmp_path / "run", 2, "--parallel.strategy", "zero2", *resume)
     facts = verdict(run_dir)["facts"]
     assert (facts["strategy"], facts["zero_stage"]) == ("zero2", 2)
     assert facts["shard_elements"] == [ELEMENTS, ELEMENTS]
@@ -114,7 +111,7 @@ def test_zero2_goes_on_from_what_fsdp2_saved(
 
 
 @pytest.fixture(scope="module")
-def ranks(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def reports(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks reported of every strategy, all in one launch."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -144,10 +141,10 @@ def cases_of(report: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
 
 
 def test_every_strategy_holds_its_share_and_takes_the_same_steps(
-    ranks: list[dict[str, Any]], inputs: Inputs, tmp_path: Path
+    reports: list[dict[str, Any]], inputs: Inputs, tmp_path: Path
 ) -> None:
     wanted = take_steps(inputs.pretrained, Strategy.SINGLE, 1, tmp_path)
-    for report in ranks:
+    for report in reports:
         assert len(cases_of(report)) >= 4
         for name, size, found in cases_of(report):
             assert found["strategy"] == name.rpartition("-")[0]
@@ -159,9 +156,9 @@ def test_every_strategy_holds_its_share_and_takes_the_same_steps(
 
 
 def test_sharded_blocks_compile_to_one_graph_with_any_checkpointing_and_change_no_number(
-    ranks: list[dict[str, Any]],
+    reports: list[dict[str, Any]],
 ) -> None:
-    for report in ranks:
+    for report in reports:
         assert {"ddp", "fsdp2"} <= set(report["compiled"])
         for strategy, found in report["compiled"].items():
             plain = found.pop("as it is")["steps"]
@@ -173,27 +170,27 @@ def test_sharded_blocks_compile_to_one_graph_with_any_checkpointing_and_change_n
                     assert step == pytest.approx(expected, rel=1e-5), (strategy, mode)
 
 
-def test_gradients_under_ddp_lie_in_what_they_are_sent_from(ranks: list[dict[str, Any]]) -> None:
-    for report in ranks:
+def test_gradients_under_ddp_lie_in_what_they_are_sent_from(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
         memories, gradients = report["gradient memories"]
         assert memories < gradients / 4, "each has memory of its own, beside the bucket it was sent from"
 
 
 @pytest.mark.falsifies("INV-TRAIN-007")
 def test_a_gradient_that_is_not_finite_touches_no_weight_under_any_strategy(
-    ranks: list[dict[str, Any]],
+    reports: list[dict[str, Any]],
 ) -> None:
-    for report in ranks:
+    for report in reports:
         for name, _, found in cases_of(report):
             assert (found["refused"], found["untouched"]) == ("INV-TRAIN-007", True), name
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-020")
 def test_a_skipped_step_leaves_weights_and_gradients_as_if_it_had_not_been(
-    ranks: list[dict[str, Any]], inputs: Inputs, tmp_path: Path
+    reports: list[dict[str, Any]], inputs: Inputs, tmp_path: Path
 ) -> None:
     found = [take_steps(inputs.pretrained, Strategy.SINGLE, 1, tmp_path)["skipped"]]
-    found += [case["skipped"] for report in ranks for _, _, case in cases_of(report) if "skipped" in case]
+    found += [case["skipped"] for report in reports for _, _, case in cases_of(report) if "skipped" in case]
     assert len(found) >= 3
     for one in found:
         assert (one["untouched"], one["skipped"], one["moved"]) == (True, 2, True)
@@ -202,21 +199,21 @@ def test_a_skipped_step_leaves_weights_and_gradients_as_if_it_had_not_been(
         assert one["norm_when_taken"] == pytest.approx(second, rel=1e-6)
 
 
-def test_a_save_that_rank_0_refuses_is_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
-    for report in ranks:
+def test_a_save_that_rank_0_refuses_is_refused_on_every_rank(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
         for name, _, found in cases_of(report):
             assert found.get("kept_the_first"), name
 
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-DISTRIBUTED-005", "FALSIFY-APR-DIST-TRAINER-001")
-def test_one_altered_element_of_one_shard_is_named_on_every_rank(ranks: list[dict[str, Any]]) -> None:
-    for report in ranks:
+def test_one_altered_element_of_one_shard_is_named_on_every_rank(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
         assert "FALSIFY-APR-DIST-TRAINER-001" in report["damage"]
         assert "model.layers.1.mlp.up_proj.weight" in report["damage"]
 
 
 def test_weights_from_scratch_do_not_depend_on_the_sharding(
-    ranks: list[dict[str, Any]], inputs: Inputs
+    reports: list[dict[str, Any]], inputs: Inputs
 ) -> None:
     alone = drawn(architecture_of(inputs.pretrained), Strategy.SINGLE, 1)
-    assert {report["drawn"] for report in ranks} == {alone}
+    assert {report["drawn"] for report in reports} == {alone}

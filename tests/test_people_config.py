@@ -53,16 +53,16 @@ def test_the_comments_of_a_shipped_configuration_are_generated(path: Path) -> No
 )
 def test_a_shipped_configuration_fits_the_gpus_it_names(path: Path, tmp_path: Path) -> None:
     text = " ".join(line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
-    gpus, gigabytes = (int(number) for number in re.search(r"on (\d+) GPUs? of (\d+) GB", text).groups())  # type: ignore[union-attr]
+    gpus, size, unit = re.search(r"on (\d+) GPUs? of (\d+) (GB|GiB)", text).groups()  # type: ignore[union-attr]
     named = max((name for name in PRESETS if path.stem.startswith(name)), key=len)
     config = load_config(path).model_copy(
         update={"synthetic": True, "model": named, "run_dir": tmp_path / "run"}
     )
-    plan = make_plan(config, world_size=gpus, rate=Rate())
+    plan = make_plan(config, world_size=int(gpus), rate=Rate())
     chosen = next(iter(plan.memory.values()))
     assert config.parallel.strategy in (StrategyChoice.AUTO, *plan.memory)
     # A tenth of the device is its context's, the collectives' and the allocator's.
-    assert chosen.total < 0.9 * gigabytes * 10**9
+    assert chosen.total < 0.9 * int(size) * (10**9 if unit == "GB" else 2**30)
     if gpus > 1:
         assert f"--num_processes {gpus} " in text or "two-nodes" in text
 

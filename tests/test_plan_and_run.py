@@ -197,7 +197,17 @@ WARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "more passes than allowed": (
-        (*INIT, "--num-steps", "90000", "--loader.max-epochs", "1", "--eval-every", "90000"),
+        (
+            *INIT,
+            "--num-steps",
+            "900",
+            "--batch-size",
+            "512",
+            "--loader.max-epochs",
+            "1",
+            "--eval-every",
+            "900",
+        ),
         ("the run will stop with StreamExhausted",),
     ),
 }

@@ -1,4 +1,4 @@
-"""The keys that say how a step is computed, through the front door: they change what they promise only."""
+"""The keys that say how a step is computed, through the entry point: they change what they promise only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run trains on, through the front door: mixtures, ways to read, and targets that do not count."""
+"""What a run trains on, through the entry point: mixtures, ways to read, and targets that do not count."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from apr_dist.apr.reader import AprReader
+from apr_dist.atomic_files import file_digest
 from apr_dist.errors import ExitCode, UsageError
 from apr_dist.parallel import state_bits
 from apr_dist.parallel.eight_bit import AdamW8bit, Quantized, code_values
-from apr_dist.parallel.state import file_digest
 from apr_dist.parallel.state_bits import BLOCK, is_eligible
 from apr_dist.training.optimizer import build_optimizer
 

@@ -1,4 +1,4 @@
-"""Bad input through the front door: one paragraph, a documented exit code, nothing trained or written."""
+"""Bad input through the entry point: one paragraph, a documented exit code, nothing trained or written."""
 
 from __future__ import annotations
 

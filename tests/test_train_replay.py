@@ -8,13 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from builders.runs import REPOSITORY, metrics, verdict, whole_folders
-from builders.warm_ranks import WarmRanks, open_ranks
+from builders.warm_ranks import WarmRanks
 
 from apr_dist.cli import main
 from apr_dist.errors import ExitCode
@@ -35,13 +34,6 @@ RUNS = {
     "hsdp-2": (*HSDP, "2"),
 }
 """Name to flags; nearly every rise of the norm of those with a guard is a spike."""
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
-    server = open_ranks(tmp_path_factory.mktemp("ranks"))
-    yield server
-    server.close()
 
 
 def flags(inputs: Inputs, name: str, run_dir: Path) -> list[str]:

@@ -20,7 +20,6 @@ from builders.runs import (
     metrics,
     newest_whole,
     run_here,
-    run_script,
     verdict,
     whole_folders,
 )
@@ -32,6 +31,7 @@ from apr_dist.parallel import gather
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 
 def flags(inputs: Inputs, run_dir: Path, *more: str) -> list[str]:
@@ -86,11 +86,11 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(
 
 @pytest.mark.falsifies("FALSIFY-APR-DIST-CHECKPOINT-008")
 def test_a_run_saved_alone_goes_on_as_two_processes_with_the_same_losses(
-    straight: Path, inputs: Inputs, tmp_path: Path
+    straight: Path, inputs: Inputs, ranks: WarmRanks, tmp_path: Path
 ) -> None:
     run_dir = stopped_after(straight, tmp_path / "run", 4)
-    done = run_script(*flags(inputs, run_dir, "--resume", "auto"), world_size=2)
-    assert done.returncode == 0, done.stderr
+    ended = ranks.launch(flags(inputs, run_dir, "--resume", "auto"), world_size=2)
+    assert ended.codes == (0, 0), ended.errors
     assert verdict(run_dir)["facts"]["strategy"] == "ddp"
     for ours, theirs in zip(metrics(run_dir), metrics(straight), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
@@ -353,14 +353,17 @@ def test_a_step_folder_of_an_earlier_version_is_read_under_the_new_names(
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_step_to_go_on_from(
     inputs: Inputs, tmp_path: Path
 ) -> None:
-    """A run that saves after every step is killed at moments that differ; the newest folder is whole."""
+    """A run that saves after every step is killed at moments that differ; the newest folder is whole.
+
+    The second run's state is in host memory: it goes on from the first one's.
+    """
     run_dir = tmp_path / "run"
     saving = ("--num-steps", "100000", "--eval-every", "1", "--evaluation.max-sequences", "1")
     saving += ("--early-stop.patience", "100000", "--resume", "auto", "--checkpoint.keep-last", "1")
     reached = 0
-    for moment_s in (0.05, 0.11):
+    for moment_s, offload in ((0.05, "none"), (0.11, "optimizer")):
         process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *flags(inputs, run_dir, *saving)],
+            [sys.executable, str(TRAIN), *flags(inputs, run_dir, *saving, "--parallel.offload", offload)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Whole runs through the front door's ``main``, on real shards and a real (tiny) pretrained model."""
+"""Whole runs through the entry point's ``main``, on real shards and a real (tiny) pretrained model."""
 
 from __future__ import annotations
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.runs import REPOSITORY, Inputs, metrics, run_here, run_script, verdict
+from builders.runs import Inputs, metrics, run_here, verdict
 from builders.tokens import small_sources
+from builders.warm_ranks import WarmRanks
 
 from apr_dist.cli import main
 from apr_dist.corpus.encode import encode_corpus
+from apr_dist.data.manifest import Manifest
 from apr_dist.errors import ExitCode
 from apr_dist.interop.stamp import stamp_file
 from apr_dist.interop.text_model import open_text_model
@@ -109,6 +113,18 @@ def test_two_names_for_the_same_data_are_refused(
     code = run_here(*flags(inputs, tmp_path / "run", *sets(one=inputs.validation, two=copy)))
     assert code == ExitCode.DATA
     assert "the validation sets one and two hold the same data" in capfd.readouterr().err
+
+
+def test_a_set_of_another_tokenizer_is_refused(
+    inputs: Inputs, other: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(other, tmp_path / "strange")
+    known = Manifest.load(tmp_path / "strange")
+    assert known.tokenizer is not None
+    replace(known, tokenizer=replace(known.tokenizer, sha256="b" * 64)).write()
+    given = flags(inputs, tmp_path / "run", *sets(one=inputs.validation, two=tmp_path / "strange"))
+    assert run_here(*given) == ExitCode.GATE
+    assert "the shards were encoded by tokenizer bbbbbbbbbbbb" in capfd.readouterr().err
 
 
 def test_a_set_that_is_trained_on_is_refused(
@@ -214,9 +230,8 @@ def test_prompts_that_cannot_be_answered_are_refused_before_the_first_step(
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
 def test_sets_and_prompts_are_the_same_on_ranks(
-    inputs: Inputs, other: Path, tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, other: Path, tmp_path: Path, strategy: str, ranks: WarmRanks
 ) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".build" / "torch_extensions"))
     named = sets(code=inputs.validation, more=other)
     asked = [
         "--evaluation.prompts",
@@ -227,8 +242,9 @@ def test_sets_and_prompts_are_the_same_on_ranks(
     given = [*named, *asked, "--micro-batch-size", "2", "--num-steps", "2"]
     assert run_here(*flags(inputs, tmp_path / "alone", *given)) == ExitCode.OK
     spread = flags(inputs, tmp_path / strategy, *given, "--parallel.strategy", strategy)
-    done = run_script(*spread, world_size=2, timeout_s=500)
-    assert done.returncode == 0, done.stderr
+    ended = ranks.launch(spread, world_size=2)
+    assert ended.codes == (0, 0), ended.errors
+    assert verdict(tmp_path / strategy)["facts"]["strategy"] == strategy
     one, two = (metrics(tmp_path / name, "evaluation") for name in ("alone", strategy))
     for line, same in zip(one, two, strict=True):
         assert same["val_losses"]["more"] == pytest.approx(line["val_losses"]["more"], rel=1e-5)

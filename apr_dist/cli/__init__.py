@@ -1,4 +1,4 @@
-"""The front door of everything but training: ``apr-dist VERB ...``.
+"""The entry point of everything but training: ``apr-dist VERB ...``.
 
 Parses, calls one function, prints. Verbs are imported when they are called, so that ``--help`` and
 a refusal take no longer than they must.
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(ExitCode.OK)
     except KeyboardInterrupt:
         return int(_conclude(Interrupted("interrupted; nothing half-written was left behind"), debug=debug))
-    except Exception as error:  # the front door: no bare traceback leaves it
+    except Exception as error:  # the entry point: no bare traceback leaves it
         return int(_conclude(as_known(error), debug=debug))
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -51,7 +51,7 @@ def type_text(field: FieldInfo) -> str:
     """What a key's value may be, in words: ``integer above 0, or null``."""
     kinds = get_args(field.annotation) or (field.annotation,)
     if get_origin(field.annotation) is Mapping:
-        return "mapping of text to number above 0"
+        return f"mapping of text to {'path' if kinds[1] is Path else 'number above 0'}"
     if get_origin(field.annotation) is tuple:
         return "list of text" if kinds[0] is str else "list of integers at least 0"
     words = ", or ".join(_kind_text(kind, field) for kind in kinds if kind is not type(None))

@@ -1,6 +1,6 @@
 """Which tests carry which falsifiers, read from the text of ``tests/`` without running any of it.
 
-Besides the markers this finds out whether a test goes through a front door (a command line as a user
+Besides the markers this finds out whether a test goes through an entry point (a command line as a user
 has it) by following the names it uses. What pytest really collects is in ``collection``.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DOOR_MODULES = frozenset({"apr_dist.train", "apr_dist.cli"})
-"""Importing one of these, or starting it as a process, is going through a front door."""
+"""Importing one of these, or starting it as a process, is going through an entry point."""
 
 _DOOR_TEXTS = frozenset({*DOOR_MODULES, "apr-dist", "apr_dist/train.py", "train.py"})
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -44,7 +44,7 @@ class SuiteTest:
         file: its file, relative to the repository.
         line: 1-based line of its definition.
         markers: its ``falsifies`` markers, those of its class and file included.
-        front_door: whether it goes through a command line.
+        entry_point: whether it goes through a command line.
         redefined: whether an earlier definition of the same name is lost behind it.
     """
 
@@ -52,7 +52,7 @@ class SuiteTest:
     file: Path
     line: int
     markers: tuple[Marker, ...]
-    front_door: bool
+    entry_point: bool
     redefined: bool
 
     @property
@@ -134,7 +134,7 @@ class _Module:
                 file=self.file,
                 line=function.lineno,
                 markers=(*outer, *_markers(function)),
-                front_door=through,
+                entry_point=through,
                 redefined=node in seen,
             )
             seen.add(node)
@@ -186,7 +186,7 @@ def _marker(call: ast.AST, *, case: bool) -> Marker:
 
 
 def _functions_through_a_door(modules: list[_Module]) -> set[tuple[str, str]]:
-    """(module, function) of everything that reaches a front door, found by going round until still."""
+    """(module, function) of everything that reaches an entry point, found by going round until still."""
     used = {
         (m.name, name): (m, _names_used(function)) for m in modules for name, function in m.functions.items()
     }
@@ -199,7 +199,7 @@ def _functions_through_a_door(modules: list[_Module]) -> set[tuple[str, str]]:
 
 
 def _names_used(function: _Function) -> frozenset[str] | None:
-    """Every name a function uses, its fixtures among them; None when it names a front door itself."""
+    """Every name a function uses, its fixtures among them; None when it names an entry point itself."""
     names = {argument.arg for argument in function.args.args}
     for statement in function.body:
         for node in ast.walk(statement):

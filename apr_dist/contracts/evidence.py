@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from apr_dist.atomic_files import file_digest
 from apr_dist.parsing import parse_json
 
 SCHEMA = "apr-dist-evidence-v1"
@@ -35,12 +36,6 @@ def sources_digest(paths: Iterable[Path], root: Path) -> str:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return "sha256:" + digest.hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """``sha256:...`` of a file's bytes."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def signature(verdict: Mapping[str, Any]) -> str:
@@ -96,7 +91,7 @@ def folder_problem(path: Path) -> str | None:
         file = path.parent / name
         if Path(name).name != name or not file.is_file():
             return f"names {name}, which is not beside it"
-        if sha256_of(file) != digest:
+        if file_digest(file) != digest:
             return f"names {name}, which is not the file that was judged"
     strangers = {file.name for file in path.parent.iterdir()} - {path.name, *named}
     return f"does not name {min(strangers)}, which lies beside it" if strangers else None

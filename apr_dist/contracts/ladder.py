@@ -1,7 +1,7 @@
 """The status ladder: what tests and evidence allow a falsifier and a contract to claim.
 
 PROPOSED has nothing; PARTIAL_ALGORITHM_LEVEL has a bound test; FUNCTIONAL has one that goes through a
-front door; DISCHARGED has a kept outcome of the real run. A contract is as good as its falsifiers.
+entry point; DISCHARGED has a kept outcome of the real run. A contract is as good as its falsifiers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def supported_level(
         return Level.DISCHARGED
     if not bound:
         return Level.PROPOSED
-    if any(test.front_door for test in bound) and not failed:
+    if any(test.entry_point for test in bound) and not failed:
         return Level.FUNCTIONAL
     return Level.PARTIAL_ALGORITHM_LEVEL
 

@@ -21,7 +21,7 @@ class ProofKind(StrEnum):
 
     NOTHING = "none yet"
     UNIT = "unit"
-    FRONT_DOOR = "front door"
+    ENTRY_POINT = "entry point"
     LIVE = "live"
 
 
@@ -159,7 +159,7 @@ def _kind(tests: Sequence[SuiteTest], shown: Level) -> ProofKind:
         return ProofKind.LIVE
     if not tests:
         return ProofKind.NOTHING
-    return ProofKind.FRONT_DOOR if any(test.front_door for test in tests) else ProofKind.UNIT
+    return ProofKind.ENTRY_POINT if any(test.entry_point for test in tests) else ProofKind.UNIT
 
 
 def _last_result(repository: Repository, tests: Sequence[SuiteTest], code: str) -> str:
@@ -196,7 +196,7 @@ def _promise(contract: Contract, falsifier: Falsifier) -> Iterator[str]:
 
 def _tests(repository: Repository, falsifier: Falsifier) -> Iterator[str]:
     for test in _bound(repository, falsifier):
-        door = "front door" if test.front_door else "unit"
+        door = "entry point" if test.entry_point else "unit"
         yield f"test          {test.file}:{test.line} {test.node.rsplit('::', 1)[-1]} ({door})"
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from apr_dist.corpus.chat_sandbox import MARK_BEGIN, MARK_END
 from apr_dist.corpus.chat_template import ChatTemplate
 from apr_dist.corpus.chat_tokenizer import ChatTokenizer, EncodedText
+from apr_dist.corpus.chat_turns import Turns
 from apr_dist.corpus.conversations import Conversation
 from apr_dist.errors import CorpusError
 
@@ -75,9 +79,7 @@ def encode_conversation(
         return _encode_text(conversation, template, tokenizer, train_on, parse_special=parse_special)
     chat = _Chat(conversation, template, tokenizer, parse_special=parse_special)
     encoded = chat.encode()
-    is_target = np.zeros(len(encoded.ids), dtype=bool)
-    for begin, end in chat.spans(train_on, encoded):
-        is_target |= (encoded.starts >= begin) & (encoded.ends <= end) & (encoded.starts < end)
+    is_target = _inside(encoded, chat.spans(train_on, encoded))
     is_target[:1] = False
     return EncodedConversation(encoded.ids, is_target)
 
@@ -98,6 +100,19 @@ def encode_prompt(
         messages=tuple(map(dict, messages)), tools=None if tools is None else tuple(map(dict, tools))
     )
     return _Chat(conversation, template, tokenizer, parse_special=False).encode(prompt=True).ids
+
+
+def _inside(text: EncodedText, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Which tokens stand for characters of the spans alone."""
+    found = np.zeros(len(text.ids), dtype=bool)
+    in_order = bool(np.all(text.starts[1:] >= text.starts[:-1]))
+    for begin, end in spans:
+        near = slice(None)
+        if in_order:  # a look at every token for every span would take the square of a long chat
+            near = slice(*np.searchsorted(text.starts, (begin, end)).tolist())
+        starts, ends = text.starts[near], text.ends[near]
+        found[near] |= (starts >= begin) & (ends <= end) & (starts < end)
+    return found
 
 
 def _encode_text(
@@ -142,6 +157,7 @@ class _Chat:
         self._plain_tools = self._tools = conversation.tools
         self._guard: str | None = None
         self._texts: dict[tuple[int, bool, bool], str] = {}
+        self._prompts: dict[int, int] = {}
         if parse_special:
             return
         said = [self._plain, list(conversation.tools or ())]
@@ -198,6 +214,8 @@ class _Chat:
     def _bounds(self, turn: int, train_on: TrainOn, ends: Sequence[tuple[int, int]]) -> tuple[int, int]:
         if all(message["role"] != "user" for message in self._plain[:turn]):
             before, after = self._opening(turn), self._text(turn + 1)
+        elif (shown := self._shown(turn)) is not None:
+            return shown
         else:
             before, after = self._text(turn, prompt=True), self._text(turn + 1)
         whole = self._whole
@@ -211,6 +229,30 @@ class _Chat:
             remedy += "" if train_on is TrainOn.LAST else "; or train on the last one alone: --train-on last"
             raise self._unclear(turn, after, whole, _REWRITTEN, remedy)
         return len(before), end
+
+    @cached_property
+    def _seen(self) -> Turns | None:
+        """What one rendering of the whole shows of its turns; where there is one turn, nothing is saved."""
+        if sum(message["role"] == "assistant" for message in self._plain) < 2:
+            return None
+        seen = self._template.turns(self._messages, tools=self._tools)
+        return seen if seen is not None and seen.text == self._whole else None
+
+    def _shown(self, turn: int) -> tuple[int, int] | None:
+        """The bounds of a turn where one rendering of the whole shows them, as all other renderings would."""
+        begin, seen = self._prompt_ends(turn), self._seen
+        if begin is None or seen is None:
+            return None
+        end = len(self._whole) if turn + 1 == len(self._messages) else seen.starts.get(turn + 1)
+        return None if end is None or end < begin else (begin, end)
+
+    def _prompt_ends(self, turn: int) -> int | None:
+        """Where the prompt for a turn ends in the whole, if one rendering of the whole shows it."""
+        seen = self._seen
+        if seen is None or turn not in seen.starts:
+            return None
+        start = seen.starts[turn]
+        return start + len(seen.prompt) if self._whole.startswith(seen.prompt, start) else None
 
     def _opening(self, turn: int) -> str:
         """What stands before a turn that answers no user, which few templates render a prompt for.
@@ -270,10 +312,16 @@ class _Chat:
         """A marked stretch without what the prompt for it already holds."""
         for turn, message in enumerate(self._plain):
             if message["role"] == "assistant":
-                prompt = self._text(turn, prompt=True)
-                if begin < len(prompt) < end and self._whole.startswith(prompt):
-                    return len(prompt), end
+                if turn not in self._prompts:
+                    self._prompts[turn] = self._prompt_ends(turn) or self._rendered_prompt(turn)
+                if begin < self._prompts[turn] < end:
+                    return self._prompts[turn], end
         return begin, end
+
+    def _rendered_prompt(self, turn: int) -> int:
+        """Where the prompt for a turn ends; 0 where it is not the beginning of the whole."""
+        prompt = self._text(turn, prompt=True)
+        return len(prompt) if self._whole.startswith(prompt) else 0
 
     def _marked(self, turns: Sequence[int], train_on: TrainOn) -> list[tuple[int, int]]:
         """What the template marks, where it marks each turn of the assistant once or all are trained on."""
@@ -316,10 +364,12 @@ class _Chat:
         begin: int, end: int, ends: Sequence[tuple[int, int]], *, extend: bool
     ) -> tuple[int, int]:
         """A turn up to and with the token that ends it; all of it where there is none."""
-        inside = [last for first, last in ends if begin <= first and last <= end]
-        if inside:
-            return begin, inside[-1]
-        return begin, next((last for first, last in ends if extend and first == end), end)
+        at = bisect_right(ends, end, key=itemgetter(1))
+        if at and ends[at - 1][0] >= begin:
+            return begin, ends[at - 1][1]
+        if extend and at < len(ends) and ends[at][0] == end:
+            return begin, ends[at][1]
+        return begin, end
 
     def _text(self, count: int, *, prompt: bool = False, marks: bool = False) -> str:
         """The first messages as text."""

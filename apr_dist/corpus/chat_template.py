@@ -16,8 +16,9 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from apr_dist.corpus.chat_sandbox import MARK_BEGIN, compiled, marks_generation, render
+from apr_dist.corpus.chat_sandbox import MARK_BEGIN, compiled, marks_generation, render, trace_turns
 from apr_dist.corpus.chat_tokenizer import ChatTokenizer
+from apr_dist.corpus.chat_turns import Turns
 from apr_dist.errors import CorpusError, TokenizerError
 
 _FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError)
@@ -86,14 +87,7 @@ class ChatTemplate:
         Raises:
             CorpusError: the template refuses the chat, or exceeds its limits.
         """
-        variables = {
-            **self.special_tokens,
-            **self.variables,
-            "messages": [_with_reasoning(message) for message in messages],
-            "tools": None if tools is None else list(tools),
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        variables = self._variables(messages, tools) | {"add_generation_prompt": add_generation_prompt}
         try:
             return render(self.text, variables, now=self.now, marks=marks)
         except _FAILURES as error:
@@ -103,6 +97,27 @@ class ChatTemplate:
                 expected=f"a conversation that the template of {self.where or 'the model'} accepts",
                 remedy=_LEAVE_OUT,
             ) from error
+
+    def turns(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Turns | None:
+        """Where each turn of a chat begins, as far as one rendering shows it; None where it shows nothing."""
+        variables = self._variables(messages, tools) | {"add_generation_prompt": False}
+        try:
+            return trace_turns(self.text, variables, now=self.now)
+        except _FAILURES:
+            return None
+
+    def _variables(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> dict[str, Any]:
+        return {
+            **self.special_tokens,
+            **self.variables,
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+        }
 
     def prompt_of_a_turn(self, where: str) -> tuple[str, str]:
         """A question as text, and what follows it as the prompt for an answer.

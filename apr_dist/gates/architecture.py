@@ -57,6 +57,7 @@ def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Pa
         ArchitectureRefused: an encoder, two witnesses that contradict each other, no witness at
             all, or a family that is not one of the decoders.
     """
+    names = list(names)
     shown = family_from_tensor_names(names)
     texts = [str(metadata[key]).strip() for key in CLAIM_KEYS if metadata.get(key)]
     if any(is_encoder(text) for text in (*texts, shown)):
@@ -72,11 +73,29 @@ def check_family(metadata: Mapping[str, Any], names: Iterable[str], *, where: Pa
     for text in (_causal_class(metadata.get("hf_architecture")), str(metadata.get("hf_model_type") or "")):
         if text and normalize_metadata_family(text) is None:
             raise _not_trained_here(text, where)
+    _refuse_joined(texts, names, where)
     claims = {text: family for text in texts if (family := normalize_metadata_family(text)) is not None}
     witnesses = list(claims.values()) + ([shown] if shown != UNKNOWN else [])
     if len(set(witnesses)) > 1:
         raise _contradiction(claims, shown, where)
     return _decoder(witnesses, texts, where)
+
+
+def _refuse_joined(texts: Iterable[str], names: Iterable[str], where: Path) -> None:
+    """Refuse projections that lie as one tensor, as in other formats of a family that is claimed."""
+    claimed = {family for text in texts if (family := family_named(text)) is not None}
+    for family in claimed:
+        for whole, parts in family.definition.joined.items():
+            held = next((name for name in names if f".{whole}." in name), None)
+            if held is not None:
+                shown = ", ".join(part.rpartition(".")[2] for part in parts)
+                raise ArchitectureRefused(
+                    f"{held} of this {family.hf_architecture} holds {shown} as one tensor",
+                    where=where,
+                    expected="a tensor for each",
+                    remedy=f"apr-dist import {where} -o split.apr",
+                    falsifier=METADATA,
+                )
 
 
 def check_dimensions(

@@ -38,7 +38,7 @@ from apr_dist.gates.data import (
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.host_memory import check_host_memory
 from apr_dist.gates.model_file import Progress, named, prove_model
-from apr_dist.gates.named_sets import check_sets_differ
+from apr_dist.gates.named_sets import check_own_counts, check_sets_differ
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.settings import check_settings
 from apr_dist.gates.warnings import DataFacts, left_out_of, warnings_of
@@ -98,6 +98,7 @@ def run_preflight(
     resume_from: Path | None = None,
     read_weights: bool = True,
     own_data: bool = False,
+    own_held_out: bool = False,
     progress: Progress | None = None,
 ) -> Preflight:
     """Run every gate in order and stop at the first that says no.
@@ -110,6 +111,7 @@ def run_preflight(
         read_weights: off, only header, metadata and index of the file are read: its checksum, its digest
             and its values are not asked about, which takes no longer for a large file than for a small one.
         own_data: the program hands in batches of its own; training shards are not asked about.
+        own_held_out: it hands in held-out batches too, in place of ``val_dataset`` and as what counts.
         progress: called while a model file is read.
 
     Raises:
@@ -135,7 +137,7 @@ def run_preflight(
         if config.synthetic:
             check_documents(config.loader.documents, config.compute, (), synthetic=True)
         else:
-            _check_data(found, config, say, own_data=own_data)
+            _check_data(found, config, say, own_data=own_data, own_held_out=own_held_out)
         if read_weights:  # a plan may be made on another machine than the run
             check_host_memory(
                 found.model_config,
@@ -222,7 +224,7 @@ def _from_scratch(name: str) -> Preflight:
 
 
 def _positions(model: TransformerConfig, seq_length: int) -> GateResult:
-    limit = model.max_position_embeddings
+    limit = model.longest_sequence
     if seq_length > limit:
         raise UsageError(
             f"seq_length {seq_length:,} is more than the model's {limit:,} positions",
@@ -235,10 +237,18 @@ def _positions(model: TransformerConfig, seq_length: int) -> GateResult:
     return GateResult("FALSIFY-APR-PRETRAIN-ARCH-003", "dimensions come from the model", measured, required)
 
 
-def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None], *, own_data: bool) -> None:
+def _check_data(
+    found: Preflight, config: TrainConfig, say: Callable[[str], None], *, own_data: bool, own_held_out: bool
+) -> None:
     if own_data:
         found.warnings.append("the batches are the program's own: no gate compares them with the tokenizer")
+        named = config.evaluation.sets if own_held_out else config.held_out
+        sets = {name: Manifest.load(path) for name, path in named.items()}
         check_documents(config.loader.documents, config.compute, (), synthetic=False)
+        if own_held_out:
+            check_own_counts(config.evaluation.counts)
+        if sets:
+            _check_shards(found, config, say, (), sets, counted=not own_held_out)
         return
     missing = "--dataset" if config.dataset is None and not config.loader.mixture else "--val-dataset"
     if missing == "--dataset" or not config.held_out:
@@ -251,24 +261,43 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
         )
     training = open_training_set(config.dataset, config.loader.mixture)
     sets = {name: Manifest.load(path) for name, path in config.held_out.items()}
+    check_shares(training, global_batch=config.batch_size, block=_block(config))
+    found.provenance["data_fingerprint"] = training.fingerprint
+    if isinstance(training, Mixture):
+        found.provenance["data_sources"] = training.describe()
+    _check_shards(found, config, say, parts_of(training), sets, counted=True)
+
+
+def _block(config: TrainConfig) -> int:
+    """Sequences that are read together."""
+    return config.loader.block_sequences if config.loader.shuffle is ShuffleOrder.BLOCK else 1
+
+
+def _check_shards(
+    found: Preflight,
+    config: TrainConfig,
+    say: Callable[[str], None],
+    parts: Sequence[Manifest],
+    sets: Mapping[str, Manifest],
+    *,
+    counted: bool,
+) -> None:
+    """Ask the gates of training sets and of held-out ones by name, the first of which counts if any does."""
     check_sets_differ(sets)
-    held_out = next(iter(sets.values()))
-    order = config.loader
-    block = order.block_sequences if order.shuffle is ShuffleOrder.BLOCK else 1
-    check_shares(training, global_batch=config.batch_size, block=block)
-    parts, everything = parts_of(training), (*parts_of(training), *sets.values())
+    held_out, order, everything = next(iter(sets.values())), config.loader, (*parts, *sets.values())
     found.warnings += [f"{part.folder}: {text}" for part in everything for text in part.warnings]
     chats = tuple(part for part in everything if part.flagged)
     check_documents(order.documents, config.compute, (*parts, *chats), synthetic=False)
-    found.data = data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
+    if parts:
+        found.data = DataFacts.of(parts, held_out, seq_length=config.seq_length)
     for number, part in enumerate(everything):
         length, limit = config.seq_length, order.max_unread
-        part_block = block if number < len(parts) else 1
+        part_block = _block(config) if number < len(parts) else 1
         if text := check_unread(part, seq_length=length, block=part_block, limit=limit):
             found.warnings.append(text)
     shared = _check_apart(found, config, parts, sets)
     rows = found.model_config.vocab_size
-    _note(found, say, _check_tokenizer(found, config, parts, rows))
+    _note(found, say, _check_tokenizer(found, config, everything, rows))
     conversations, unknown = check_conversations(
         everything,
         seq_length=config.seq_length,
@@ -282,18 +311,18 @@ def _check_data(found: Preflight, config: TrainConfig, say: Callable[[str], None
     for manifest in everything:
         vocabulary.check_shards(max_id=manifest.max_token_id, model_vocab=rows, where=manifest.folder)
     vocabulary.check_ignored(order.ignored_ids, model_vocab=rows)
+    held = check_sequences(held_out, seq_length=config.seq_length)
+    sequences = f"{held:,}" if found.data is None else f"{found.data.sequences:,} + {held:,}"
     measured = f"largest id {max(part.max_token_id or 0 for part in everything):,}, "
-    measured += f"{data.sequences:,} + {data.held_out_sequences:,} sequences, {shared}"
+    measured += f"{sequences} sequences, {shared}"
     required = f"ids below {rows:,}; nothing held out is trained on"
     _note(found, say, GateResult(vocabulary.SHARD_ID, "shards fit the model", measured, required))
-    found.provenance["data_fingerprint"] = training.fingerprint
-    if isinstance(training, Mixture):
-        found.provenance["data_sources"] = training.describe()
-    found.provenance["val_data_fingerprint"] = held_out.fingerprint
     if config.evaluation.sets:
         found.provenance["validation_sets"] = {name: one.fingerprint for name, one in sets.items()}
-    found.provenance["evaluation"] = _evaluation_identity(held_out, config)
-    found.recorded_val_loss = _recorded_loss(found)
+    if counted:
+        found.provenance["val_data_fingerprint"] = held_out.fingerprint
+        found.provenance["evaluation"] = _evaluation_identity(held_out, config)
+        found.recorded_val_loss = _recorded_loss(found)
 
 
 def _check_apart(
@@ -306,10 +335,11 @@ def _check_apart(
         for part in parts:
             check_disjoint(part, one)
         check_splits(parts, one, allowed=config.loader.any_split)
-        shared, warning = check_shared_documents(parts, one, limit=config.evaluation.max_shared)
-        said.append(f"{name}: {shared}" if said else shared)
-        found.warnings += [warning] if warning else []
-    return "; ".join(said)
+        if parts:
+            shared, warning = check_shared_documents(parts, one, limit=config.evaluation.max_shared)
+            said.append(f"{name}: {shared}" if said else shared)
+            found.warnings += [warning] if warning else []
+    return "; ".join(said) or "compared with no batch of the program"
 
 
 def _evaluation_identity(held_out: Manifest, config: TrainConfig) -> str:

@@ -372,6 +372,16 @@ def _unsupported(key: str, value: Any, expected: str, where: Path) -> Unsupporte
 def _proven(file: AdapterFile, model: TransformerConfig) -> AdapterFile:
     known = model.parameter_shapes()
     strange = [name for name in file.adapter.modules if len(known.get(f"{name}.weight", ())) != 2]
+    joined = [
+        name for name in strange if name.endswith(tuple(f".{one}" for one in model.family.definition.joined))
+    ]
+    if joined:
+        raise UnsupportedModelFile(
+            f"the adapter is for {joined[0]}, which is several maps in an APR file",
+            where=file.path,
+            expected=f"an adapter of maps that the files of {model.family} models hold apart",
+            remedy="merge it with peft's merge_and_unload, and import the merged folder",
+        )
     if strange or not file.adapter.modules:
         raise WeightsRefused(
             f"the adapter is for {strange[0] if strange else 'nothing'}, which the base does not have",

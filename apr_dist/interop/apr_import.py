@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,16 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.errors import ArchitectureRefused
-from apr_dist.gates.architecture import HEAD
+from apr_dist.gates.architecture import CLAIM_KEYS, HEAD
 from apr_dist.gates.model_file import refuse_shard, same_payload
 from apr_dist.interop.convert import Piece, converted_pieces, encode, kept_type
 from apr_dist.interop.embedding import embed_tokenizer
 from apr_dist.interop.gguf_names import split_halves
+from apr_dist.interop.joined import Rows, where_stored
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.stored_names import CLAIM, model_tensors
-from apr_dist.model.config import SPLIT_HALVES
+from apr_dist.model.config import SPLIT_HALVES, TransformerConfig
+from apr_dist.model.families import family_named
 
 _ADJACENT_PAIRS = 0
 """``rope_type`` of a file whose rows of q and k keep the pairing of GGUF's llama architecture."""
@@ -48,15 +50,19 @@ def import_apr(request: ImportRequest) -> ImportSummary:
         )
         head_dim, reordered = _pairing(reader)
         metadata, more = _metadata(reader, tied=HEAD not in stored)
-        specs = [
-            TensorSpec(new, kept_type(reader.tensors[old], request.dtype), reader.tensors[old].shape)
-            for new, old in stored.items()
-        ]
+        rows = _rows(reader, stored)
+        specs = []
+        for name, part in rows.items():
+            entry = reader.tensors[stored[part.stored if part else name]]
+            shape = entry.shape if part is None else (part.count, *entry.shape[1:])
+            specs.append(TensorSpec(name, kept_type(entry, request.dtype), shape))
 
         def pieces() -> Iterator[tuple[str, Piece]]:
             for spec in specs:
-                yield from ((spec.name, one) for one in _pieces(reader, stored[spec.name], spec, head_dim))
-                reader.forget(stored[spec.name])
+                part = rows[spec.name]
+                old = stored[part.stored if part else spec.name]
+                yield from ((spec.name, one) for one in _pieces(reader, old, spec, head_dim, part))
+                reader.forget(old)
 
         return request.write(
             pieces(),
@@ -66,6 +72,22 @@ def import_apr(request: ImportRequest) -> ImportSummary:
             notes=(*notes, *reordered, *more),
             may_leave_unstated=True,
         )
+
+
+def _rows(reader: AprReader, stored: Mapping[str, str]) -> Mapping[str, Rows | None]:
+    """Each tensor of ours, and its rows where the file holds it joined with others."""
+    metadata = reader.metadata.to_mapping()
+    texts = [str(metadata[key]) for key in CLAIM_KEYS if metadata.get(key)]
+    family = next((one for text in texts if (one := family_named(text)) and one.definition.joined), None)
+    if family is None or not any(
+        f".{whole}." in name for whole in family.definition.joined for name in stored
+    ):
+        return dict.fromkeys(stored)
+    model = TransformerConfig.from_metadata(
+        metadata, family=family, where=reader.path, tie_word_embeddings=HEAD not in stored
+    )
+    shapes = {name: reader.tensors[old].shape for name, old in stored.items()}
+    return where_stored(model, shapes, where=reader.path)
 
 
 def _pairing(reader: AprReader) -> tuple[int | None, tuple[str, ...]]:
@@ -97,7 +119,15 @@ def _metadata(reader: AprReader, *, tied: bool) -> tuple[AprMetadata, tuple[str,
     return metadata, ()
 
 
-def _pieces(reader: AprReader, name: str, spec: TensorSpec, head_dim: int | None) -> Iterator[Piece]:
+def _pieces(
+    reader: AprReader, name: str, spec: TensorSpec, head_dim: int | None, part: Rows | None
+) -> Iterator[Piece]:
+    if part is not None:
+        values = np.ascontiguousarray(reader.float32(name)[part.first : part.first + part.count])
+        if head_dim is not None and any(one in spec.name for one in _ROTATED):
+            values = np.ascontiguousarray(split_halves(values, head_dim))
+        yield encode(values, spec.dtype, name=name, where=reader.path)
+        return
     if head_dim is None or not any(part in spec.name for part in _ROTATED):
         yield from converted_pieces(reader, name, spec.dtype)
         return

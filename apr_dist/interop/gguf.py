@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,14 @@ from apr_dist.interop.gguf_metadata import read_metadata
 from apr_dist.interop.gguf_names import (
     EMBEDDING,
     OUTPUT,
-    ROPE_FACTORS,
     norm_shift,
     rotary_projection,
     split_halves,
     to_gguf,
     to_huggingface,
 )
+from apr_dist.interop.gguf_rope import computed_tensors
+from apr_dist.interop.joined import stored_tensors, where_stored
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.stored_names import CLAIM, decide_tie
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
@@ -45,12 +47,14 @@ class _Plan:
     Attributes:
         spec: what is written.
         tensor: where its values are.
+        first: row of the tensor that is its first.
         reordered_head_dim: the head size if rows are reordered.
         shift: what the file adds to the values.
     """
 
     spec: TensorSpec
     tensor: GgufTensor
+    first: int
     reordered_head_dim: int | None
     shift: float
 
@@ -107,7 +111,7 @@ def _embed(metadata: AprMetadata, source: Path) -> tuple[AprMetadata, tuple[str,
 
 
 def _check_complete(file: GgufFile, model: TransformerConfig, form: GgufForm) -> None:
-    required = [to_gguf(name, form) or name for name in model.parameter_shapes()]
+    required = [to_gguf(name, form) or name for name in stored_tensors(model)]
     missing = [name for name in required if name not in file.tensors]
     if missing:
         raise DamagedModelFile(
@@ -125,17 +129,18 @@ def _same_values(file: GgufFile, left: GgufTensor, right: GgufTensor) -> bool:
     read = file.packed_rows if same_type else file.float32_rows
     return all(
         np.array_equal(np.asarray(read(left, first, last)), np.asarray(read(right, first, last)))
-        for first, last in _row_ranges(left, 1)
+        for first, last in _row_ranges(left.rows, left.shape[-1], 1)
     )
 
 
 def _plan(
     file: GgufFile, model: TransformerConfig, form: GgufForm, dtype: DType | None, tied: bool
 ) -> list[_Plan]:
-    expected = model.parameter_shapes().keys() | {"lm_head.weight"}
-    plans = []
+    expected = stored_tensors(model).keys() | {"lm_head.weight"}
+    left_out = {*([OUTPUT] if tied else []), *computed_tensors(form)}
+    tensors: dict[str, GgufTensor] = {}
     for tensor in file.tensors.values():
-        if (tied and tensor.name == OUTPUT) or (form.rope_factors and tensor.name == ROPE_FACTORS):
+        if tensor.name in left_out:
             continue
         name = to_huggingface(tensor.name, form)
         if name not in expected or name is None:
@@ -148,10 +153,16 @@ def _plan(
         file.float32_rows(
             tensor, 0, min(1, tensor.rows)
         )  # refuses an unknown type before anything is written
+        tensors[name] = tensor
+    plans = []
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name, rows in where_stored(model, shapes, where=file.path).items():
+        tensor = tensors[name if rows is None else rows.stored]
         chosen = dtype if dtype is not None else _KEPT.get(tensor.type_name, DType.F16)
         head_dim = _head_dim(file, name, tensor, model) if form.permuted else None
-        spec = TensorSpec(name, chosen, tensor.shape)
-        plans.append(_Plan(spec, tensor, head_dim, norm_shift(name, form)))
+        first, shape = (0, tensor.shape) if rows is None else (rows.first, (rows.count, *tensor.shape[1:]))
+        spec = TensorSpec(name, chosen, shape)
+        plans.append(_Plan(spec, tensor, first, head_dim, norm_shift(name, form)))
     return plans
 
 
@@ -176,7 +187,8 @@ def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:
     tensor, spec, head_dim = plan.tensor, plan.spec, plan.reordered_head_dim
     bias = len(tensor.shape) == 1
     keep = _KEPT.get(tensor.type_name) is spec.dtype and not head_dim and not plan.shift
-    for first, last in _row_ranges(tensor, 1 if bias else head_dim or 1):
+    for begin, end in _row_ranges(math.prod(spec.shape[:-1]), tensor.shape[-1], 1 if bias else head_dim or 1):
+        first, last = plan.first + begin, plan.first + end
         if keep:
             yield np.frombuffer(file.packed_rows(tensor, first, last), np.uint8)
             continue
@@ -188,9 +200,8 @@ def _pieces(file: GgufFile, plan: _Plan) -> Iterator[npt.NDArray[Any]]:
         yield encode(values, spec.dtype, name=tensor.name, where=file.path)
 
 
-def _row_ranges(tensor: GgufTensor, multiple: int) -> Iterator[tuple[int, int]]:
+def _row_ranges(rows: int, columns: int, multiple: int) -> Iterator[tuple[int, int]]:
     """Consecutive row ranges of about ``CHUNK_ELEMENTS`` values, each a multiple of ``multiple`` rows."""
-    rows = tensor.rows
-    step = max(1, CHUNK_ELEMENTS // max(1, tensor.shape[-1]) // multiple) * multiple
+    step = max(1, CHUNK_ELEMENTS // max(1, columns) // multiple) * multiple
     for first in range(0, rows, step):
         yield first, min(rows, first + step)

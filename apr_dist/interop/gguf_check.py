@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,11 +18,11 @@ from apr_dist.errors import OutputError, UnsupportedModelFile
 from apr_dist.interop.convert import CHUNK_ELEMENTS
 from apr_dist.interop.gguf_file import GgufFile, GgufTensor
 from apr_dist.interop.gguf_metadata import read_metadata
-from apr_dist.interop.gguf_names import OUTPUT, ROPE_FACTORS, norm_shift, rotary_projection, split_halves
-from apr_dist.interop.gguf_rope import rope_divisors
+from apr_dist.interop.gguf_names import OUTPUT, norm_shift, rotary_projection, split_halves
+from apr_dist.interop.gguf_rope import computed_tensors, rope_divisors
 from apr_dist.interop.tokenizers import tokenizer_json_from_gguf
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.rope_scaling import RopeScaling
+from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
 
 LARGEST: Final = {"F32": math.inf, "F16": 65_504.0, "Q8_0": 65_504.0 * 127}
 """Largest magnitude that each GGML type holds; Q8_0 by its F16 scale."""
@@ -30,6 +31,14 @@ _F16_STEP, _F16_SMALLEST = 2.0**-11, 2.0**-25
 _Q8_STEP, _Q8_BLOCK = 0.5 / 127 + 2 * _F16_STEP, 32
 _FLOAT_TOLERANCE = 1e-6
 _NOT_IN_GGUF = ("family", "sliding_window")  # refused before, where llama.cpp would compute something else
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a GGUF file: its name there, and the tensors of the source whose rows it holds."""
+
+    gguf: str
+    parts: tuple[str, ...]
 
 
 def refuse_too_large(values: npt.NDArray[np.float32], type_name: str, *, name: str, where: Path) -> None:
@@ -49,14 +58,14 @@ def refuse_too_large(values: npt.NDArray[np.float32], type_name: str, *, name: s
 
 
 def check_read_back(
-    path: Path, reader: AprReader, names: Mapping[str, str], model: TransformerConfig
+    path: Path, reader: AprReader, names: Mapping[str, Stored], model: TransformerConfig
 ) -> None:
     """Compare metadata, tokenizer and every tensor of the file at ``path`` with the source.
 
     Args:
         path: the GGUF file that was written.
         reader: the source.
-        names: its names of the tensors that were written, each with its GGUF name.
+        names: the tensors that were written, by their Hugging Face names.
         model: what the source states.
 
     Raises:
@@ -70,10 +79,11 @@ def check_read_back(
         for key in vars(model).keys() - set(_NOT_IN_GGUF):
             if not _same(key, model, back):
                 raise _differs(f"{key} {getattr(model, key)!r} as {getattr(back, key)!r}", reader.path)
-        if len(file.tensors) - (ROPE_FACTORS in file.tensors) != len(names):
-            raise _differs(f"{len(names)} tensors as {len(file.tensors)}", reader.path)
-        for name, translated in names.items():
-            _check_tensor(file, file.tensors[translated], reader, name, model)
+        weights = file.tensors.keys() - set(computed_tensors(family.definition.gguf))
+        if len(weights) != len(names):
+            raise _differs(f"{len(names)} tensors as {len(weights)}", reader.path)
+        for stored in names.values():
+            _check_tensor(file, file.tensors[stored.gguf], reader, stored.parts, model)
     _check_tokenizer(path, reader)
 
 
@@ -81,6 +91,8 @@ def _same(key: str, model: TransformerConfig, back: TransformerConfig) -> bool:
     before, after = getattr(model, key), getattr(back, key)
     if key == "rope_scaling":
         return _same_scaling(before, after, model)
+    if key == "partial_rotary_factor":  # a file counts dimensions
+        return model.rotary_dim == back.rotary_dim
     if isinstance(before, float):
         return math.isclose(before, after, rel_tol=_FLOAT_TOLERANCE)
     return bool(before == after)
@@ -89,23 +101,29 @@ def _same(key: str, model: TransformerConfig, back: TransformerConfig) -> bool:
 def _same_scaling(before: RopeScaling | None, after: RopeScaling | None, model: TransformerConfig) -> bool:
     """Whether two scalings turn alike; Llama 3's may be stated by other factors."""
     divisors = [
-        rope_divisors(one, theta=model.rope_theta, head_dim=model.head_dim) for one in (before, after)
+        rope_divisors(one, theta=model.rope_theta, head_dim=model.rotary_dim) for one in (before, after)
     ]
     if divisors[0] is not None:
-        ones = np.ones(model.head_dim // 2, np.float32)
+        ones = np.ones(model.rotary_dim // 2, np.float32)
         return bool(np.allclose(divisors[0], ones if divisors[1] is None else divisors[1], rtol=1e-4))
     if before is None or after is None:
         return before is after or (before is not None and before.factor == 1.0)
-    return all(
-        one == other or (isinstance(one, float) and math.isclose(one, other or 0.0, rel_tol=_FLOAT_TOLERANCE))
+    if before.rope_type is RopeScalingType.LONGROPE:  # its factor decides the rotation's alone
+        before, after = (
+            replace(one, factor=1.0, attention_factor=one.rotation_factor) for one in (before, after)
+        )
+    return before.rope_type is after.rope_type and all(
+        one == other or (one is not None and np.allclose(one, other or 0.0, rtol=_FLOAT_TOLERANCE, atol=0.0))
         for one, other in zip(vars(before).values(), vars(after).values(), strict=True)
+        if not isinstance(one, str)
     )
 
 
 def _check_tensor(
-    file: GgufFile, tensor: GgufTensor, reader: AprReader, name: str, model: TransformerConfig
+    file: GgufFile, tensor: GgufTensor, reader: AprReader, parts: tuple[str, ...], model: TransformerConfig
 ) -> None:
-    expected = reader.float32(name)
+    name, values = parts[0], [reader.float32(part) for part in parts]
+    expected = values[0] if len(values) == 1 else np.concatenate(values)
     expected = expected.reshape(-1, expected.shape[-1])
     permuted = model.family.definition.gguf.permuted and rotary_projection(name) is not None
     whole = len(tensor.shape) == 1
@@ -119,7 +137,8 @@ def _check_tensor(
         if not _within(expected[first:last] + shift, found, tensor.type_name):
             raise _differs(f"tensor {name!r} with other values", reader.path)
     file.forget(tensor)
-    reader.forget(name)
+    for part in parts:
+        reader.forget(part)
 
 
 def _within(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32], type_name: str) -> bool:

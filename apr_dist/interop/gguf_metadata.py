@@ -8,6 +8,7 @@ llama.cpp reads none of them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +20,12 @@ from apr_dist.interop.convert import shortest_float
 from apr_dist.interop.embedding import END_IDS_KEY
 from apr_dist.interop.gguf_file import GgufFile
 from apr_dist.interop.gguf_names import EMBEDDING, ROPE_FACTORS
-from apr_dist.interop.gguf_rope import read_rope_scaling
+from apr_dist.interop.gguf_rope import LONG_FACTORS, read_rope_scaling
 from apr_dist.model.config import SPLIT_HALVES
 from apr_dist.model.families import (
+    FULL_ATTENTION,
     GGUF_KEYS,
+    SLIDING_ATTENTION,
     TOKENIZER_KEYS,
     Effect,
     Family,
@@ -41,6 +44,8 @@ _SPECIAL_TOKENS = {
 }
 _ENDS = ("eos", "eot", "eom")
 _OUTPUT_BIAS = "attn_output.bias"
+WINDOW, WINDOW_PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+"""Tokens of the window, and which layers have it: one entry a layer, or every how many the last has none."""
 
 
 def read_metadata(file: GgufFile) -> tuple[AprMetadata, Family, tuple[str, ...]]:
@@ -51,7 +56,7 @@ def read_metadata(file: GgufFile) -> tuple[AprMetadata, Family, tuple[str, ...]]
         DamagedModelFile: a required field is missing or of the wrong kind.
     """
     architecture = file.fields.get("general.architecture")
-    family = family_of_gguf(architecture)
+    family = family_of_gguf(architecture, file.fields)
     if family is None:
         read = {one.definition.gguf.architecture for one in Family if one.definition.gguf.imported}
         raise UnsupportedModelFile(
@@ -130,7 +135,10 @@ def _dimensions(file: GgufFile, family: Family) -> tuple[dict[str, Any], tuple[s
 
     hidden, heads = integer("embedding_length"), integer("attention.head_count")
     head_dim = integer("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    facts = family.definition
+    partial = "partial_rotary_factor" in facts.options
+    rotated = integer("rope.dimension_count", head_dim)
+    for key in ("attention.value_length", *(() if partial else ("rope.dimension_count",))):
         if integer(key, head_dim) != head_dim:
             raise UnsupportedModelFile(
                 f"the GGUF file's {architecture}.{key} is {integer(key)}",
@@ -139,7 +147,7 @@ def _dimensions(file: GgufFile, family: Family) -> tuple[dict[str, Any], tuple[s
             )
     embedding = file.tensors.get(EMBEDDING)
     notes: tuple[str, ...] = ()
-    theta = family.definition.gguf.absent.get("rope_theta", _DEFAULT_ROPE_THETA)
+    theta = facts.gguf.absent.get("rope_theta", _DEFAULT_ROPE_THETA)
     if "rope.freq_base" not in fields:
         notes = (f"no rope.freq_base: {theta:g} was assumed",)
     eps = "attention.layer_norm_rms_epsilon"
@@ -155,14 +163,17 @@ def _dimensions(file: GgufFile, family: Family) -> tuple[dict[str, Any], tuple[s
         "rms_norm_eps": _number(file, f"{architecture}.{eps}", fields, None),
         "head_dim": head_dim,
     }
-    if family.definition.optional_attention_bias and f"blk.0.{_OUTPUT_BIAS}" in file.tensors:
+    if facts.optional_attention_bias and f"blk.0.{_OUTPUT_BIAS}" in file.tensors:
         values["attention_bias"] = True
+    if partial and rotated != head_dim:
+        values["partial_rotary_factor"] = _share(rotated, head_dim)
     values |= _options(file, family, fields, values)
     scaling = read_rope_scaling(
         fields,
         _rope_divisors(file, family),
+        _long_factors(file, family),
         theta=values["rope_theta"],
-        head_dim=head_dim,
+        head_dim=rotated,
         positions=values["max_position_embeddings"],
         where=file.path,
     )
@@ -187,7 +198,9 @@ def _options(
     layers = values["num_layers"]
     if facts.full_every is not None:
         every = 1 if found["sliding_window"] is None else facts.full_every
-        found["layer_types"] = list(layer_kinds(layers, every))
+        found["layer_types"] = _layers_stated(file, fields, layers) or list(layer_kinds(layers, every))
+    if facts.local_rope:
+        found.setdefault("rope_local_theta", values["rope_theta"])
     if facts.no_rope_every is not None:
         found["no_rope_layers"] = list(rope_layers(layers, facts.no_rope_every))
     if "attention_multiplier" in facts.options and found.get("attention_multiplier") is None:
@@ -195,6 +208,26 @@ def _options(
     if "query_pre_attn_scalar" in facts.options:
         found["query_pre_attn_scalar"] = query_scalar(form, layers, values)
     return found
+
+
+def _layers_stated(file: GgufFile, fields: Mapping[str, Any], layers: int) -> list[str] | None:
+    """The kinds of layers that a file lists, or of which it states every how many the last has no window."""
+    pattern = fields.get(WINDOW_PATTERN)
+    if pattern is None:
+        return None
+    if isinstance(pattern, np.ndarray) and pattern.shape == (layers,):
+        return [SLIDING_ATTENTION if one else FULL_ATTENTION for one in pattern.tolist()]
+    if type(pattern) is not int or pattern < 1:
+        raise _bad_field(
+            file, WINDOW_PATTERN, pattern, f"a positive integer, or one entry for each of {layers} layers"
+        )
+    return list(layer_kinds(layers, pattern))
+
+
+def _share(rotated: int, head_dim: int) -> float:
+    """The part of a head that is rotated, as a number by which the count comes out again."""
+    share = rotated / head_dim
+    return share if int(head_dim * share) == rotated else math.nextafter(share, 1.0)
 
 
 def query_scalar(form: GgufForm, layers: int, sizes: Mapping[str, Any]) -> int:
@@ -210,6 +243,20 @@ def _rope_divisors(file: GgufFile, family: Family) -> Any:
     if tensor is None or not family.definition.gguf.rope_factors:
         return None
     return file.float32_rows(tensor, 0, tensor.rows).reshape(-1)
+
+
+def _long_factors(file: GgufFile, family: Family) -> dict[str, tuple[float, ...]] | None:
+    """LongRoPE's factors, where that architecture reads them and the file has any."""
+    if not family.definition.gguf.long_factors or not file.tensors.keys() & set(LONG_FACTORS.values()):
+        return None
+    found = {}
+    for ours, name in LONG_FACTORS.items():
+        tensor = file.tensors.get(name)
+        if tensor is None:
+            raise _bad_field(file, name, None, "a tensor, as its counterpart is there")
+        values = file.float32_rows(tensor, 0, tensor.rows).reshape(-1).tolist()
+        found[ours] = tuple(map(shortest_float, values))
+    return found
 
 
 def _provenance(file: GgufFile) -> dict[str, Any]:

@@ -9,15 +9,25 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from apr_dist.errors import UnsupportedModelFile
 from apr_dist.interop.convert import shortest_float
+from apr_dist.interop.gguf_names import ROPE_FACTORS
+from apr_dist.model.families import GgufForm
 from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
+
+LOG_MULTIPLIER: Final = "rope.scaling.yarn_log_multiplier"
+LONG_FACTORS: Final = {
+    "long_factor": "rope_factors_long.weight",
+    "short_factor": "rope_factors_short.weight",
+}
+"""Tensors of LongRoPE's factors by their fields of a scaling."""
 
 _TOLERANCE = 1e-5
 """Relative; f32 arithmetic of another order differs by less."""
@@ -26,13 +36,23 @@ _TOLERANCE = 1e-5
 def read_rope_scaling(
     fields: Mapping[str, Any],
     divisors: npt.NDArray[np.float32] | None,
+    long_factors: Mapping[str, tuple[float, ...]] | None,
     *,
     theta: float,
     head_dim: int,
     positions: int,
     where: Path,
 ) -> RopeScaling | None:
-    """The scaling that fields ``rope.*`` (without the architecture) and the tensor of divisors state.
+    """The scaling that fields ``rope.*`` (without the architecture) and tensors state.
+
+    Args:
+        fields: of the file.
+        divisors: of Llama 3's scaling.
+        long_factors: LongRoPE's, by their fields of a scaling.
+        theta: base of the frequencies.
+        head_dim: dimensions of a head that are rotated.
+        positions: of the model.
+        where: the file, for errors.
 
     Raises:
         UnsupportedModelFile: a type that is not computed, or two that contradict each other.
@@ -40,6 +60,8 @@ def read_rope_scaling(
     """
     prefix = "rope.scaling."
     kind = fields.get(f"{prefix}type", "linear")
+    if long_factors is not None:
+        return _longrope(fields, long_factors, kind, positions, where)
     factor = _number(fields, f"{prefix}factor", _number(fields, "rope.scale_linear", 0.0, where), where)
     if kind not in ("none", "linear", "yarn"):
         raise _refused(where, f"states rope.scaling.type {kind!r}", "none, linear or yarn scaling")
@@ -67,7 +89,36 @@ def read_rope_scaling(
     )
 
 
-def rope_fields(scaling: RopeScaling | None, where: Path) -> dict[str, str | int | float]:
+def _longrope(
+    fields: Mapping[str, Any],
+    factors: Mapping[str, tuple[float, ...]],
+    kind: object,
+    positions: int,
+    where: Path,
+) -> RopeScaling:
+    """LongRoPE's scaling; its factor follows from two lengths, and a file may leave the type out."""
+    if kind not in ("linear", "longrope") or _number(fields, "rope.scaling.factor", 0.0, where) not in (
+        0.0,
+        1.0,
+    ):
+        raise _refused(
+            where, f"scales its rotary embedding by {kind} and by LongRoPE's factors", "one of them"
+        )
+    original = int(fields.get("rope.scaling.original_context_length", positions))
+    scaling = RopeScaling(
+        rope_type=RopeScalingType.LONGROPE,
+        factor=max(1.0, positions / original),
+        original_max_position_embeddings=original,
+        short_factor=factors["short_factor"],
+        long_factor=factors["long_factor"],
+    )
+    stated = _number(fields, "rope.scaling.attn_factor", 1.0, where)
+    if math.isclose(stated, scaling.rotation_factor, rel_tol=_TOLERANCE):
+        return scaling
+    return replace(scaling, attention_factor=stated)
+
+
+def rope_fields(scaling: RopeScaling | None, form: GgufForm, where: Path) -> dict[str, str | int | float]:
     """The fields ``rope.scaling.*`` of a scaling; Llama 3's has none.
 
     Raises:
@@ -75,6 +126,11 @@ def rope_fields(scaling: RopeScaling | None, where: Path) -> dict[str, str | int
     """
     if scaling is None or scaling.rope_type is RopeScalingType.LLAMA3:
         return {}
+    if scaling.rope_type is RopeScalingType.LONGROPE:  # no type and no factor, as converters write it
+        return {
+            "rope.scaling.original_context_length": scaling.original_max_position_embeddings or 0,
+            "rope.scaling.attn_factor": scaling.rotation_factor,
+        }
     fields: dict[str, str | int | float] = {"type": scaling.rope_type.value, "factor": float(scaling.factor)}
     if scaling.rope_type is RopeScalingType.YARN:
         if not scaling.truncate:
@@ -86,11 +142,31 @@ def rope_fields(scaling: RopeScaling | None, where: Path) -> dict[str, str | int
             )
         fields["original_context_length"] = scaling.original_max_position_embeddings or 0
         fields |= {"yarn_beta_fast": scaling.beta_fast, "yarn_beta_slow": scaling.beta_slow}
-        if scaling.attention_factor is not None:
+        if scaling.attention_factor == 1.0 and LOG_MULTIPLIER in form.keys:
+            fields["yarn_log_multiplier"] = 1.0
+        elif scaling.attention_factor is not None:
             # Converters write the first; llama.cpp multiplies its own attention factor by the second.
             fields["yarn_attn_factor"] = scaling.attention_factor
             fields["attn_factor"] = scaling.attention_factor / _default_attention_factor(scaling.factor)
     return {f"rope.scaling.{key}": value for key, value in fields.items()}
+
+
+def rope_tensors(
+    scaling: RopeScaling | None, *, theta: float, head_dim: int
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Tensors that state a scaling, by their names in a file."""
+    if scaling is not None and scaling.rope_type is RopeScalingType.LONGROPE:
+        return {name: np.array(getattr(scaling, ours), np.float32) for ours, name in LONG_FACTORS.items()}
+    divisors = rope_divisors(scaling, theta=theta, head_dim=head_dim)
+    return {} if divisors is None else {ROPE_FACTORS: divisors}
+
+
+def computed_tensors(form: GgufForm) -> tuple[str, ...]:
+    """Names of such tensors that an architecture reads; none is a weight."""
+    return (
+        *([ROPE_FACTORS] if form.rope_factors else []),
+        *(LONG_FACTORS.values() if form.long_factors else []),
+    )
 
 
 def rope_divisors(
@@ -188,9 +264,10 @@ def _attention_factor(fields: Mapping[str, Any], prefix: str, factor: float, whe
     """The whole factor of cosines and sines; None for the one that follows from the scaling's factor."""
     whole = fields.get(f"{prefix}yarn_attn_factor")
     multiplier = _number(fields, f"{prefix}attn_factor", 1.0, where)
-    multiplied = multiplier * _default_attention_factor(factor)
+    share = _number(fields, LOG_MULTIPLIER, 0.0, where)  # of the logarithm, by which llama.cpp divides
+    multiplied = multiplier * _default_attention_factor(factor) / (1.0 + 0.1 * share * math.log(factor))
     if whole is None:
-        return None if multiplier == 1.0 else shortest_float(multiplied)
+        return None if (multiplier, share) == (1.0, 0.0) else shortest_float(multiplied)
     whole = _number(fields, f"{prefix}yarn_attn_factor", 1.0, where)
     if multiplier != 1.0 and not math.isclose(whole, multiplied, rel_tol=_TOLERANCE):
         raise _refused(

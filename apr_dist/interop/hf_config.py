@@ -173,6 +173,11 @@ def _assumed(config: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     }
     if any(isinstance(config.get(key), Mapping) for key in ("rope_parameters", "rope_scaling")):
         absent.pop("rope_theta", None)
+    elif family.definition.rope_default:
+        absent |= {
+            "rope_theta": family.definition.rope_default["rope_theta"],
+            "rope_type": family.definition.rope_default["rope_type"],
+        }
     if not absent:
         return ()
     listed = ", ".join(f"{key} {value}" for key, value in absent.items())

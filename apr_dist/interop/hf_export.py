@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,12 +15,12 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import AtomicFile, flush_folder, temporary_beside, writing_to
 from apr_dist.errors import OutputError
-from apr_dist.gates.architecture import HEAD
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.chat_settings import huggingface_files
 from apr_dist.interop.convert import Progress, converted_pieces, count_dtypes, counted, kept_type, total_bytes
 from apr_dist.interop.embedding import embedded_files, stated_token_ids
 from apr_dist.interop.hf_config import config_from_metadata, config_text, tokenizer_config
+from apr_dist.interop.joined import joined_shape, joined_type, stored_tensors
 from apr_dist.interop.model_card import model_card
 from apr_dist.interop.safetensors_file import SafetensorsWriter
 from apr_dist.model.config import TransformerConfig
@@ -79,10 +79,11 @@ def export_huggingface(
     """
     with AprReader(source) as reader, _new_folder(Path(target), overwrite) as folder:
         model, specs = _specs(reader, dtype)
+        parts = stored_tensors(model)
         shards = _split(specs, max_shard_bytes)
         report = counted(progress, total_bytes(specs))
         for name, shard in shards.items():
-            _write_weights(reader, shard, folder / name, report)
+            _write_weights(reader, shard, parts, folder / name, report)
         texts = _texts(reader, specs, model) | embedded_files(reader.metadata, where=reader.path)
         texts = huggingface_files(reader.metadata, texts, where=reader.path)
         if len(shards) > 1:
@@ -122,7 +123,8 @@ def export_safetensors(
         config = _texts(reader, specs, model)["config.json"]
         with AtomicFile(beside, overwrite=overwrite) as file:
             file.write_at(0, config)
-            _write_weights(reader, specs, target, counted(progress, total_bytes(specs)), overwrite=overwrite)
+            report = counted(progress, total_bytes(specs))
+            _write_weights(reader, specs, stored_tensors(model), target, report, overwrite=overwrite)
     return ExportSummary(
         source=Path(source),
         target=target,
@@ -137,11 +139,13 @@ def export_safetensors(
 def _specs(reader: AprReader, dtype: DType | None) -> tuple[TransformerConfig, list[TensorSpec]]:
     """The model, and what to write of it in index order; a tied head is left out."""
     model = prove_model(reader).config
+    order = {name: number for number, name in enumerate(reader.tensors)}
+    stored = sorted(stored_tensors(model).items(), key=lambda item: order[item[1][0]])
     specs = []
-    for entry in reader.tensors.values():
-        if model.tie_word_embeddings and entry.name == HEAD:
-            continue
-        specs.append(TensorSpec(entry.name, kept_type(entry, dtype), entry.shape))
+    for name, parts in stored:
+        entries = [reader.tensors[part] for part in parts]
+        kind = joined_type([kept_type(entry, dtype) for entry in entries])
+        specs.append(TensorSpec(name, kind, joined_shape([entry.shape for entry in entries])))
     return model, specs
 
 
@@ -164,6 +168,7 @@ def _split(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec
 def _write_weights(
     reader: AprReader,
     specs: Sequence[TensorSpec],
+    parts: Mapping[str, tuple[str, ...]],
     path: Path,
     report: Callable[[int], None],
     *,
@@ -171,10 +176,11 @@ def _write_weights(
 ) -> None:
     with SafetensorsWriter(path, specs, overwrite=overwrite) as writer:
         for spec in specs:
-            for piece in converted_pieces(reader, spec.name, spec.dtype):
-                writer.append(piece)
-                report(piece.nbytes)
-            reader.forget(spec.name)
+            for part in parts[spec.name]:
+                for piece in converted_pieces(reader, part, spec.dtype):
+                    writer.append(piece)
+                    report(piece.nbytes)
+                reader.forget(part)
 
 
 def _texts(reader: AprReader, specs: Sequence[TensorSpec], model: TransformerConfig) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from apr_dist.gates.architecture import HEAD
 from apr_dist.interop.convert import CHUNK_ELEMENTS, COPY_BYTES, Piece, encode
 from apr_dist.interop.embedding import END_IDS_KEY, embed_tokenizer, tokens_by_id
 from apr_dist.interop.hf_config import metadata_from_config, read_config
+from apr_dist.interop.joined import Rows, where_stored
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.safetensors_file import SafetensorsFile, StoredTensor
 from apr_dist.interop.stored_names import CLAIM, model_tensors
+from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
 from apr_dist.parsing import parse_yaml
 
@@ -53,6 +55,19 @@ class _Stored:
             values: npt.NDArray[Any] = np.frombuffer(piece, numbers)
             wide = widen_bfloat16(values) if own is DType.BF16 else values.astype(np.float32)
             yield encode(wide, dtype, name=self.tensor.name, where=self.file.path)
+
+    def part(self, name: str, rows: Rows) -> _Stored:
+        """Some of its rows, as a tensor of their own."""
+        whole = self.tensor
+        row_bytes = whole.size_bytes // whole.shape[0]
+        part = replace(
+            whole,
+            name=name,
+            shape=(rows.count, *whole.shape[1:]),
+            start=whole.start + rows.first * row_bytes,
+            size_bytes=rows.count * row_bytes,
+        )
+        return _Stored(self.file, part)
 
     def float32(self) -> npt.NDArray[np.float32]:
         """All of its values, flat."""
@@ -86,7 +101,7 @@ def import_huggingface(request: ImportRequest) -> ImportSummary:
             equal=lambda left, right: _same_bytes(stored[left], stored[right]),
             where=folder,
         )
-        held = {name: stored[old] for name, old in names.items()}
+        held = _parts({name: stored[old] for name, old in names.items()}, values, folder)
         metadata, more = _metadata(folder, config, values | {CLAIM: HEAD not in held})
         specs = [
             TensorSpec(name, one.tensor.dtype if request.dtype is None else request.dtype, one.tensor.shape)
@@ -99,6 +114,19 @@ def import_huggingface(request: ImportRequest) -> ImportSummary:
             original_format="safetensors",
             notes=(*located, *notes, *noted, *more),
         )
+
+
+def _parts(held: dict[str, _Stored], values: Mapping[str, Any], folder: Path) -> dict[str, _Stored]:
+    """Each tensor of ours, one that the folder joins with others taken out of them."""
+    family = Family(values["architecture"])
+    if not family.definition.joined:
+        return held
+    model = TransformerConfig.from_metadata(
+        values, family=family, where=folder, tie_word_embeddings=HEAD not in held
+    )
+    shapes = {name: one.tensor.shape for name, one in held.items()}
+    rows = where_stored(model, shapes, where=folder)
+    return {name: held[name] if of is None else held[of.stored].part(name, of) for name, of in rows.items()}
 
 
 def _locate(source: Path) -> tuple[Path, list[Path], tuple[str, ...]]:

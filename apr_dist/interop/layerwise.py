@@ -18,9 +18,10 @@ from apr_dist.model.adapter_layers import attach
 from apr_dist.model.adapters import ROW_OWNERS, ROWS, canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.kernels.choice import SETS
+from apr_dist.model.kernels.loss import soft_capped
 from apr_dist.model.layers import Head, RMSNorm
 from apr_dist.model.rotary import RotaryEmbedding
-from apr_dist.model.transformer import DecoderBlock
+from apr_dist.model.transformer import Backbone, DecoderBlock
 
 Read = Callable[[str], Tensor]
 """Gives a weight's f32 values by its name."""
@@ -40,21 +41,32 @@ def layerwise_logits(
         adapter: computed beside the weights by peft's layers; None: the weights alone.
     """
     with torch.no_grad():
-        plain, positions = SETS[KernelChoice.PLAIN], torch.arange(ids.shape[1])[None]
-        rotation = RotaryEmbedding(model)(positions)
-        shape = (ids.shape[0], ids.shape[1])
-        attend = plain.attention(shape, ids.device, dtype=torch.float32, window=model.sliding_window)
-        hidden = _looked_up(ids, read, adapter)
-        for layer in range(model.num_layers):
+        shell = _shell(model)
+        hidden = _looked_up(ids, read, adapter) * model.embedding_scale
+        rotations = shell.rotations(torch.arange(ids.shape[1])[None])
+        attend = shell.attention(hidden)
+        for layer, window in enumerate(model.windows):
             block = _filled(DecoderBlock(model), f"model.layers.{layer}.", read, adapter)
-            hidden = block(hidden, rotation, attend)
-        norm = _filled(RMSNorm(model.hidden_size, eps=model.rms_norm_eps), "model.norm.", read, None)
-        hidden = norm(hidden)
+            hidden = block(hidden, rotations[layer], attend[window])
+        norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps, one_plus=model.one_plus_norms)
+        hidden = _filled(norm, "model.norm.", read, None)(hidden) / model.logits_scaling
         if model.tie_word_embeddings:
-            return _with_rows(nn.functional.linear(hidden, read(EMBEDDING)), hidden, adapter, ROW_OWNERS[0])
-        tail = nn.Sequential()
-        tail.add_module("lm_head", Head(model.hidden_size, model.vocab_size, bias=False))
-        return _with_rows(_filled(tail, "", read, adapter)(hidden), hidden, adapter, ROW_OWNERS[1])
+            logits = _with_rows(nn.functional.linear(hidden, read(EMBEDDING)), hidden, adapter, ROW_OWNERS[0])
+        else:
+            tail = nn.Sequential()
+            tail.add_module("lm_head", Head(model.hidden_size, model.vocab_size, bias=False))
+            logits = _with_rows(_filled(tail, "", read, adapter)(hidden), hidden, adapter, ROW_OWNERS[1])
+        return soft_capped(logits, model.final_logit_softcapping)
+
+
+def _shell(model: TransformerConfig) -> Backbone:
+    """The network without its weights: how its layers rotate and attend."""
+    with torch.device("meta"):
+        shell = Backbone(model)
+    shell.rotary = RotaryEmbedding(model)
+    shell.local_rotary = RotaryEmbedding(model, local=True) if model.rope_local_theta else None
+    shell.kernels = SETS[KernelChoice.PLAIN]
+    return shell
 
 
 def _looked_up(ids: Tensor, read: Read, adapter: AdapterFile | None) -> Tensor:

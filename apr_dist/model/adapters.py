@@ -152,11 +152,30 @@ def chosen_modules(
                 remedy="write one of them, or a pattern of whole names such as '*.mlp.*'",
             )
         wanted.update(found)
+    _refuse_joined(config, wanted, maps)
     if not wanted:
         raise UsageError(
             "no target is named", where="--adapter.targets", expected=ALL_LINEAR, remedy="name at least one"
         )
     return tuple(name for name in maps if name in wanted)
+
+
+def _refuse_joined(config: TransformerConfig, wanted: Iterable[str], maps: Iterable[str]) -> None:
+    """Refuse maps that are rows of one matrix in peft's base, which no folder of peft could name."""
+    joined = config.family.definition.joined
+    parts = {f".{part}": whole for whole, several in joined.items() for part in several}
+    for name in wanted:
+        whole = next((whole for part, whole in parts.items() if name.endswith(part)), None)
+        if whole is not None:
+            apart = list(
+                _kinds(one for one in maps if _block(one) is not None and not one.endswith(tuple(parts)))
+            )
+            raise UsageError(
+                f"{name} is a part of {whole} in the files of {config.family} models, where peft has one map",
+                where="--adapter.targets",
+                expected=f"some of {', '.join(apart)}",
+                remedy=f"write --adapter.targets {','.join(apart)}, or train the weights themselves",
+            )
 
 
 def short_names(config: TransformerConfig, modules: Iterable[str]) -> list[str]:

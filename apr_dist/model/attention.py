@@ -79,6 +79,8 @@ class Attention(Computed):
             query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = _rotated(kernels, query, rotation), _rotated(kernels, key, rotation)
+            if rotation.query_scale is not None:
+                query = query * rotation.query_scale.to(query.dtype)
         if not math.isclose(self.query_factor, 1.0):
             query = query * self.query_factor
         if cache is not None:
@@ -94,7 +96,8 @@ def _norm(config: TransformerConfig, width: int) -> RMSNorm:
 
 def _rotated(kernels: Kernels, x: Tensor, rotation: Rotation) -> Tensor:
     """``[batch, seq, heads, head_dim]`` whose first dimensions, as many as the rotation has, are rotated."""
-    turned = 2 * rotation.cos.shape[-1]
+    cos, sin = rotation.cos, rotation.sin
+    turned = 2 * cos.shape[-1]
     if turned == x.shape[-1]:
-        return kernels.rotate(x, *rotation)
-    return torch.cat((kernels.rotate(x[..., :turned], *rotation), x[..., turned:]), dim=-1)
+        return kernels.rotate(x, cos, sin)
+    return torch.cat((kernels.rotate(x[..., :turned], cos, sin), x[..., turned:]), dim=-1)

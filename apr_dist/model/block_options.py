@@ -25,6 +25,8 @@ class BlockOptions:
         no_rope_layers: 1 for each layer that rotates q and k, 0 for one that does not; None: all do.
         rope_local_theta: base of the rotary frequencies of layers with a window.
         partial_rotary_factor: share of a head's dimensions that are rotated, the first ones.
+        llama_4_scaling_beta: queries are multiplied by ``1 + beta * ln(1 + floor(position / original))``
+            with the original length of the RoPE scaling.
         query_pre_attn_scalar: scores are divided by its square root instead of that of the head's size.
         attention_multiplier: scores are multiplied by it instead.
         attn_logit_softcapping: scores ``s`` become ``cap * tanh(s / cap)``.
@@ -38,6 +40,7 @@ class BlockOptions:
     no_rope_layers: tuple[int, ...] | None = None
     rope_local_theta: float | None = None
     partial_rotary_factor: float = 1.0
+    llama_4_scaling_beta: float | None = None
     query_pre_attn_scalar: float | None = None
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None

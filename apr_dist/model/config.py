@@ -17,7 +17,13 @@ from typing import Any, Final
 from apr_dist.errors import ArchitectureRefused, DimensionsUnstated, UsageError
 from apr_dist.model.block_options import BlockOptions, stated_options
 from apr_dist.model.families import SLIDING_ATTENTION, Activation, Family, FamilyDefinition, Norms
-from apr_dist.model.rope_scaling import INCOMPLETE_METADATA, RopeScaling, one_of, refuse_key
+from apr_dist.model.rope_scaling import (
+    INCOMPLETE_METADATA,
+    RopeScaling,
+    RopeScalingType,
+    one_of,
+    refuse_key,
+)
 
 SPLIT_HALVES: Final = 2
 """``rope_type`` of the format: dimension ``i`` is rotated with ``i + head_dim / 2``."""
@@ -78,6 +84,24 @@ class TransformerConfig(BlockOptions):
                 raise refuse_key("sliding_window", self.sliding_window, f"null for the {self.family} family")
             if type(self.sliding_window) is not int or self.sliding_window < 1:
                 raise refuse_key("sliding_window", self.sliding_window, "a positive integer or null")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        """Refuse a scaling that the family's models do not have, or that does not fit the other sizes."""
+        scaling, allowed = self.rope_scaling, self._facts.rope_scalings
+        if scaling is not None:
+            if scaling.rope_type not in allowed:
+                expected = f"{one_of(allowed)} for the {self.family} family"
+                raise refuse_key("rope_scaling.rope_type", scaling.rope_type.value, expected)
+            for name in ("short_factor", "long_factor"):
+                factors = getattr(scaling, name)
+                if factors is not None and 2 * len(factors) != self.rotary_dim:
+                    expected = f"{self.rotary_dim // 2} numbers, one for each pair of rotated dimensions"
+                    raise refuse_key(f"rope_scaling.{name}", f"{len(factors)} numbers", expected)
+        original = scaling.original_max_position_embeddings if scaling else None
+        if "llama_4_scaling_beta" in self._facts.options and self.llama_4_scaling_beta and original is None:
+            expected = "set, as llama_4_scaling_beta counts by it"
+            raise refuse_key("rope_scaling.original_max_position_embeddings", None, expected)
 
     @property
     def _facts(self) -> FamilyDefinition:
@@ -129,6 +153,21 @@ class TransformerConfig(BlockOptions):
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated, the first ones."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def turning_length(self) -> int | None:
+        """Tokens of a sequence beyond which all its positions rotate by LongRoPE's other factors."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type is not RopeScalingType.LONGROPE:
+            return None
+        return scaling.original_max_position_embeddings
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that can be trained; dynamic scaling stretches it by its factor."""
+        scaling = self.rope_scaling
+        stretched = scaling is not None and scaling.rope_type is RopeScalingType.DYNAMIC
+        return int(self.max_position_embeddings * (scaling.factor if scaling and stretched else 1.0))
 
     @property
     def windows(self) -> tuple[int | None, ...]:

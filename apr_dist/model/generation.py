@@ -79,15 +79,21 @@ def stream(
     _check(model, prompt_ids, sampling)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(sampling.seed)
-    caches = model.empty_caches(len(prompt_ids) + sampling.max_new_tokens)
-    tokens = torch.tensor([list(prompt_ids)], device=device)
+    whole, capacity = list(prompt_ids), len(prompt_ids) + sampling.max_new_tokens
+    caches = model.empty_caches(capacity)
+    tokens = torch.tensor([whole], device=device)
     for _ in range(sampling.max_new_tokens):
         logits = (network or model)(tokens, caches=caches, last=True)
         token = agree(choose(logits[0, -1], sampling, generator))
         yield token
         if token in sampling.stop_ids:
             return
-        tokens = torch.tensor([[token]], device=device)
+        whole.append(token)
+        if len(whole) - 1 == model.config.turning_length:  # from here on all positions rotate otherwise
+            caches = model.empty_caches(capacity)
+            tokens = torch.tensor([whole], device=device)
+        else:
+            tokens = torch.tensor([[token]], device=device)
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

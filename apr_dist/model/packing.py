@@ -40,10 +40,19 @@ class Boundaries:
 
     def positions(self) -> Tensor:
         """Place of each token within its document, int64 ``[batch, seq]``; nothing waits for the device."""
+        places, document = self._documents()
+        return (places - self.edges[document]).long().view(self.shape)
+
+    def lengths(self) -> Tensor:
+        """Tokens of the document that each token is of, int64 ``[batch, seq]``; nothing waits either."""
+        _, document = self._documents()
+        return (self.edges[document + 1] - self.edges[document]).long().view(self.shape)
+
+    def _documents(self) -> tuple[Tensor, Tensor]:
+        """Places of all tokens in the flattened batch, and the document of each."""
         batch, length = self.shape
         places = torch.arange(batch * length, dtype=torch.int32, device=self.edges.device)
-        document = torch.searchsorted(self.edges, places, right=True) - 1
-        return (places - self.edges[document]).long().view(self.shape)
+        return places, torch.searchsorted(self.edges, places, right=True) - 1
 
     def row(self, index: int) -> Boundaries:
         """Those of one row, as a batch of one; waits for the device."""

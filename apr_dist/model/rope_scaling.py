@@ -5,6 +5,7 @@ Facts and their validation only, no torch; ``rotary`` turns them into frequencie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,18 +22,22 @@ class RopeScalingType(StrEnum):
     """Ways of stretching RoPE that the covered families use, by their Hugging Face names."""
 
     LINEAR = "linear"
+    DYNAMIC = "dynamic"
     LLAMA3 = "llama3"
     YARN = "yarn"
+    LONGROPE = "longrope"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotation frequencies are stretched beyond the length of the first training.
 
-    ``factor`` is the stretch. ``original_max_position_embeddings`` (llama3, yarn) is the length before
-    it, in tokens. ``low_freq_factor`` and ``high_freq_factor`` belong to llama3; ``beta_fast``,
-    ``beta_slow``, ``attention_factor`` and ``truncate`` to yarn, with the defaults of its paper
-    (arXiv:2309.00071). The names are those of ``rope_scaling`` in a Hugging Face ``config.json``.
+    ``factor`` is the stretch. ``original_max_position_embeddings`` (llama3, yarn, longrope) is the length
+    before it, in tokens. ``low_freq_factor`` and ``high_freq_factor`` belong to llama3; ``beta_fast``,
+    ``beta_slow`` and ``truncate`` to yarn, with the defaults of its paper (arXiv:2309.00071);
+    ``attention_factor`` to yarn and longrope. By ``short_factor`` or ``long_factor`` longrope
+    (arXiv:2402.13753) divides each frequency, as a sequence has up to the original length or more. The
+    names are those of ``rope_scaling`` in a Hugging Face ``config.json``.
     """
 
     rope_type: RopeScalingType
@@ -44,16 +49,13 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.factor >= 1.0:
             raise refuse_key("rope_scaling.factor", self.factor, "a number of at least 1")
-        needed: tuple[str, ...] = ()
-        if self.rope_type is RopeScalingType.LLAMA3:
-            needed = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-        elif self.rope_type is RopeScalingType.YARN:
-            needed = ("original_max_position_embeddings",)
-        for name in needed:
+        for name in _NEEDED.get(self.rope_type, ()):
             if not (getattr(self, name) or 0) > 0:
                 raise refuse_key(f"rope_scaling.{name}", getattr(self, name), "a positive number")
         if self.rope_type is RopeScalingType.LLAMA3 and not (
@@ -64,6 +66,34 @@ class RopeScaling:
                 self.high_freq_factor,
                 f"more than low_freq_factor ({self.low_freq_factor})",
             )
+        if self.rope_type is RopeScalingType.LONGROPE:
+            for name in ("short_factor", "long_factor"):
+                if not all(factor > 0.0 for factor in getattr(self, name) or (0.0,)):
+                    raise refuse_key(
+                        f"rope_scaling.{name}", getattr(self, name), "a list of positive numbers"
+                    )
+
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies follow the length of each sequence."""
+        return self.rope_type in (RopeScalingType.DYNAMIC, RopeScalingType.LONGROPE)
+
+    @property
+    def rotation_factor(self) -> float:
+        """What cosines and sines are multiplied by.
+
+        For yarn ``0.1 ln(factor) + 1`` (equation 22 of its paper), for longrope
+        ``sqrt(1 + ln(factor) / ln(original))``, where no attention factor is stated; else 1.
+        """
+        if self.attention_factor is not None or self.factor == 1.0:
+            return 1.0 if self.attention_factor is None else self.attention_factor
+        if self.rope_type is RopeScalingType.YARN:
+            return 0.1 * math.log(self.factor) + 1.0
+        if self.rope_type is RopeScalingType.LONGROPE:
+            return math.sqrt(
+                1.0 + math.log(self.factor) / math.log(self.original_max_position_embeddings or 0)
+            )
+        return 1.0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | None, *, where: str | Path) -> RopeScaling | None:
@@ -99,8 +129,16 @@ class RopeScaling:
         for name, field in self.__dataclass_fields__.items():
             value = getattr(self, name)
             if name != "rope_type" and value is not None and (name == "factor" or value != field.default):
-                values[name] = value
+                values[name] = list(value) if isinstance(value, tuple) else value
         return values
+
+
+_NEEDED: Final[Mapping[RopeScalingType, tuple[str, ...]]] = {
+    RopeScalingType.LLAMA3: ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    RopeScalingType.YARN: ("original_max_position_embeddings",),
+    RopeScalingType.LONGROPE: ("original_max_position_embeddings",),
+}
+"""What a type states as a positive number, besides the factor."""
 
 
 def refuse_key(
@@ -123,6 +161,10 @@ def one_of(names: Sequence[str]) -> str:
 
 def _checked_scaling(key: str, value: Any, where: str | Path) -> Any:
     kinds: dict[str, type] = {"truncate": bool, "original_max_position_embeddings": int}
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(value, list | tuple) or not all(type(one) in (int, float) for one in value):
+            raise refuse_key(f"rope_scaling.{key}", value, "a list of numbers", where=where)
+        return tuple(map(float, value))
     kind = kinds.get(key, float)
     if kind is float and type(value) is int:
         return float(value)

@@ -17,50 +17,92 @@ from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of a batch's positions, each f32 ``[1 or batch, seq, 1, rotary_dim / 2]``."""
+    """Cosines and sines of a batch's positions, each f32 ``[1 or batch, seq, 1, rotary_dim / 2]``.
+
+    ``query_scale`` is what queries are multiplied by, f32 ``[1 or batch, seq, 1, 1]``; None: by nothing.
+    """
 
     cos: Tensor
     sin: Tensor
+    query_scale: Tensor | None = None
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions to rotations. Its one buffer is not saved; ``reset`` computes it again."""
+    """Positions to rotations. Its buffers are not saved; ``reset`` computes them again.
+
+    ``frequencies`` are those of a sequence up to the original length, ``long_frequencies`` of a longer one.
+    """
 
     frequencies: Tensor
+    long_frequencies: Tensor | None
 
     def __init__(self, config: TransformerConfig, *, local: bool = False) -> None:
         super().__init__()
         self._config, self._local = config, local
-        self.attention_factor = 1.0 if local else attention_factor(config.rope_scaling)
+        self._scaling = None if local else config.rope_scaling
+        self.attention_factor = self._scaling.rotation_factor if self._scaling else 1.0
         # Computed on the meta device they would load PyTorch's compiler, for nothing (seconds).
-        frequencies = self._on_cpu().to(torch.get_default_device())
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        device = torch.get_default_device()
+        long = self._scaling is not None and self._scaling.rope_type is RopeScalingType.LONGROPE
+        self.register_buffer("frequencies", self._on_cpu().to(device), persistent=False)
+        more = self._on_cpu(long=True).to(device) if long else None
+        self.register_buffer("long_frequencies", more, persistent=False)
 
-    def _on_cpu(self) -> Tensor:
+    def _on_cpu(self, *, long: bool = False) -> Tensor:
         with torch.device("cpu"):
-            return inverse_frequencies(self._config, local=self._local)
+            return inverse_frequencies(self._config, local=self._local, long=long)
 
     def reset(self) -> None:
         """Compute the frequencies again, in place; needed after ``to_empty``."""
         self.frequencies.copy_(self._on_cpu())
+        if self.long_frequencies is not None:
+            self.long_frequencies.copy_(self._on_cpu(long=True))
 
-    def forward(self, position_ids: Tensor) -> Rotation:
-        """Integer positions ``[1 or batch, seq]`` to their rotations."""
-        angles = (position_ids[..., None].float() * self.frequencies.float()).unsqueeze(2)
-        return Rotation(angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
+    def forward(self, position_ids: Tensor, lengths: Tensor | None = None) -> Rotation:
+        """Integer positions ``[1 or batch, seq]`` to their rotations.
+
+        Args:
+            position_ids: the positions.
+            lengths: tokens of the sequence that each position is of, ``[1 or batch, 1 or seq]``; None: each
+                row is one, up to its last position.
+        """
+        positions = position_ids[..., None].float()
+        angles = (positions * self._frequencies_of(position_ids, lengths)).unsqueeze(2)
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        beta, scaling = self._config.llama_4_scaling_beta, self._config.rope_scaling
+        if beta is None or scaling is None:
+            return Rotation(cos, sin)
+        turns = torch.floor(position_ids / (scaling.original_max_position_embeddings or 1))
+        return Rotation(cos, sin, (1.0 + beta * torch.log(1.0 + turns))[..., None, None])
+
+    def _frequencies_of(self, position_ids: Tensor, lengths: Tensor | None) -> Tensor:
+        """Those of each position's sequence: f32 ``[rotary_dim / 2]``, or that after ``[batch, seq]``."""
+        frequencies, scaling = self.frequencies.float(), self._scaling
+        if scaling is None or not scaling.by_length:
+            return frequencies
+        if lengths is None:
+            lengths = position_ids.amax(dim=-1, keepdim=True) + 1
+        if self.long_frequencies is None:
+            return _dynamic(lengths, scaling, self._config)
+        longer = lengths[..., None] > (scaling.original_max_position_embeddings or 0)
+        return torch.where(longer, self.long_frequencies.float(), frequencies)
 
 
-def inverse_frequencies(config: TransformerConfig, *, local: bool = False) -> Tensor:
+def inverse_frequencies(config: TransformerConfig, *, local: bool = False, long: bool = False) -> Tensor:
     """Radians per token of each pair of rotated dimensions, f32 ``[rotary_dim / 2]``, after scaling.
 
-    With ``local`` those of layers with a window, where these have a base of their own and no scaling.
+    With ``local`` those of layers with a window, where these have a base of their own and no scaling; with
+    ``long`` those of sequences beyond the original length, where these have their own.
     """
-    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+    exponents = _exponents(config)
     if local:
         return torch.as_tensor(1.0 / (config.rope_local_theta or config.rope_theta) ** exponents)
-    frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is not None and scaling.rope_type is RopeScalingType.LONGROPE:
+        factors = torch.tensor((scaling.long_factor if long else scaling.short_factor) or ())
+        return 1.0 / (factors * config.rope_theta**exponents)
+    frequencies = 1.0 / config.rope_theta**exponents
+    if scaling is None or scaling.rope_type is RopeScalingType.DYNAMIC:
         return frequencies
     if scaling.rope_type is RopeScalingType.LINEAR:
         return frequencies / scaling.factor
@@ -69,13 +111,17 @@ def inverse_frequencies(config: TransformerConfig, *, local: bool = False) -> Te
     return _yarn(frequencies, scaling, config)
 
 
-def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cosines and sines are multiplied by: ``0.1 ln(factor) + 1`` for YaRN (its equation 22), else 1."""
-    if scaling is None or scaling.rope_type is not RopeScalingType.YARN:
-        return 1.0
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    return 0.1 * math.log(scaling.factor) + 1.0
+def _exponents(config: TransformerConfig) -> Tensor:
+    return torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+
+
+def _dynamic(lengths: Tensor, scaling: RopeScaling, config: TransformerConfig) -> Tensor:
+    """NTK-aware scaling whose base grows with sequences beyond ``max_position_embeddings``."""
+    size, limit = config.rotary_dim, config.max_position_embeddings
+    stretch = scaling.factor * lengths.clamp(min=limit) / limit - (scaling.factor - 1.0)
+    base = config.rope_theta * stretch ** (size / (size - 2))
+    exponents = _exponents(config).to(lengths.device)
+    return torch.as_tensor(1.0 / base[..., None] ** exponents)
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -143,8 +143,8 @@ class Backbone(Computed):
         x = self.embed_tokens(input_ids, tied=tied) if tied else self.embed_tokens(input_ids)
         if self.config.embedding_scale != 1.0:
             x = x * _rounded(self.config.embedding_scale, x.dtype)
-        attend = self._attention(x, document_ids, whole=caches is None)
-        rotations = self._rotations(position_ids)
+        attend = self.attention(x, document_ids, whole=caches is None)
+        rotations = self.rotations(position_ids, document_ids)
         for index, layer in enumerate(self.layers):
             window = self.config.windows[index]
             x = layer(x, rotations[index], attend[window], caches[index] if caches else None)
@@ -152,7 +152,9 @@ class Backbone(Computed):
         x = self.norm(x)
         return x if scaling == 1.0 else x / scaling  # type: ignore[no-any-return]
 
-    def _attention(self, x: Tensor, documents: Boundaries | None, *, whole: bool) -> dict[int | None, Attend]:
+    def attention(
+        self, x: Tensor, documents: Boundaries | None = None, *, whole: bool = True
+    ) -> dict[int | None, Attend]:
         """How each window attends."""
         kernels = self.kernels_for(x, compiled=self.compiled)
         return {
@@ -168,9 +170,11 @@ class Backbone(Computed):
             for window in dict.fromkeys(self.config.windows)
         }
 
-    def _rotations(self, position_ids: Tensor) -> list[Rotation | None]:
-        """The rotation of each layer."""
-        far = self.rotary(position_ids)
+    def rotations(self, position_ids: Tensor, documents: Boundaries | None = None) -> list[Rotation | None]:
+        """The rotation of each layer; where lengths decide it, each document has its own."""
+        scaling = self.config.rope_scaling
+        by_length = scaling is not None and scaling.by_length and documents is not None
+        far = self.rotary(position_ids, documents.lengths() if documents and by_length else None)
         near = far if self.local_rotary is None else self.local_rotary(position_ids)
         turns = self.config.no_rope_layers or (1,) * self.config.num_layers
         kinds = self.config.layer_types or (FULL_ATTENTION,) * self.config.num_layers

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apr_dist.choices import GradientStorage
 from apr_dist.model.host_copies import HostCopies, host_empty
 from apr_dist.parallel.norm import squares_of
 from apr_dist.parallel.rounding import key_of, round_stochastically
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.storage import is_narrow
+from apr_dist.parallel.split_weights import CHUNK, chunk
+from apr_dist.parallel.storage import EMBEDDING, has_bf16_gradient
 from apr_dist.parallel.stored_adamw import StoredAdamW
 
 
@@ -33,18 +33,19 @@ class Gradients:
 
     def __init__(self, weights: Sequence[Tensor], runtime: Runtime, optimizer: StoredAdamW) -> None:
         self._runtime, self._optimizer = runtime, optimizer
-        bf16, strategy = runtime.storage.gradients is GradientStorage.BF16, runtime.strategy
-        self._copies = HostCopies(runtime.device) if runtime.storage.streams(strategy) else None
+        storage, strategy = runtime.storage, runtime.strategy
+        self._copies = HostCopies(runtime.device) if storage.streams(strategy) else None
         self._kind: dict[int, torch.dtype] = {}
         self._kept: dict[int, Tensor] = {}
         self._room: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
         self._last, self._micro_batch = False, 0
         for weight in weights:
-            narrow = bf16 and is_narrow(optimizer.places[id(weight)].name, weight.shape, strategy)
+            narrow = has_bf16_gradient(weight.shape, strategy, storage.gradients)
             self._kind[id(weight)] = torch.bfloat16 if narrow else torch.float32
             if weight.dtype is torch.bfloat16:
-                weight.grad_dtype = self._kind[id(weight)]
+                looked_up = optimizer.places[id(weight)].name == EMBEDDING
+                weight.grad_dtype = torch.float32 if looked_up else self._kind[id(weight)]
             weight.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
 
     def begin(self, *, last: bool) -> None:
@@ -74,33 +75,46 @@ class Gradients:
     def _take(self, weight: Tensor) -> None:
         new, weight.grad = weight.grad, None
         assert new is not None
-        key = id(weight)
-        total = self._with_earlier(new.detach(), key)
+        key, new = id(weight), new.detach()
+        earlier = self._earlier(key)
         if self._last and self._runtime.world_size > 1:
-            total = self._runtime.sum(total.float().div_(self._runtime.world_size))
-        total = self._stored(total, key)
+            whole = new.float() if earlier is None else earlier.float().add_(new)
+            new, earlier = self._runtime.sum(whole.div_(self._runtime.world_size)), None
+        total = self._summed(new, earlier, key)
+        del new, earlier
         if self._last:
             self._squares[key] = squares_of(total)
         self._keep(total, key)
 
-    def _with_earlier(self, new: Tensor, key: int) -> Tensor:
+    def _earlier(self, key: int) -> Tensor | None:
+        """The sum of the micro-batches before this one, on the device."""
         earlier = self._kept.get(key)
-        if earlier is None:
-            return new
-        if self._copies is not None:
-            self._copies.begin()
-            (earlier,) = self._copies.bring([earlier])
-            self._copies.arrived()
-            earlier = earlier.view(new.shape)
-        return earlier.add_(new) if earlier.dtype is torch.float32 else earlier.float().add_(new)
+        if earlier is None or self._copies is None:
+            return earlier
+        self._copies.begin()
+        (here,) = self._copies.bring([earlier])
+        self._copies.arrived()
+        return here.view(earlier.shape)
 
-    def _stored(self, total: Tensor, key: int) -> Tensor:
-        if self._kind[key] is torch.float32 or total.dtype is torch.bfloat16:
-            return total.to(self._kind[key])
+    def _summed(self, new: Tensor, earlier: Tensor | None, key: int) -> Tensor:
+        """The sum as it is stored, in the memory of the earlier one; it is rounded a chunk at a time."""
+        if self._kind[key] is torch.float32:
+            return new.float() if earlier is None else earlier.add_(new)
+        if earlier is None and new.dtype is torch.bfloat16:
+            return new
+        total = earlier
+        if total is None:
+            total = torch.empty(new.shape, dtype=torch.bfloat16, device=new.device)
         optimizer = self._optimizer
         name = f"{optimizer.places[key].name} gradient {self._micro_batch}"
         rounding = key_of(optimizer.seed, optimizer.updates, name)
-        return round_stochastically(total.reshape(-1), key=rounding, start=0).view(total.shape)
+        stored, more = total.view(-1), new.reshape(-1)
+        for number in range(-(-len(more) // CHUNK)):
+            part, exact = stored[chunk(number)], more[chunk(number)].float()
+            if earlier is not None:
+                exact = part.float().add_(exact)
+            part.copy_(round_stochastically(exact, key=rounding, start=number * CHUNK))
+        return total
 
     def _keep(self, total: Tensor, key: int) -> None:
         if self._copies is None:

@@ -55,5 +55,4 @@ def _squares_at_once(gradients: Sequence[Tensor]) -> Tensor:
     filled = [gradient.detach() for gradient in gradients if gradient.numel()]  # a shard may be empty
     if not filled:
         return torch.zeros(1, dtype=torch.float64, device=gradients[0].device)
-    wide = [one if one.dtype is torch.float32 else one.float() for one in filled]
-    return torch.stack(torch._foreach_norm(wide)).double().square()
+    return torch.stack(torch._foreach_norm(filled, dtype=torch.float32)).double().square()

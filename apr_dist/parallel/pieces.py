@@ -106,7 +106,7 @@ def whole_in_runs(parameter: Tensor, runtime: Runtime) -> Iterator[Tensor]:
     """
     mine, split = local(parameter, runtime), split_of(parameter)
     if not runtime.strategy.shards_parameters:
-        yield from [mine] if split is None else map(split.read, range(len(split.raised)))
+        yield from [mine] if split is None else map(split.read, range(len(split.lowered)))
         return
     group, shape = shard_group(parameter), whole_shape(parameter)
     first = runtime.rank - runtime.rank % runtime.shard_size
@@ -151,7 +151,9 @@ def fill(parameter: Tensor, values: Tensor | None, runtime: Runtime) -> None:
     if runtime.strategy is Strategy.HSDP and (sharded := as_dtensor(parameter)) is not None:
         copies = sharded.device_mesh.get_group("replicate")
         mine, split = local(parameter, runtime), split_of(parameter)
-        exact = [split.read(number) for number in range(len(split.raised))] if split and len(mine) else [mine]
+        exact = (
+            [split.read(number) for number in range(len(split.lowered))] if split and len(mine) else [mine]
+        )
         values = torch.cat(exact).to(runtime.device)
         dist.broadcast(values, src=runtime.rank % runtime.shard_size, group=copies)
         _store(parameter, values, runtime)
@@ -165,7 +167,7 @@ def _fill_replicas(parameter: Tensor, values: Tensor | None, runtime: Runtime) -
             parameter.data.copy_(values)
         runtime.broadcast(parameter.data)
         return
-    for number in range(len(split.raised)):
+    for number in range(len(split.lowered)):
         count = split.high[chunk(number)].numel()
         part = torch.empty(count, device=runtime.device)
         if values is not None:

@@ -29,7 +29,9 @@ def random_words(key: int, start: int, count: int, device: torch.device) -> Tens
     product leaves the 63 bits in which every device computes alike.
     """
     word = torch.arange(start, start + count, dtype=torch.int64, device=device)
-    word = (word ^ (word >> 32) * 0x9E3779B1).bitwise_and_(_WORD).bitwise_xor_(key)
+    if start + count > _WORD:
+        word = (word ^ (word >> 32) * 0x9E3779B1).bitwise_and_(_WORD)
+    word.bitwise_xor_(key)
     word.bitwise_xor_(word >> 16).mul_(0x21F0AAAD).bitwise_and_(_WORD)
     word.bitwise_xor_(word >> 15).mul_(0x735A2D97).bitwise_and_(_WORD)
     return word.bitwise_xor_(word >> 15)

@@ -62,8 +62,7 @@ def _narrow(decoder: Decoder, runtime: Runtime) -> set[str]:
     """Let the parameters that are stored in 16 bits be bf16; their names."""
     names = set()
     for name, weight in decoder.named_parameters():
-        stored = runtime.storage.weights is not WeightStorage.F32
-        if stored and is_narrow(name, weight.shape, runtime.strategy):
+        if is_narrow(name, weight.shape, runtime.strategy, runtime.storage.weights):
             weight.data = weight.data.to(torch.bfloat16)
             names.add(name)
     return names

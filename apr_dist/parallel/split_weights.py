@@ -3,7 +3,7 @@
 The pattern of an f32, as an integer, minus that of its bf16 rounding is between -0x8000 and 0x8000. In 16
 bits the two ends are the same number, and both occur: they are the ties, half way between two neighbours,
 which go to the even one from below and from above. So 16 bits beside a rounding to nearest even are one value
-short of exact, and which ties were rounded up is stored too: one weight in 131,072 by chance, one in 16 of
+short of exact, and which ties were rounded down is stored too: one weight in 131,072 by chance, one in 16 of
 weights that come from f16, until their first update. Everything else is integer arithmetic and holds for
 negative numbers, denormals, and finite numbers that round to infinity; a NaN comes back as a NaN.
 """
@@ -24,25 +24,27 @@ CHUNK = 4 << 20
 _HALF = 0x8000
 
 
-def split(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """f32 ``[n]`` to its rounding to nearest even, bf16 ``[n]``, the rest, int16 ``[n]``, and ties.
+def split(values: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    """Write f32 ``[n]`` as its rounding to nearest even, bf16 ``[n]``, and the rest, int16 ``[n]``.
+
+    The rest ends in the same 16 bits as the value, because those of its rounding are zero.
 
     Returns:
-        (rounding, rest, places of the ties that were rounded up, int32).
+        places of the ties that were rounded down, int32.
     """
-    high = values.bfloat16()
-    rest = values.view(torch.int32) - (high.view(torch.int16).int() << 16)
-    rest.masked_fill_(values.isnan(), 0)
-    raised = (rest == -_HALF).nonzero().flatten().int()
-    return high, torch.where(rest == _HALF, -_HALF, rest).to(torch.int16), raised
+    patterns = values.view(torch.int32)
+    high.copy_(values)
+    low.copy_(patterns)  # the lower half of each
+    ties = (low == -_HALF).nonzero().flatten()
+    is_even = patterns[ties].bitwise_and_(0x10000) == 0
+    return ties[is_even].int()
 
 
-def join(high: Tensor, low: Tensor, raised: Tensor) -> Tensor:
+def join(high: Tensor, low: Tensor, lowered: Tensor) -> Tensor:
     """The f32 ``[n]`` that `split` took apart."""
-    rest = low.int()
-    rest.masked_fill_(low == -_HALF, _HALF)
-    rest[raised.long()] = -_HALF
-    return (rest + (high.view(torch.int16).int() << 16)).view(torch.float32)
+    whole = low.int().add_(high.view(torch.int16), alpha=0x10000)
+    whole[lowered.long()] += 0x10000  # their rest is a half, not minus a half
+    return whole.view(torch.float32)
 
 
 @dataclass
@@ -52,12 +54,12 @@ class SplitWeight:
     Attributes:
         parameter: the bf16 parameter, whose values are the roundings.
         low: the rest, int16, flat; in host memory where that is offloaded.
-        raised: for each `CHUNK` of them the ties that were rounded up, with the parameter.
+        lowered: for each `CHUNK` of them the ties that were rounded down, with the parameter.
     """
 
     parameter: Tensor
     low: Tensor
-    raised: list[Tensor]
+    lowered: list[Tensor]
 
     @classmethod
     def around(cls, parameter: Tensor, low: Tensor) -> Self:
@@ -74,32 +76,35 @@ class SplitWeight:
         """One chunk's f32 values, where the parameter is; with the rest of them if it was brought there."""
         part, high = chunk(number), self.high
         rest = self.low[part].to(high.device) if low is None else low
-        return join(high[part], rest, self.raised[number])
+        return join(high[part], rest, self.lowered[number])
 
     def write(self, number: int, values: Tensor, low: Tensor | None = None) -> None:
         """Replace one chunk's values; the rest goes to ``low`` if that is given."""
         part = chunk(number)
-        high, rest, self.raised[number] = split(values)
-        self.high[part].copy_(high)
-        (self.low[part] if low is None else low).copy_(rest)
+        high = self.high[part]
+        rest = self.low[part] if low is None else low
+        here = rest if rest.device == high.device else torch.empty_like(high, dtype=torch.int16)
+        self.lowered[number] = split(values, high, here)
+        if here is not rest:
+            rest.copy_(here)
 
     def at(self, places: Tensor) -> Tensor:
         """The f32 values of some elements."""
-        starts = (number * CHUNK + one.long() for number, one in enumerate(self.raised))
+        starts = (number * CHUNK + one.long() for number, one in enumerate(self.lowered))
         high, low = self.high[places], self.low[places.to(self.low.device)].to(places.device)
-        rest = low.int().masked_fill_(low == -_HALF, _HALF)
-        rest.masked_fill_(torch.isin(places, torch.cat(list(starts))), -_HALF)
-        return (rest + (high.view(torch.int16).int() << 16)).view(torch.float32)
+        whole = low.int().add_(high.view(torch.int16), alpha=0x10000)
+        whole[torch.isin(places, torch.cat(list(starts)))] += 0x10000
+        return whole.view(torch.float32)
 
     def fill(self, values: Tensor) -> None:
         """Replace all values, from f32 ``[n]`` on any device."""
-        for number in range(len(self.raised)):
+        for number in range(len(self.lowered)):
             self.write(number, values[chunk(number)].to(self.high.device))
 
     def on_host(self) -> SplitWeight:
         """A copy in host memory that later updates do not change."""
         high, low = (torch.empty_like(one, device="cpu").copy_(one) for one in (self.high, self.low))
-        return SplitWeight(high, low, [one.cpu() for one in self.raised])
+        return SplitWeight(high, low, [one.cpu() for one in self.lowered])
 
 
 def chunk(number: int) -> slice:

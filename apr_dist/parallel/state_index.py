@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from apr_dist.parsing import parse_json
 STATE_DAMAGED = "FALSIFY-APR-DIST-CHECKPOINT-006"
 INDEX_NAME = "optimizer.json"
 FORMAT = "apr-dist-adamw-v2"
-_PIECE = 8 << 20  # bytes hashed at a time
 
 
 def index_text(digests: dict[str, str], *, updates: int) -> bytes:
@@ -38,16 +35,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise damaged_state(path, f"the index of the training state cannot be read ({error})") from error
     found: dict[str, Any] = index
     return found
-
-
-def file_digest(path: Path, counted: Callable[[int], object] = lambda _: None) -> str:
-    """``sha256:...`` of a file's bytes, read in pieces; ``counted`` is called with the size of each."""
-    hashed = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            hashed.update(piece)
-            counted(len(piece))
-    return f"sha256:{hashed.hexdigest()}"
 
 
 def damaged_state(path: Path, what: str) -> DamagedModelFile:

@@ -15,7 +15,8 @@ from apr_dist.errors import UsageError
 
 WEIGHTS, GRADIENTS, PRECISION = "--memory.weights", "--memory.gradients", "--parallel.precision"
 
-_EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = "model.embed_tokens.weight"
+"""The parameter that is looked up in f32, and whose gradient is added up in f32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +53,23 @@ PLAIN = Storage()
 _REPLICAS = (Strategy.SINGLE, Strategy.DDP)
 
 
-def is_narrow(name: str, shape: Sequence[int], strategy: Strategy) -> bool:
-    """Whether a parameter is stored in 16 bits where that is asked for.
+def is_narrow(name: str, shape: Sequence[int], strategy: Strategy, weights: WeightStorage) -> bool:
+    """Whether a parameter is stored as bf16, with the bits that lost or without.
 
-    FSDP2 computes with the bf16 rounding of every parameter. Elsewhere the embedding, norms and biases are
-    read in f32; those stay f32, so that the run is the one with f32 weights.
+    FSDP2 computes with the bf16 rounding of every parameter. Elsewhere norms, biases and the embedding are
+    read in f32. Norms and biases stay f32; so does the embedding where weights are split, so that the run is
+    the one with f32 weights.
     """
+    if weights is WeightStorage.F32:
+        return False
     if strategy.is_fsdp:
         return True
-    return len(shape) >= 2 and name != _EMBEDDING
+    return len(shape) >= 2 and (name != EMBEDDING or weights is not WeightStorage.SPLIT)
+
+
+def has_bf16_gradient(shape: Sequence[int], strategy: Strategy, gradients: GradientStorage) -> bool:
+    """Whether a parameter's gradient is stored as bf16: that of a matrix, where nothing is sharded."""
+    return gradients is GradientStorage.BF16 and not strategy.is_fsdp and len(shape) >= 2
 
 
 def refuse_storage(strategy: Strategy, storage: Storage, precision: Precision) -> None:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from apr_dist.choices import GradientStorage, Offload, Strategy, WeightStorage
+from apr_dist.choices import Offload, Strategy, WeightStorage
 from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.state_bits import BLOCK, can_have, is_eligible
-from apr_dist.parallel.storage import Storage, is_narrow
+from apr_dist.parallel.storage import Storage, has_bf16_gradient, is_narrow
 
 F32, BF16 = 4, 2
 
@@ -55,12 +55,10 @@ def stored_bytes(
         storage = Storage(offload=storage.offload)
     weights = low = gradients = 0
     for name, shape, times in model.kinds_of_parameters():
-        count, narrow = math.prod(shape) * times, is_narrow(name, shape, strategy)
-        is_low = narrow and storage.weights is not WeightStorage.F32
-        weights += count * (BF16 if is_low else F32)
-        low += count * BF16 if is_low and storage.weights is WeightStorage.SPLIT else 0
-        bf16 = narrow and storage.gradients is GradientStorage.BF16 and not strategy.is_fsdp
-        gradients += count * (BF16 if bf16 else F32)
+        count, narrow = math.prod(shape) * times, is_narrow(name, shape, strategy, storage.weights)
+        weights += count * (BF16 if narrow else F32)
+        low += count * BF16 if narrow and storage.weights is WeightStorage.SPLIT else 0
+        gradients += count * (BF16 if has_bf16_gradient(shape, strategy, storage.gradients) else F32)
     largest = max(math.prod(shape) for name, shape, _ in model.kinds_of_parameters() if ".layers." in name)
     moments = moment_bytes(model, strategy, storage.offload, state_bits)
     return StoredBytes(weights, low, gradients, moments, F32 * largest)

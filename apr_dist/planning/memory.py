@@ -14,6 +14,7 @@ from typing import Any
 from apr_dist.choices import (
     ActivationCheckpointing,
     AdapterKind,
+    GradientStorage,
     Offload,
     Precision,
     Strategy,
@@ -23,9 +24,9 @@ from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Norms
 from apr_dist.model.flops import HEAD_GRADIENT_ROWS, logits_chunk
-from apr_dist.parallel.storage import PLAIN, Storage
+from apr_dist.parallel.storage import EMBEDDING, PLAIN, Storage, is_narrow
 from apr_dist.parallel.stored_bytes import F32, stored_bytes, trained_count
-from apr_dist.planning.state import State, most_possible, shards, update_bytes
+from apr_dist.planning.state import CHUNK, ROUNDING, State, most_possible, shards, update_bytes
 
 UNFIT_SHARE = 0.7
 """Of freed activations and gradients, what later blocks do not fit into: measured, see `_unfit_bytes`."""
@@ -172,32 +173,39 @@ def estimate(
     activations = model.num_layers * kept_bytes(model, load, adapter) + _end_bytes(model, load)
     state["unfit"] = 0 if load.cuda else _unfit_bytes(gradients=held.gradients, activations=activations)
     head = _head_bytes(model, load, adapter)
-    cast = head // 2 if load.cuda and load.compute_bytes < F32 and model.tie_word_embeddings else 0
+    narrow = head // 2 if own and not adapter and _head_is_narrow(model, storage) else 0
+    # Split weights leave a tied head f32, of which the loss makes a bf16 copy.
+    tied_cast = own and model.tie_word_embeddings and storage.weights is WeightStorage.SPLIT and load.cuda
+    # FSDP2 keeps what it reduced last, the root's gradients, until the next micro-batch's are reduced.
+    reduced = F32 * _end_elements(model) if strategy.is_fsdp and load.accumulates and not adapter else 0
     at_loss: dict[str, Any] = {
         "gradients": kept,
-        "loss": _logits_bytes(model, load) + head + (0 if storage.is_plain or adapter else cast),
-        "working": 0,
+        "loss": max(_logits_bytes(model, load), narrow) + head + (head // 2 if tied_cast else 0),
+        "working": reduced,
     }
     # A head that is not tied lets go of its gradient at once where gradients leave the device.
-    waiting = 0 if adapter or (streams and not model.tie_word_embeddings) else head
+    waiting = 0 if adapter or (streams and not model.tie_word_embeddings) else (narrow or head)
+    adds_up = load.accumulates and own and storage.gradients is GradientStorage.BF16
+    rounding = ROUNDING * CHUNK if adds_up else 0
     # What a block did not keep it has again when its backward begins.
     again = layer_bytes(model, load, adapter) - kept_bytes(model, load, adapter)
     at_start: dict[str, Any] = {
         "gradients": kept,
         "loss": waiting,
-        "working": _backward_bytes(model, load)
+        "working": max(_backward_bytes(model, load), rounding)
         + again
+        + reduced
         + (stored.largest_gradient if streams else 0)
         + _widened_bytes(model, load, adapter),
     }
     # DDP's gradients are views of its buckets, except those of micro-batches that are not sent.
     are_buckets = strategy is Strategy.DDP and not load.accumulates and not own
+    # The embedding's gradient is another tensor than the one that is kept of it.
+    is_cut = parts.gradients > 1 or streams or (own and storage.gradients is GradientStorage.BF16)
     at_end: dict[str, Any] = {
         "gradients": 0 if are_buckets else held.gradients,
         "loss": 0,
-        "working": 0
-        if adapter
-        else _embedding_gradient_bytes(model, load, is_cut=parts.gradients > 1 or streams),
+        "working": 0 if adapter else _embedding_gradient_bytes(model, load, is_cut=is_cut) + rounding,
     }
     copies = 0
     if load.copies:
@@ -243,11 +251,26 @@ def _gathered(
     if strategy is Strategy.SHARD_GRAD_OP:
         return width * count
     if strategy in {Strategy.FSDP2, Strategy.HSDP, Strategy.ZERO3}:
-        ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+        ends = _end_elements(model)
         # This block and the next, which is fetched meanwhile, beside embedding and head.
         return width * (ends + 2 * (count - ends) // model.num_layers)
     casts = load.cuda and load.precision is Precision.BF16 and storage.weights is WeightStorage.F32
     return width * trained_count(model, adapter) if casts else 0
+
+
+def _end_elements(model: TransformerConfig) -> int:
+    """Elements of embedding and head."""
+    return model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+
+
+def _head_is_narrow(model: TransformerConfig, storage: Storage) -> bool:
+    """Whether the loss gives the head's gradient, which it adds up in f32, as bf16.
+
+    That of a tied head is of the weight's own type; its rows' gradients are added to it in f32.
+    """
+    if model.tie_word_embeddings:
+        return is_narrow(EMBEDDING, (1, 1), Strategy.SINGLE, storage.weights)
+    return storage.weights is not WeightStorage.F32 and storage.gradients is GradientStorage.BF16
 
 
 def _head_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -> int:

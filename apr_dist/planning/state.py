@@ -16,6 +16,10 @@ CHUNK = 4 << 20
 """Elements of a chunk of a streamed update, as in ``parallel.split_weights``, which needs PyTorch."""
 
 
+ROUNDING = 24
+"""Bytes an element of what rounding at random makes on its way."""
+
+
 def update_bytes(storage: Storage, state_bits: int, *, streams: bool) -> int:
     """What an update holds of one chunk: f32 values and gradient, and what is made of them on the way.
 
@@ -24,7 +28,7 @@ def update_bytes(storage: Storage, state_bits: int, *, streams: bool) -> int:
     """
     computed = 2 * F32
     if storage.weights is not WeightStorage.F32:
-        computed += 4 * F32  # patterns, the rest of them, and what rounding makes on its way
+        computed += ROUNDING  # or, of split weights, patterns and what finds ties
     moved = BF16 if storage.gradients is GradientStorage.BF16 else F32
     moved += BF16 if storage.weights is WeightStorage.SPLIT else 0
     moved += 2 * F32 if state_bits == 32 else 2

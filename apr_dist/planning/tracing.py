@@ -1,8 +1,9 @@
 """A training step on fake tensors: the session's own decoder, optimizer and engine, and what they would hold.
 
 PyTorch's `FakeTensorMode` computes shapes and types alone, so a model of any size is traced on any machine,
-on an imagined GPU; its `MemTracker` adds up what is alive at each moment, by device. What depends on a value
-is given the usual answer: the step is taken, and no weight lies on a tie.
+on an imagined GPU; its `MemTracker` adds up what is alive at each moment, by device. FSDP2 is traced as rank
+0 of a fake process group of any size, whose collectives do nothing. What depends on a value is given the
+usual answer: the step is taken, and no weight lies on a tie.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.weak import WeakIdKeyDictionary
 
-from apr_dist.choices import KernelChoice, Precision, Strategy
+from apr_dist.choices import KernelChoice, Precision
 from apr_dist.config import TrainConfig
 from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
@@ -28,12 +32,16 @@ from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.cuda import CudaKernels
 from apr_dist.model.quantized import quantized_layers
 from apr_dist.parallel import engine as engines
+from apr_dist.parallel import sharding
 from apr_dist.parallel.eight_bit import Quantized, code_values
+from apr_dist.parallel.gradients import Gradients
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.sharded import held_here
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.split_weights import split_of
 from apr_dist.parallel.storage import Storage
 from apr_dist.parallel.stored_adamw import StoredAdamW
+from apr_dist.parallel.strategy import group_size, named
 from apr_dist.training.optimizer import build_optimizer
 
 GPU, HOST = torch.device("cpu"), torch.device("meta")
@@ -63,19 +71,39 @@ class Traced:
     host_peak: int
 
 
-def trace(model: TransformerConfig, config: TrainConfig) -> Traced:
+class _Totals(MemTracker):  # type: ignore[no-untyped-call]
+    """Adds up all tensors; the base class would also update figures of every module at every operation."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
+        try:
+            super()._update_peak_stats(peak_state)
+        finally:
+            self.memory_tracking = modules
+
+
+def trace(model: TransformerConfig, config: TrainConfig, *, world_size: int = 1) -> Traced:
     """Two steps of one process on an imagined GPU.
 
     Args:
         model: the decoder.
         config: batch sizes, precision, and the rungs of the memory ladder.
+        world_size: processes; several under FSDP2 alone.
     """
-    micro = config.micro_batch(1)
+    with _group(world_size):
+        return _traced(model, config, world_size)
+
+
+def _traced(model: TransformerConfig, config: TrainConfig, world_size: int) -> Traced:
+    micro = config.micro_batch(world_size)
+    # Made of values, so before there are none.
+    runtime = _runtime(config, world_size)
+    mesh = sharding._mesh(runtime) if world_size > 1 else None
     if config.optimizer.state_bits == 8:
         for signed in (True, False):  # kept from here on, with their values
             code_values(signed=signed)
-    with _imagined(), FakeTensorMode(allow_non_fake_inputs=True):
-        runtime = _runtime(config)
+    spread = mock.patch.object(sharding, "_mesh", return_value=mesh)
+    with _imagined(), spread, FakeTensorMode(allow_non_fake_inputs=True):
         decoder = build_decoder(model, runtime, adapter_of(config.adapter, model))
         decoder.use_kernels(SETS[KernelChoice.CUDA])
         decoder.set_checkpointing(config.compute.activation_checkpointing)
@@ -86,7 +114,7 @@ def trace(model: TransformerConfig, config: TrainConfig) -> Traced:
             weight_decay=options.weight_decay,
             betas=(options.beta1, options.beta2),
             eps=options.eps,
-            alone=True,
+            alone=world_size == 1,
             state_bits=options.state_bits,
             runtime=runtime,
         )
@@ -94,7 +122,7 @@ def trace(model: TransformerConfig, config: TrainConfig) -> Traced:
         if isinstance(optimizer, StoredAdamW):
             for weight in decoder.parameters():
                 optimizer.state[weight] = optimizer.blank(weight, updates=0)
-        tracker = MemTracker()
+        tracker = _Totals()
         frozen = [weight for weight in decoder.parameters() if not weight.requires_grad]
         # It hooks every parameter's gradient, and frozen ones refuse that.
         tracker._param_to_grad_hook_handles.update((weight, (_NoHook(), _NoHook())) for weight in frozen)
@@ -104,7 +132,7 @@ def trace(model: TransformerConfig, config: TrainConfig) -> Traced:
         ids = torch.zeros((micro, config.seq_length), dtype=torch.int32, device=GPU)
         targets, hold = ids.long(), torch.zeros((), dtype=torch.bool, device=GPU)
         gradients: list[Tensor] = []
-        batches = max(1, config.batch_size // micro)
+        batches = max(1, config.batch_size // (micro * world_size))
         with tracker:
             for _ in range(1 if isinstance(optimizer, StoredAdamW) else 2):  # the first makes the state
                 for number in range(batches):
@@ -113,6 +141,7 @@ def trace(model: TransformerConfig, config: TrainConfig) -> Traced:
                 gradients = _gradients(optimizer)
                 kept = sum(map(_bytes, gradients)), sum(_bytes(one) for one in gradients if one.is_meta)
                 gradients = []
+                _each_kind_once(optimizer)
                 engine.step(hold)
         peaks = tracker.get_tracker_snapshot("peak")
         moments = _moments(optimizer)
@@ -125,6 +154,35 @@ def trace(model: TransformerConfig, config: TrainConfig) -> Traced:
             peak=_total(peaks, GPU),
             host_peak=_total(peaks, HOST),
         )
+
+
+def _each_kind_once(optimizer: torch.optim.Optimizer) -> None:
+    """Update one parameter of each shape: those of other blocks take the same memory on their way."""
+    if isinstance(optimizer, StoredAdamW):
+        find, seen = optimizer.gradient_of, set[tuple[Any, ...]]()
+
+        def first(weight: Tensor) -> Tensor | None:
+            eight = isinstance(optimizer.state[weight]["exp_avg"], Quantized)
+            kind = (weight.shape, weight.dtype, split_of(weight) is None, eight)
+            known = kind in seen
+            seen.add(kind)
+            return None if known else find(weight)
+
+        optimizer.gradient_of = first
+
+
+def _rounded_once() -> Any:
+    """As `Gradients._summed`, which rounds chunk by chunk: one gradient of each shape, as above."""
+    real, seen = Gradients._summed, set[tuple[torch.Size, torch.dtype]]()
+
+    def summed(self: Gradients, new: Tensor, earlier: Tensor | None, key: int) -> Tensor:
+        kind = (new.shape, new.dtype)
+        if earlier is not None and kind in seen:
+            return earlier
+        seen.add(kind)
+        return real(self, new, earlier, key)
+
+    return summed
 
 
 def _total(peaks: Any, kind: torch.device) -> int:
@@ -144,7 +202,8 @@ def _scales(decoder: nn.Module) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    here = held_here(tensor)
+    return here.numel() * here.element_size()
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -162,8 +221,22 @@ def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return found
 
 
-def _runtime(config: TrainConfig) -> Runtime:
-    """A rank of one process on the imagined GPU, with what its accelerator would do there."""
+@contextlib.contextmanager
+def _group(size: int) -> Iterator[None]:
+    """A process group of which this is rank 0 and nobody else is there."""
+    if size == 1:
+        yield
+        return
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _runtime(config: TrainConfig, world_size: int) -> Runtime:
+    """Rank 0 on the imagined GPU, with what its accelerator would do there."""
+    strategy = named(config.parallel.strategy, world_size)
     bf16 = config.parallel.precision is Precision.BF16
 
     def autocast() -> Any:
@@ -187,10 +260,10 @@ def _runtime(config: TrainConfig) -> Runtime:
     )
     return Runtime(
         accelerator=cast(Accelerator, accelerator),
-        strategy=Strategy.SINGLE,
+        strategy=strategy,
         rank=0,
-        world_size=1,
-        shard_size=1,
+        world_size=world_size,
+        shard_size=group_size(strategy, world_size, config.parallel.shard_size),
         device=GPU,
         cpu_threads=1,
         offload=config.parallel.offload,
@@ -221,6 +294,11 @@ def _imagined() -> Iterator[None]:
         stack.enter_context(mock.patch.object(engines, "clip_share", return_value=share))
         stack.enter_context(mock.patch.object(engines, "assert_spread", return_value={}))
         stack.enter_context(mock.patch.object(Tensor, "nonzero", no_places))
+        stack.enter_context(mock.patch.object(Gradients, "_summed", _rounded_once()))
         stack.enter_context(mock.patch.object(CudaKernels, "has_own_loss", return_value=True))
         stack.enter_context(mock.patch("apr_dist.model.kernels.cuda.has_varlen", return_value=False))
+        # A DTensor finds the shapes of results on fake tensors of its own, of which there are none in a run.
+        stack.enter_context(
+            mock.patch("torch.distributed.tensor._sharding_prop.detect_fake_mode", return_value=None)
+        )
         yield

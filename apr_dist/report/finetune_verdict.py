@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from apr_dist.atomic_files import write_atomically
+from apr_dist.atomic_files import file_digest, write_atomically
 from apr_dist.config.reading import read_tree
-from apr_dist.contracts.evidence import read_verdict, sha256_of, sign
+from apr_dist.contracts.evidence import read_verdict, sign
 from apr_dist.errors import OutputError, UsageError
 from apr_dist.gates.losses import PLAUSIBLE_SHARE, random_start_gates
 from apr_dist.gates.result import GateResult
@@ -125,7 +125,7 @@ def keep_evidence(judged: Judged, folder: Path, *, force: bool) -> list[Path]:
     }
     for name, content in contents.items():
         write_atomically(folder / name, content)
-    digests = {name: sha256_of(folder / name) for name in contents}
+    digests = {name: file_digest(folder / name) for name in contents}
     write_atomically(verdict, json_bytes(sign({**judged.body, "files": digests})))
     return [*(folder / name for name in contents), verdict]
 
@@ -231,7 +231,7 @@ def _digests(run: FinishedRun) -> dict[str, Any]:
         "config_file": left.config,
         "log": left.log,
     }
-    files = {f"{key}_sha256": sha256_of(path) for key, path in named.items() if path.is_file()}
+    files = {f"{key}_sha256": file_digest(path) for key, path in named.items() if path.is_file()}
     return {**facts, **files, "checkpoint_digest": run.checkpoint.digest if run.checkpoint else None}
 
 

@@ -44,7 +44,7 @@ class RunLog(Display):
         self._write()
 
     def keep_error(self, error: BaseException) -> None:
-        """Keep what stopped the run, where that is possible; it is printed by the front door."""
+        """Keep what stopped the run, where that is possible; it is printed by the entry point."""
         with contextlib.suppress(OutputError):
             self._keep(lambda: self._plain(f"error: {type(error).__name__}: {' '.join(str(error).split())}"))
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from apr_dist.apr.metadata import AprMetadata
-from apr_dist.atomic_files import write_atomically, writing_to
+from apr_dist.atomic_files import file_digest, write_atomically, writing_to
 from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError, DistributedError
 from apr_dist.interop.adapter_files import write_peft_folder
@@ -31,7 +31,7 @@ from apr_dist.parallel.moments import moment_pieces, updates_done
 from apr_dist.parallel.pieces import Piece
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.state import part_name, random_pieces, write_part
-from apr_dist.parallel.state_index import file_digest, index_text
+from apr_dist.parallel.state_index import index_text
 from apr_dist.runs.checkpoint import (
     CheckpointFacts,
     adapter_metadata,

@@ -36,15 +36,21 @@ def set_up_compute(model: Decoder, options: ComputeSection, device: torch.device
         model.compile_blocks()
 
 
-def set_up_machine(config: TrainConfig, runtime: Runtime) -> str:
-    """Let a CPU process keep the memory it frees, and say in one line where and how the run computes."""
+def set_up_machine(config: TrainConfig, runtime: Runtime, *, conversations: bool = False) -> str:
+    """Let a CPU process keep the memory it frees, and say in one line where and how the run computes.
+
+    Args:
+        config: the resolved configuration.
+        runtime: this rank's view of the run.
+        conversations: whether the data has any, which are isolated from each other.
+    """
     how = _kernels(config.compute, runtime.device).describe(z_loss=config.compute.z_loss)
     if runtime.device.type == "cpu":
         kept = "kept" if keep_freed_memory() else "returned"
         how += f", freed memory {kept}, {runtime.cpu_threads} thread(s) each"
     if config.optimizer.state_bits == 8:
         how += ", AdamW's state in 8 bits"
-    if described := _choices(config, runtime.device):
+    if described := _choices(config, runtime.device, conversations=conversations):
         how += f", {described}"
     return (
         f"{runtime.device} as {runtime.strategy} over {runtime.world_size} process(es),"
@@ -52,7 +58,7 @@ def set_up_machine(config: TrainConfig, runtime: Runtime) -> str:
     )
 
 
-def _choices(config: TrainConfig, device: torch.device) -> str:
+def _choices(config: TrainConfig, device: torch.device, *, conversations: bool) -> str:
     """The choices that are not the default, for one line; empty when there is none."""
     options = config.compute
     dtype = torch.bfloat16 if config.parallel.precision is Precision.BF16 else torch.float32
@@ -63,8 +69,11 @@ def _choices(config: TrainConfig, device: torch.device) -> str:
         parts.append(f"checkpointing {options.activation_checkpointing}")
     if options.z_loss:
         parts.append(f"z-loss {options.z_loss:g}")
-    if config.loader.documents is Documents.ISOLATE:
-        parts.append(f"documents isolated by {_kernels(config.compute, device).isolation(device, dtype)}")
+    isolated = ["documents"] if config.loader.documents is Documents.ISOLATE else []
+    isolated += ["conversations"] if conversations else []
+    if isolated:
+        by = _kernels(config.compute, device).isolation(device, dtype)
+        parts.append(f"{' and '.join(isolated)} isolated by {by}")
     return ", ".join(parts)
 
 

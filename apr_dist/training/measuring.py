@@ -58,7 +58,7 @@ def measure(asked: Measurement) -> Evaluation:
         vocabulary.check_shards(
             max_id=manifest.max_token_id, model_vocab=model.vocab_size, where=manifest.folder
         )
-        limit = model.max_position_embeddings
+        limit = model.longest_sequence
         length = asked.seq_length or min(1024, limit)
         if length > limit:
             raise UsageError(

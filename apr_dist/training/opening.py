@@ -97,12 +97,13 @@ class Opening:
             where="rank 0",
             tie_word_embeddings=facts["tied"],
         )
-        self.about = say_how(config, runtime, self.display)
         resumed = SavedState(**facts["resumed"]) if facts["resumed"] else None
         self.progress = Progress() if resumed is None else Progress.from_saved(resumed)
         if around.lock is not None:
             prove_shared(self.run.path, runtime)
         self.data = open_data(config, model_config, runtime, stack, self.display, self.progress, around.own)
+        self._apart = config.loader.documents is Documents.ISOLATE or self.data.has_conversations
+        self.about = say_how(config, runtime, self.display, conversations=self.data.has_conversations)
         prove_same(self.data.facts(), runtime)
         step_folder = Path(facts["step_folder"]) if resumed else None
         self.gates = [GateResult(**gate) for gate in facts["gates"]]
@@ -250,7 +251,7 @@ class Opening:
             runtime,
             seq_length=config.seq_length,
             precision=config.parallel.precision,
-            isolated=config.loader.documents is Documents.ISOLATE,
+            isolated=self._apart,
             adapter=self.model.adapter,
         )
         self._guard = StepGuard(
@@ -339,9 +340,9 @@ def _watch_all(watch: Watch, runtime: Runtime, *, hang_s: float) -> None:
         )
 
 
-def say_how(config: TrainConfig, runtime: Runtime, display: Display) -> str:
-    """Print, and return, the choices that were made for this machine, in one line."""
-    about = set_up_machine(config, runtime)
+def say_how(config: TrainConfig, runtime: Runtime, display: Display, *, conversations: bool) -> str:
+    """Print, and return, the choices that were made for this machine and data, in one line."""
+    about = set_up_machine(config, runtime, conversations=conversations)
     display(f"running on {about}")
     bf16 = config.parallel.precision is Precision.BF16
     if bf16 and runtime.device.type == "cpu" and not has_bf16_arithmetic():

@@ -116,6 +116,7 @@ def _prove(config: TrainConfig, world_size: int, around: Around) -> Proven:
         say=display,
         resume_from=point.folder.checkpoint if point else None,
         own_data=around.own is not None,
+        own_held_out=around.own is not None and around.own.held_out is not None,
         progress=display.working,
     )
     parameters = found.trained_parameters

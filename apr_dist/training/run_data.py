@@ -52,6 +52,12 @@ class RunData:
     held_out: HeldOut | None
     further: Mapping[str, HeldOut] = field(default_factory=dict)
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether any of it is conversations, which are kept apart whatever ``loader.documents`` is."""
+        measured = (self.held_out, *self.further.values())
+        return self.train.flagged or any(one is not None and one.flagged for one in measured)
+
     def facts(self) -> dict[str, str]:
         """The identities of both, which must be the same on every rank."""
         held_out = "none" if self.held_out is None else self.held_out.fingerprint
@@ -81,10 +87,12 @@ def open_data(
         return RunData(train=drawn, held_out=SyntheticEvaluation(drawn))
     evaluation: HeldOut | None = None
     further: dict[str, HeldOut] = {}
-    for number, (name, folder) in enumerate(config.held_out.items()):
+    replaced = own is not None and own.held_out is not None
+    named = config.evaluation.sets if replaced else config.held_out
+    for number, (name, folder) in enumerate(named.items()):
         one = held_out(config, runtime, config.evaluation.max_sequences, folder)
         stack.callback(one.close)
-        if number:
+        if number or replaced:
             further[name] = one
             say(f"held out and measured as well: {name}, {one.describe()}")
         else:

@@ -9,6 +9,7 @@ Two people talk: the one who begins is the user, the other the assistant. What o
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,4 +30,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the encoder has as many as it was asked to take
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,10 +23,10 @@ from apr_dist.model.quantized import bitsandbytes
 from builders.reference import reference_model
 from builders.runs import once, run_here
 from builders.several import HAS_COMPILER, LIMIT_S
-from builders.warm_ranks import open_ranks
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 STEPS, HALF, RATE = 20, 10, 3e-3
 
@@ -104,11 +104,10 @@ class Reference:
     weights: dict[str, torch.Tensor]
 
 
-def make_runs(inputs: Inputs, root: Path) -> Path:
+def make_runs(inputs: Inputs, ranks: WarmRanks, root: Path) -> Path:
     """Every run of `RUNS`, ``-resumed`` too, ``KIND-initial`` without a step, and the batches."""
 
     def make(folder: Path) -> None:
-        ranks = open_ranks(folder / "ranks", deepspeed=HAS_COMPILER)
         for world in (1, 2):
             runs = [
                 flags(inputs, folder / name, kind, strategy)
@@ -151,7 +150,6 @@ def make_runs(inputs: Inputs, root: Path) -> Path:
                 ]
             ended = ranks.launch_all(again, world_size=world, limit_s=LIMIT_S)
             assert ended.codes == (0,) * world, [text[-6000:] for text in ended.errors]
-        ranks.close()
         torch.save(_batches(inputs, folder / "unused"), folder / "batches.pt")
 
     return once(root, make)

@@ -1,4 +1,4 @@
-"""A copy of the package that a test may change, and its front doors."""
+"""A copy of the package that a test may change, and its entry points."""
 
 from __future__ import annotations
 

@@ -17,11 +17,28 @@ PLAIN = SIZES | {"pad_token_id": None}
 WIDE_HEAD = {"head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 1}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 300.0}
+BETA = {"llama_4_scaling_beta": 0.5}
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    """A scaling of so many pairs of dimensions, by the key of older releases."""
+    short = [1.0 + pair / 4 for pair in range(pairs)]
+    return {"type": "longrope", "short_factor": short, "long_factor": [1.5 * one for one in short]}
+
 
 ROWS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "llama": ({}, TIED | {"attention_bias": True, "head_dim": 12, "vocab_size": 53}),
-    "qwen2": ({}, TIED | {"num_key_value_heads": 4, "vocab_size": 53}),
-    "qwen3": (WIDE_HEAD, TIED | {"attention_bias": True, "vocab_size": 53}),
+    "qwen2": (
+        {},
+        TIED | {"num_key_value_heads": 4, "vocab_size": 53},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 16},
+    ),
+    "qwen3": (
+        WIDE_HEAD,
+        TIED | {"attention_bias": True, "vocab_size": 53},
+        {"rope_scaling": longrope(4) | {"original_max_position_embeddings": 16}},
+    ),
     "mistral": ({"sliding_window": 5}, TIED | {"head_dim": 12, "sliding_window": None}),
     "gemma2": (
         TIED | {"num_hidden_layers": 3, "sliding_window": 5, "vocab_size": 53, "query_pre_attn_scalar": 8},
@@ -42,11 +59,26 @@ ROWS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
         | {"layer_types": [FULL, SLIDING], "sliding_window": 4}
         | {"rope_parameters": {FULL: LINEAR | {"rope_theta": 500.0}, SLIDING: {"rope_type": "default"}}},
     ),
-    "olmo2": (WIDE_HEAD, TIED | {"num_key_value_heads": 4, "vocab_size": 53, "rope_scaling": LINEAR}),
+    "olmo2": ({}, WIDE_HEAD, TIED | {"num_key_value_heads": 4, "vocab_size": 53, "rope_scaling": LINEAR}),
     "olmo3": (
-        {"num_hidden_layers": 5, "sliding_window": 5, "rope_theta": 300.0},
+        {"num_hidden_layers": 5, "sliding_window": 5}
+        | {"rope_parameters": {FULL: YARN, SLIDING: {"rope_type": "default", "rope_theta": 300.0}}},
         TIED | WIDE_HEAD | {"layer_types": [FULL, SLIDING], "sliding_window": 3, "rope_scaling": LINEAR},
-        {"rope_parameters": {FULL: LINEAR | {"rope_theta": 500.0}, SLIDING: {"rope_theta": 20.0}}},
+        {"num_hidden_layers": 4}
+        | {"rope_parameters": {FULL: LINEAR | {"rope_theta": 500.0}, SLIDING: {"rope_theta": 20.0}}},
+    ),
+    "phi3": (
+        {"vocab_size": 53, "sliding_window": 70, "partial_rotary_factor": 0.75}
+        | {"original_max_position_embeddings": 16, "rope_scaling": longrope(3)},
+        TIED
+        | {"sliding_window": 5, "original_max_position_embeddings": 32, "num_key_value_heads": 4}
+        | {"rope_parameters": longrope(4) | {"rope_theta": 300.0, "attention_factor": 1.3}},
+        {"partial_rotary_factor": 0.5, "num_key_value_heads": 1},
+        WIDE_HEAD | {"partial_rotary_factor": 0.5},
+    ),
+    "ministral3": (
+        {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        TIED | WIDE_HEAD | {"sliding_window": 5, "vocab_size": 53} | {"rope_scaling": YARN | BETA},
     ),
     "granite": (
         TIED

@@ -9,6 +9,7 @@ import torch
 
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import FULL_ATTENTION, Family, layer_kinds
+from apr_dist.model.rope_scaling import RopeScaling, RopeScalingType
 from apr_dist.model.transformer import Decoder
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "logits_scaling": 1.7,
     },
     "smollm3": {"no_rope_layers": (1, 0)},
+    "phi3": {
+        "partial_rotary_factor": 0.75,
+        "sliding_window": 9,
+        "rope_scaling": RopeScaling(
+            rope_type=RopeScalingType.LONGROPE,
+            factor=4.0,
+            original_max_position_embeddings=16,
+            short_factor=(1.0, 1.1, 1.3),
+            long_factor=(1.5, 2.5, 4.5),
+        ),
+    },
+    "ministral3": {
+        "llama_4_scaling_beta": 0.3,
+        "rope_scaling": RopeScaling(
+            rope_type=RopeScalingType.YARN, factor=4.0, original_max_position_embeddings=8
+        ),
+    },
 }
 """What a tiny model of a family has that others have not: nothing of it is neutral."""
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
+from apr_dist.model.config import TransformerConfig
+from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
+
+
+def as_stored(config: TransformerConfig, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by their names in ``transformers``: in Phi-3 rows of several of ours are one."""
+    joins = {".q_proj.": ".qkv_proj.", ".k_proj.": ".qkv_proj.", ".v_proj.": ".qkv_proj."}
+    joins |= {".gate_proj.": ".gate_up_proj.", ".up_proj.": ".gate_up_proj."}
+    stored: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        part = next((one for one in joins if one in name), None) if config.family is Family.PHI3 else None
+        whole = name if part is None else name.replace(part, joins[part])
+        stored[whole] = torch.cat((stored[whole], value)) if whole in stored else value
+    return stored
 
 
 def reference_model(ours: Decoder) -> Any:
@@ -21,6 +37,9 @@ def reference_model(ours: Decoder) -> Any:
     if (local := extra.pop("rope_local_theta", None)) is not None:
         near = {"rope_type": "default", "rope_theta": local}
         rope = {"full_attention": rope, "sliding_attention": near}
+    rope |= {key: extra.pop(key) for key in ("partial_rotary_factor", "llama_4_scaling_beta") if key in extra}
+    if (scaling := config.rope_scaling) and config.family is Family.PHI3:  # read beside the scaling alone
+        extra["original_max_position_embeddings"] = scaling.original_max_position_embeddings
     if config.family.definition.sliding_window:
         extra["sliding_window"] = config.sliding_window
     if config.attention_bias:
@@ -43,7 +62,7 @@ def reference_model(ours: Decoder) -> Any:
         **extra,
     )
     model = getattr(transformers, config.family.hf_architecture)(settings)
-    loaded = model.load_state_dict(ours.state_dict(), strict=False)
+    loaded = model.load_state_dict(as_stored(config, ours.state_dict()), strict=False)
     assert loaded.missing_keys == (["lm_head.weight"] if config.tie_word_embeddings else [])
     assert loaded.unexpected_keys == []
     model.tie_weights()

@@ -1,4 +1,4 @@
-"""Real runs of the trainer, small enough for a suite: shared inputs, and front doors to call."""
+"""Real runs of the trainer, small enough for a suite: shared inputs, and entry points to call."""
 
 from __future__ import annotations
 

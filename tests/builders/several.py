@@ -1,6 +1,6 @@
 """Training runs under every strategy, many in one set of processes: starting Python once saves most time.
 
-Each rank calls the trainer's front door with each list of flags in turn; all runs of a world size join one
+Each rank calls the trainer's entry point with each list of flags in turn; all runs of a world size join one
 process group.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builders.runs import once
-from builders.warm_ranks import open_ranks
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
 """Without a C++ compiler DeepSpeed cannot communicate on CPU."""
@@ -82,7 +82,10 @@ STORED = {
         "fsdp2-bf16": ("fsdp2", "--micro-batch-size", "2", "--memory.weights", "bf16"),
     }
 }
-"""World size to name to flags: runs of 50 steps in bf16 arithmetic, with weights stored in several ways."""
+"""World size to name to flags: runs in bf16 arithmetic, with weights stored in several ways."""
+
+LONG = ("ddp-f32", "ddp-split", "ddp-offload", "fsdp2-f32", "fsdp2-split")
+"""Of those, the ones of 50 steps; the others take `STEPS`."""
 
 BF16 = ("ddp", "fsdp2", "zero1", "zero3")
 """Strategies that are also run in bf16, on two processes."""
@@ -99,15 +102,13 @@ LIMIT_S = 900.0
 """Longest that all runs of one world size may take, DeepSpeed's compilation included."""
 
 
-def make_runs(inputs: Inputs, root: Path) -> Path:
+def make_runs(inputs: Inputs, ranks: WarmRanks, root: Path) -> Path:
     """Run everything, once for all tests: ``WORLD/NAME``, ``-resumed``, ``-bf16``, ``-8bit``, ``-moved``."""
 
     def make(folder: Path) -> None:
-        ranks = open_ranks(folder / "ranks", deepspeed=HAS_COMPILER)
         for world in (2, 4, 1):
             ended = ranks.launch_all(plan(inputs, folder, world), world_size=world, limit_s=LIMIT_S)
             assert ended.codes == (0,) * world, [text[-6000:] for text in ended.errors]
-        ranks.close()
 
     return once(root, make)
 
@@ -149,11 +150,11 @@ def _flags(
 def _stored(inputs: Inputs, folder: Path, world: int) -> Iterator[list[str]]:
     for name, strategy in STORED.get(world, {}).items():
         flags = (*strategy, PRECISION, "bf16", "--early-stop.min-evaluations", "99")
-        run = f"{world}/stored-{name}"
-        yield _flags(inputs, folder / run, flags, steps=50)
+        run, steps = f"{world}/stored-{name}", 50 if name in LONG else STEPS
+        yield _flags(inputs, folder / run, flags, steps=steps)
         if name in {"ddp-offload", "ddp-bf16", "fsdp2-split", "fsdp2-bf16"}:
-            again = ("--resume", str(folder / run / "steps" / "000040"))
-            yield _flags(inputs, folder / f"{run}-resumed", flags, *again, steps=50)
+            again = ("--resume", str(folder / run / "steps" / f"{steps - HALF:06d}"))
+            yield _flags(inputs, folder / f"{run}-resumed", flags, *again, steps=steps)
 
 
 def _saved(folder: Path, run: str) -> str:

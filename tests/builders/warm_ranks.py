@@ -1,4 +1,4 @@
-"""Many launches of the trainer for the price of one: its front door, in ranks forked after the imports.
+"""Many launches of the trainer for the price of one: its entry point, in ranks forked after the imports.
 
 As a script this is a server: a JSON request a line (the runs of each rank, whom to hurt, folder), a JSON
 answer a line (codes and stderr of each rank, seconds). Every launch has processes and a process group of its
@@ -24,8 +24,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 NOBODY = 65534
-LIMIT_S = 120.0
-"""A launch of one run that has not ended by then is killed, and its exit code is -9."""
+LIMIT_S = 300.0
+"""A launch of one run that has not ended by then is killed, and its exit code is -9.
+
+The first under ZeRO in a fresh checkout compiles DeepSpeed's CPU modules; killed at that, it would leave a
+lock on which every later one waits.
+"""
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -222,7 +226,7 @@ def _become(request: dict[str, Any], rank: int, port: int, errors: Path) -> NoRe
 
 
 def _train(runs: Sequence[Sequence[str]]) -> int:
-    """Every run through the front door, in one process group; the first exit code that is not 0."""
+    """Every run through the entry point, in one process group; the first exit code that is not 0."""
     # Already imported by the parent.
     import torch.distributed as dist  # noqa: PLC0415
 

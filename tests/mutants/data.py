@@ -45,6 +45,14 @@ MUTANTS: tuple[Change, ...] = (
         also=(LOADER + "014", TRAINER + "037", TRAINER + "038"),
     ),
     Change(
+        TRAINER + "040",
+        "a turn that the template looked at before is taken for one that it came to",
+        "apr_dist/corpus/chat_turns.py",
+        "Trace.look_at",
+        "fetched and self.between and number == self.known",
+        "fetched and number == self.known",
+    ),
+    Change(
         TRAINER + "037",
         "the mask is dropped",
         FLAGS_FILE,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
+from apr_dist.model.rope_scaling import RopeScalingType
+
 
 class Effect(StrEnum):
     """What becomes of one key of a source's configuration."""
@@ -102,6 +104,10 @@ class GgufForm:
         exported: whether such a file is written.
         permuted: rows of q and k are stored for adjacent pairs.
         rope_factors: a ``rope_freqs.weight`` is read by that architecture.
+        long_factors: LongRoPE's factors are read from tensors by that architecture.
+        even_heads: llama.cpp takes hidden size over heads as the size of a head.
+        own_head: llama.cpp needs an ``output.weight``, and takes no tied head.
+        stated_by: key without which a file of that architecture is of another family.
         norm_shift: what is added to the weights of norms, as llama.cpp multiplies by them alone.
         absent: values of keys that a file may leave out, by our names, as llama.cpp takes them.
         wide_queries_at: number of layers of the model whose queries llama.cpp scales by hidden size over
@@ -115,6 +121,10 @@ class GgufForm:
     exported: bool = True
     permuted: bool = False
     rope_factors: bool = False
+    long_factors: bool = False
+    even_heads: bool = False
+    own_head: bool = False
+    stated_by: str | None = None
     norm_shift: float = 0.0
     absent: Mapping[str, Any] = field(default_factory=dict)
     wide_queries_at: int = 0
@@ -165,6 +175,10 @@ class FamilyDefinition:
             configuration does not list its layers.
         no_rope_every: of so many layers the last rotates nothing, where a configuration does not list them.
         local_rope: layers with a window rotate by ``rope_local_theta``, which no scaling stretches.
+        rope_scalings: types of RoPE scaling that its models have.
+        rope_aliases: other names of such types in a ``config.json``.
+        rope_default: ``rope_parameters`` of a ``config.json`` that states none.
+        joined: modules of ours by the module that holds their rows one after another in other formats.
         options: fields of ``block_options.BlockOptions`` that a model of the family may set.
         head_dim_stated: a file must state ``head_dim``; otherwise it may follow from the other sizes.
         presets: published configurations by name, as fields of ``TransformerConfig``.
@@ -192,6 +206,10 @@ class FamilyDefinition:
     full_every: int | None = None
     no_rope_every: int | None = None
     local_rope: bool = False
+    rope_scalings: tuple[RopeScalingType, ...] = tuple(RopeScalingType)
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    rope_default: Mapping[str, Any] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     head_dim_stated: bool = False
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

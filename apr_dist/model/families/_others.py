@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 CLAIMS: Final[Mapping[str, tuple[str, ...]]] = {
-    "llama": ("Phi3ForCausalLM", "PhiForCausalLM", "phi", "phi3", "phi4"),
+    "llama": ("PhiForCausalLM", "phi", "phi4"),
     "qwen3": ("Qwen3MoeForCausalLM", "qwen3_5", "qwen3.5"),
     "gpt2": ("GPT2LMHeadModel", "gpt2", "GPT2"),
     "gpt-neox": ("GPTNeoXForCausalLM", "gpt-neox", "gpt_neox", "gptneox", "pythia"),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from apr_dist.model.families._definition import FamilyDefinition
 from apr_dist.model.families._others import (
@@ -146,16 +146,18 @@ def family_of_model_type(model_type: str) -> Family | None:
     return next((family for family in Family if family.hf_model_type == model_type), None)
 
 
-def family_of_gguf(architecture: object) -> Family | None:
-    """The family as which a GGUF file of that architecture is read."""
-    return next(
-        (
-            family
-            for family in Family
-            if (form := family.definition.gguf).architecture == architecture and form.imported
-        ),
-        None,
+def family_of_gguf(architecture: object, fields: Mapping[str, Any]) -> Family | None:
+    """The family as which a GGUF file of that architecture and with these fields is read."""
+    readers = [
+        family
+        for family in Family
+        if (form := family.definition.gguf).architecture == architecture and form.imported
+    ]
+    stated = (
+        family for family in readers if fields.get(f"{architecture}.{family.definition.gguf.stated_by}")
     )
+    plain = (family for family in readers if family.definition.gguf.stated_by is None)
+    return next(stated, next(plain, None))
 
 
 def decoder_family(slug: str, hf_model_type: str | None = None) -> Family | None:

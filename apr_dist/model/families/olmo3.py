@@ -35,14 +35,19 @@ FAMILY = FamilyDefinition(
         "eos_token_id": 50_279,
         "pad_token_id": 1,
     },
-    # llama.cpp computes it as OLMo 2 with a window; such files are neither read nor written yet.
+    # llama.cpp computes it as OLMo 2 with a window, whose layers rotate by the same base as the others.
     gguf=GgufForm(
         architecture="olmo2",
         tensors={**TOP_LEVEL, **BLOCK_OF_LATER_NORMS, **QK_NORMS},
-        imported=False,
-        exported=False,
+        even_heads=True,
+        own_head=True,
+        stated_by="attention.sliding_window",
+        keys={
+            "attention.sliding_window": read("sliding_window"),
+            "attention.sliding_window_pattern": read(why="which layers have a window"),
+        },
     ),
-    pre_tokenizers=("olmo", "gpt-2"),
+    pre_tokenizers=("dbrx", "olmo", "gpt-2"),
     norms=Norms.AFTER,
     qk_norm=True,
     qk_norm_whole=True,

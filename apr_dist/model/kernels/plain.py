@@ -67,7 +67,7 @@ class Kernels:
 
     def look_up(self, weight: Tensor, ids: Tensor, tied: TiedGradient | None) -> Tensor:
         """Rows of ``weight`` for integers ``[...]``; with ``tied`` their gradient joins the head's."""
-        return F.embedding(ids, weight) if tied is None else look_up(weight, ids, tied, self._add_rows)
+        return look_up(weight, ids, tied, self._add_rows)
 
     def attention(
         self,

@@ -16,6 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from apr_dist.model.kernels.loss import gradient_dtype
+
 
 class TiedGradient:
     """The head's gradient of one forward pass, between the two backwards."""
@@ -45,12 +47,14 @@ AddRows = Callable[[Tensor, Tensor, Tensor], None]
 """Adds rows ``[n, hidden]`` to those of a ``[vocab, hidden]`` tensor with integer ids ``[n]``, in place."""
 
 
-def look_up(weight: Tensor, ids: Tensor, tied: TiedGradient, add: AddRows) -> Tensor:
-    """Rows of ``weight`` ``[vocab, hidden]`` for integer ids, whose gradient joins the head's.
+def look_up(weight: Tensor, ids: Tensor, tied: TiedGradient | None, add: AddRows) -> Tensor:
+    """Rows of ``weight`` ``[vocab, hidden]`` for integer ids, whose gradient joins a tied head's.
 
     Returns:
-        ``[..., hidden]`` for ids ``[...]``.
+        ``[..., hidden]`` for ids ``[...]``, in the type that the weight's gradient has.
     """
+    if tied is None and gradient_dtype(weight) is weight.dtype:
+        return F.embedding(ids, weight)
     return _LookUp.apply(weight, ids, tied, add)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -87,18 +91,19 @@ class _LookUp(torch.autograd.Function):
     """The lookup whose gradient is the held one and its own rows."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, tied: TiedGradient, add: AddRows) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, tied: TiedGradient | None, add: AddRows) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.vocab_size, ctx.tied, ctx.add = weight.shape[0], tied, add
-        return F.embedding(ids, weight)
+        return F.embedding(ids, weight).to(gradient_dtype(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
-        head = ctx.tied.take()
+        head = None if ctx.tied is None else ctx.tied.take()
         if head is None:
             return _dense(gradient, ids, ctx.vocab_size), None, None, None
+        head = head.to(gradient.dtype)
         ctx.add(head, ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
         return head, None, None, None
 
