@@ -24,7 +24,7 @@ from apr_dist.config.reading import Invocation, parse_command_line
 from apr_dist.errors import AprDistError, ExitCode, Interrupted, Terminated, as_known
 from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.launch import Launch, read_launch
-from apr_dist.parallel.watch import Watch
+from apr_dist.parallel.watchdog import Watch
 from apr_dist.runs.display import Display, hear_libraries
 from apr_dist.runs.display_choice import open_display
 from apr_dist.runs.folder import RunFolder

@@ -38,8 +38,8 @@ from apr_dist.apr.reader import AprReader
 from apr_dist.config.sections import CheckpointSection
 from apr_dist.model.config import TransformerConfig, preset
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import save_weights, weight_parts
+from apr_dist.parallel.save_group import Exchange
 from apr_dist.parallel.sharding import build_decoder
 from apr_dist.parallel.weights import draw_weights
 from apr_dist.runs.progress import Evaluation, Progress

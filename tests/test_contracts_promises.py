@@ -29,8 +29,8 @@ from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder, init_weights
 from apr_dist.parallel import gather
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.runtime import Runtime, reset_state
+from apr_dist.parallel.save_group import Exchange
 from apr_dist.parallel.weights import load_weights, prove_weights, weight_digests
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from apr_dist.errors import DataError
-from apr_dist.parallel import watch as watches
-from apr_dist.parallel.watch import Failure, Watch
+from apr_dist.parallel import watchdog as watches
+from apr_dist.parallel.watchdog import Failure, Watch
 
 GONE = Failure(rank=1, step=3, phase="training", code=9, text="rank 1 is gone")
 

@@ -58,7 +58,7 @@ METRIC = {
             "                data_wait_s=one.data_wait_s,\n                micro_batches=one.micro_batches,\n"
         ),
     },
-    "training/recording.py": {
+    "training/step_record.py": {
         "            update_ms=taken.update_s * 1e3,\n": (
             "            update_ms=taken.update_s * 1e3,\n            micro_batches=taken.micro_batches,\n"
         )

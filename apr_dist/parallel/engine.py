@@ -21,8 +21,8 @@ from apr_dist.errors import DistributedError
 from apr_dist.model.packing import Boundaries
 from apr_dist.model.transformer import Decoder, DecoderBlock
 from apr_dist.parallel.gradients import Gradients
-from apr_dist.parallel.moments import flat_parts
 from apr_dist.parallel.norm import global_norm, norm_of
+from apr_dist.parallel.optimizer_shards import flat_parts
 from apr_dist.parallel.runtime import Runtime, assert_wrapped
 from apr_dist.parallel.sharded import as_fsdp, held_here
 from apr_dist.parallel.sharding import assert_spread, keep_f32_gradients

@@ -19,9 +19,9 @@ from apr_dist.apr.metadata import AprMetadata
 from apr_dist.apr.reader import AprReader
 from apr_dist.apr.writer import AprWriter, TensorSpec
 from apr_dist.errors import AprDistError, WeightsRefused
-from apr_dist.parallel.exchange import Exchange
-from apr_dist.parallel.pieces import Piece, local, runs, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.save_group import Exchange
+from apr_dist.parallel.shard_layout import Piece, local, runs, span, whole_shape
 from apr_dist.parallel.split_weights import split_of
 from apr_dist.parallel.weights import host_array, saved_weights
 

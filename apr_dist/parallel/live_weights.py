@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from apr_dist.errors import UsageError
-from apr_dist.parallel.pieces import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.shard_layout import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.weights import coded_weights, fill_codes, named_weights
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apr_dist.parallel.eight_bit import Quantized, flat
-from apr_dist.parallel.moments import MOMENTS, STEP, trained
+from apr_dist.parallel.optimizer_shards import MOMENTS, STEP, trained
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.split_weights import split_of
 from apr_dist.parallel.state_bits import BLOCK

@@ -20,8 +20,8 @@ from apr_dist.model.config import TransformerConfig
 from apr_dist.model.host_copies import host_empty
 from apr_dist.model.quantized import quantized_layers
 from apr_dist.model.transformer import Decoder
-from apr_dist.parallel.pieces import whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.shard_layout import whole_shape
 from apr_dist.parallel.sharded import as_dtensor, as_fsdp, held_here
 from apr_dist.parallel.split_weights import SplitWeight, attach
 from apr_dist.parallel.storage import is_narrow

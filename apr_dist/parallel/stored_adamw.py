@@ -18,7 +18,7 @@ from torch import Tensor
 from apr_dist.choices import WeightStorage
 from apr_dist.model.host_copies import HostCopies, host_empty
 from apr_dist.parallel.eight_bit import AdamW8bit, Quantized, flat
-from apr_dist.parallel.moments import MOMENTS
+from apr_dist.parallel.optimizer_shards import MOMENTS
 from apr_dist.parallel.rounding import key_of, round_stochastically
 from apr_dist.parallel.split_weights import CHUNK, chunk, split_of
 from apr_dist.parallel.state_bits import BLOCK

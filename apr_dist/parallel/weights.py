@@ -26,8 +26,8 @@ from apr_dist.model.adapters import canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.quantized import QuantizedLinear, kept_values, quantize, quantized_layers
 from apr_dist.model.transformer import Decoder, initial_weight
-from apr_dist.parallel.pieces import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.shard_layout import fill, whole_in_runs, whole_shape
 from apr_dist.parallel.sharding import reshard
 from apr_dist.parallel.split_weights import split_of
 

@@ -12,7 +12,7 @@ from apr_dist.atomic_files import write_atomically
 from apr_dist.errors import AprDistError, ExitCode, OutputError
 from apr_dist.gates.result import GateResult
 from apr_dist.parallel.heartbeat import HERE
-from apr_dist.parallel.watch import Failure
+from apr_dist.parallel.watchdog import Failure
 from apr_dist.runs.checkpoint import json_bytes
 from apr_dist.runs.verdict import Status, Verdict
 

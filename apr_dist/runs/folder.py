@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apr_dist.atomic_files import flush_folder, temporary_beside, writing_to
-from apr_dist.parallel.state_index import INDEX_NAME
+from apr_dist.parallel.optimizer_index import INDEX_NAME
 
 _ADAPTER = "adapter"
 

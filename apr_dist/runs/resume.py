@@ -16,7 +16,7 @@ from apr_dist.config import TrainConfig, flag_of
 from apr_dist.config.schema import RENAMED
 from apr_dist.errors import DamagedModelFile, UsageError
 from apr_dist.gates.model_file import Progress
-from apr_dist.parallel.state_index import STATE_DAMAGED
+from apr_dist.parallel.optimizer_index import STATE_DAMAGED
 from apr_dist.runs.folder import RunFolder, StepFolder
 from apr_dist.runs.saved_state import SavedState, newest_whole, read_state
 

@@ -10,7 +10,7 @@ from typing import Any
 from apr_dist.atomic_files import file_digest, flush_folder, write_atomically
 from apr_dist.errors import DamagedModelFile
 from apr_dist.gates.model_file import Progress
-from apr_dist.parallel.state_index import STATE_DAMAGED, read_index
+from apr_dist.parallel.optimizer_index import STATE_DAMAGED, read_index
 from apr_dist.parsing import parse_json
 from apr_dist.runs.folder import RunFolder, StepFolder
 from apr_dist.runs.history import History

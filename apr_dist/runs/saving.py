@@ -23,15 +23,15 @@ from apr_dist.atomic_files import file_digest, write_atomically, writing_to
 from apr_dist.config import TrainConfig
 from apr_dist.errors import AprDistError, DistributedError
 from apr_dist.interop.adapter_files import write_peft_folder
-from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import WeightParts, save_weights, weight_parts
 from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.launch import read_launch
-from apr_dist.parallel.moments import moment_pieces, updates_done
-from apr_dist.parallel.pieces import Piece
+from apr_dist.parallel.optimizer_files import part_name, random_pieces, write_part
+from apr_dist.parallel.optimizer_index import index_text
+from apr_dist.parallel.optimizer_shards import moment_pieces, updates_done
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.state import part_name, random_pieces, write_part
-from apr_dist.parallel.state_index import index_text
+from apr_dist.parallel.save_group import Exchange
+from apr_dist.parallel.shard_layout import Piece
 from apr_dist.runs.checkpoint import (
     CheckpointFacts,
     adapter_metadata,

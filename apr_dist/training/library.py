@@ -19,7 +19,7 @@ from apr_dist.gates.preflight import Preflight
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.launch import read_launch
 from apr_dist.parallel.runtime import reset_state
-from apr_dist.parallel.watch import Watch
+from apr_dist.parallel.watchdog import Watch
 from apr_dist.runs.checkpoint import json_bytes
 from apr_dist.runs.display import Display
 from apr_dist.runs.display_choice import open_display

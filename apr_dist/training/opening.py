@@ -27,12 +27,12 @@ from apr_dist.model.families import Family
 from apr_dist.parallel import runtime as processes
 from apr_dist.parallel.agreement import prove_same
 from apr_dist.parallel.engine import prepare
-from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.heartbeat import HERE, Phase
+from apr_dist.parallel.optimizer_files import restore
 from apr_dist.parallel.run_folder import prove_shared
 from apr_dist.parallel.runtime import Runtime
-from apr_dist.parallel.state import restore
-from apr_dist.parallel.watch import Watch
+from apr_dist.parallel.save_group import Exchange
+from apr_dist.parallel.watchdog import Watch
 from apr_dist.runs.aborts import AbortRecord
 from apr_dist.runs.checkpoint import with_tokenizer
 from apr_dist.runs.display import Display
@@ -46,7 +46,6 @@ from apr_dist.runs.saved_state import SavedState
 from apr_dist.runs.saving import Saver
 from apr_dist.runs.trackers import Trackers
 from apr_dist.training.answers import Questions, open_questions
-from apr_dist.training.arrival import Weights, build_model
 from apr_dist.training.compute import set_up_compute, set_up_machine
 from apr_dist.training.efficiency import efficiency_of
 from apr_dist.training.optimizer import build_optimizer
@@ -56,6 +55,7 @@ from apr_dist.training.same_run import facts_of
 from apr_dist.training.schedule import schedule_of
 from apr_dist.training.step_guard import StepGuard
 from apr_dist.training.stepping import BatchFeed
+from apr_dist.training.weight_proof import Weights, build_model
 from apr_dist.version import __version__
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from apr_dist.choices import WeightStorage
 from apr_dist.errors import DistributedError, UsageError, WeightsRefused
 from apr_dist.parallel.eight_bit import AdamW8bit
-from apr_dist.parallel.pieces import span, whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.shard_layout import span, whole_shape
 from apr_dist.parallel.state_bits import FLAG, LEAST_ELEMENTS, is_eligible
 from apr_dist.parallel.stored_adamw import Place, StoredAdamW
 from apr_dist.training.adamw import AdamW

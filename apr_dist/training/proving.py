@@ -14,7 +14,7 @@ from apr_dist.gates.preflight import Preflight, run_preflight
 from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.launch import Launch
 from apr_dist.parallel.strategy import refuse_launched_precision
-from apr_dist.parallel.watch import Watch
+from apr_dist.parallel.watchdog import Watch
 from apr_dist.runs.display import Display
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.lock import RunLock

@@ -32,8 +32,8 @@ from apr_dist.training.garbage import collect
 from apr_dist.training.guards import check_targets
 from apr_dist.training.opening import Opening
 from apr_dist.training.proving import Around, Proven
-from apr_dist.training.recording import StepRecorder
 from apr_dist.training.signals import SIGNALS, StopRequest, first_signal
+from apr_dist.training.step_record import StepRecorder
 from apr_dist.training.stepping import BatchFeed, Stepper
 
 

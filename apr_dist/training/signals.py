@@ -2,7 +2,7 @@
 
 Outside of training a signal is an error like any other, raised where the main thread is. In the loop it is
 a request that all ranks honour together. A main thread that is held in a collective is ended by
-``parallel.watch``.
+``parallel.watchdog``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from apr_dist.errors import AprDistError, Interrupted, Terminated
 from apr_dist.parallel.heartbeat import HERE
-from apr_dist.parallel.watch import SAME_REQUEST_S
+from apr_dist.parallel.watchdog import SAME_REQUEST_S
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """The signals that ask a run to stop; SIGTERM first, it wins when both came."""

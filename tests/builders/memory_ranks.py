@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from apr_dist.apr.reader import AprReader
 from apr_dist.model.families import Family
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import save_weights, weight_parts
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.save_group import Exchange
 from apr_dist.parallel.sharding import assert_spread, build_decoder
 from apr_dist.parallel.weights import draw_weights, load_weights
 from builders.sessions import architecture_of

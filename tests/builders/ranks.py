@@ -24,8 +24,8 @@ from apr_dist.config.sections import GuardsSection
 from apr_dist.errors import NumericalInstability, OutputError, WeightsRefused
 from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel import runtime as processes
-from apr_dist.parallel.exchange import Exchange
 from apr_dist.parallel.gather import save_weights, weight_parts
+from apr_dist.parallel.save_group import Exchange
 from apr_dist.parallel.sharding import assert_spread
 from apr_dist.parallel.weights import load_weights, model_digest, prove_weights
 from apr_dist.runs.progress import GuardState

@@ -49,7 +49,7 @@ MUTANTS: tuple[Change, ...] = (
     Change(
         DISTRIBUTED + "005",
         "under DDP rank 0 keeps the file's values to itself",
-        "apr_dist/parallel/pieces.py",
+        "apr_dist/parallel/shard_layout.py",
         "_fill_replicas",
         "runtime.broadcast(parameter.data)",
         "runtime.barrier()",

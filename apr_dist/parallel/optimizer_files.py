@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from apr_dist.atomic_files import AtomicFile, file_digest
 from apr_dist.errors import AprDistError, OutputError
 from apr_dist.parallel.eight_bit import Quantized, code_values
-from apr_dist.parallel.exchange import Exchange
-from apr_dist.parallel.moments import MOMENTS, SCALES, fill_moments, moment_shapes
-from apr_dist.parallel.pieces import Piece
+from apr_dist.parallel.optimizer_index import FORMAT, STATE_DAMAGED, damaged_state, read_index
+from apr_dist.parallel.optimizer_shards import MOMENTS, SCALES, fill_moments, moment_shapes
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.save_group import Exchange
+from apr_dist.parallel.shard_layout import Piece
 from apr_dist.parallel.state_bits import BLOCK
-from apr_dist.parallel.state_index import FORMAT, STATE_DAMAGED, damaged_state, read_index
 from apr_dist.parsing import parse_json
 
 RANDOM = "random."

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from apr_dist.errors import ExitCode
+from apr_dist.parallel.control_channel import Line, connect, listen
 from apr_dist.parallel.heartbeat import HERE, Heartbeat
 from apr_dist.parallel.launch import read_launch
-from apr_dist.parallel.side_channel import Line, connect, listen
 
 TOGETHER = "FALSIFY-APR-DIST-DISTRIBUTED-006"
 """Falsifier of what ends all ranks because of one."""

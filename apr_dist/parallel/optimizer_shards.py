@@ -15,8 +15,8 @@ from apr_dist.choices import Strategy
 from apr_dist.model.adapters import canonical
 from apr_dist.parallel.eight_bit import AdamW8bit, Quantized
 from apr_dist.parallel.heartbeat import HERE
-from apr_dist.parallel.pieces import Piece, local, span, whole_shape
 from apr_dist.parallel.runtime import Runtime
+from apr_dist.parallel.shard_layout import Piece, local, span, whole_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments, each of its parameter's shape."""
