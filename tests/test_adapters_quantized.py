@@ -29,6 +29,7 @@ from apr_dist.parallel.weights import prove_weights, weight_digests
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
+    from builders.warm_ranks import WarmRanks
 
 NF4 = np.fromstring(
     "-1 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635"
@@ -42,8 +43,8 @@ NF4 = np.fromstring(
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_runs(inputs, shared_folder(tmp_path_factory) / "adapters")
+def runs(inputs: Inputs, ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_runs(inputs, ranks, shared_folder(tmp_path_factory) / "adapters")
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (33, 50), (3, 7)])

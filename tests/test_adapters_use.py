@@ -93,7 +93,7 @@ def test_a_report_names_the_adapter_and_lets_it_speak(runs: Path, tmp_path: Path
     assert "lora of rank 4, alpha 16.0, beside a base in 4 bits" in text
     assert "No samples" not in text
     (run,) = read_runs([runs / "lora-nf4"])
-    (sample,) = make_samples(run, count=1).samples
+    (sample,) = make_samples(run, count=1).rows
     assert sample.after is not None
     assert sample.before is not None
 
