@@ -2,6 +2,7 @@
 
 python benchmarks/bench_memory.py table                    # the table and picture of docs/memory.md
 python benchmarks/bench_memory.py trace qwen3-8b           # plan beside a step on fake tensors; minutes
+python benchmarks/bench_memory.py trace-adapters           # the same of an adapter beside 8 billion weights
 python benchmarks/bench_memory.py update                   # a streamed update over the bytes it moves
 """
 
@@ -20,6 +21,7 @@ from apr_dist.choices import WeightStorage
 from apr_dist.config.reading import parse_command_line
 from apr_dist.config.schema import TrainConfig
 from apr_dist.model.config import TransformerConfig, preset
+from apr_dist.model.families import Family
 from apr_dist.model.host_copies import host_empty
 from apr_dist.model.host_memory import keep_freed_memory
 from apr_dist.parallel.split_weights import SplitWeight, attach
@@ -38,6 +40,21 @@ PICTURE = Path(__file__).parents[1] / "docs" / "_static" / "memory.svg"
 
 CARD = ["--synthetic", "--parallel.precision", "bf16", "--device", "cuda", "--no-checkpoint.background"]
 CARD += ["--micro-batch-size", "1", "--batch-size", "16", "--seq-length", "2048"]
+
+LLAMA_3_8B = TransformerConfig(
+    family=Family.LLAMA,
+    vocab_size=128256,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    max_position_embeddings=8192,
+    rope_theta=5e5,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+)
 
 FULL = ("--compute.activation-checkpointing", "full")
 SPLIT, BF16 = ("--memory.weights", "split"), ("--memory.weights", "bf16")
@@ -160,6 +177,26 @@ def _compared(name: str, rung: str, flags: Sequence[str], world_size: int) -> bo
     return off[worst] <= 0.01 and abs(ratio - 1) <= 0.05 and abs(host - 1) <= 0.05
 
 
+def traced_adapters() -> int:
+    """Plan beside trace for a LoRA of rank 16 beside Llama 3 8B; 1 if one is more than 5 % off."""
+    worst = 0.0
+    print("| bits | targets | checkpointing | planned GiB | traced GiB | ratio |\n|---|---|---|---|---|---|")
+    for bits in (16, 8, 4):
+        for targets, kept in (
+            ("q_proj,v_proj", "full"),
+            ("all-linear", "full"),
+            ("all-linear", "full-offload"),
+        ):
+            flags = ["--adapter.kind", "lora", "--adapter.targets", targets, "--adapter.base.bits", str(bits)]
+            flags += ["--compute.activation-checkpointing", kept, "--batch-size", "1"]
+            config = parse_command_line([*CARD, *flags]).config
+            said, found = planned(LLAMA_3_8B, config, 1).total, trace(LLAMA_3_8B, config).peak
+            worst = max(worst, abs(said / found - 1))
+            row = f"{said / GIB:.2f} | {found / GIB:.2f} | {said / found:.3f}"
+            print(f"| {bits} | {targets} | {kept} | {row} |", flush=True)
+    return int(worst > 0.05)
+
+
 def update(elements: int = 1 << 26, rounds: int = 5) -> None:
     """A streamed update of split weights beside copying the same bytes to the device and back."""
     keep_freed_memory()  # as the trainer does
@@ -229,6 +266,8 @@ def main(arguments: Sequence[str]) -> int:
     verb, *rest = arguments or ["table"]
     if verb == "trace":
         return traced(rest)
+    if verb == "trace-adapters":
+        return traced_adapters()
     if verb == "update":
         update()
     else:
