@@ -211,6 +211,16 @@ class AdapterInit(StrEnum):
     GAUSSIAN = "gaussian"
 
 
+class MergeInto(StrEnum):
+    """Which values of its base an adapter is merged into: as they were kept in training, or the file's own.
+
+    They differ where the base was trained beside in fewer bits than its file has.
+    """
+
+    TRAINED = "trained"
+    ORIGINAL = "original"
+
+
 class OnNonFinite(StrEnum):
     """What a loss or gradient norm that is not finite does."""
 

@@ -1,9 +1,9 @@
 """200 steps at every rung of the memory ladder: validation loss next to that of f32, and updates lost.
 
-The model is small (5.8 million parameters, 6 layers of width 256), so that all rungs end in minutes on two
-cores. It is trained from scratch for 300 steps in f32 first; from there each rung goes on with the same
-batches and a learning rate for fine-tuning. The text is Python's standard library, in tokens of a byte-level
-BPE of 4,096 ids that is trained on it.
+The model is small (1.1 million parameters, 4 layers of width 128), so that all rungs end in minutes on a
+core. It is trained from scratch for 300 steps in f32; from there each rung goes on with the same batches
+and a learning rate for fine-tuning. The text is the standard library, in tokens of a byte-level BPE of 2,048
+ids that is trained on it.
 
     python benchmarks/bench_rungs.py
 """
@@ -27,19 +27,19 @@ from apr_dist.corpus.tokenizer import import_tokenizer
 from apr_dist.parallel.runtime import reset_state
 from apr_dist.train import main as train
 
-VOCABULARY = 4096
+VOCABULARY = 2048
 
 MODEL = {
     "architecture": "qwen2",
     "hf_architecture": "Qwen2ForCausalLM",
     "hf_model_type": "qwen2",
     "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "num_layers": 6,
-    "num_heads": 8,
-    "num_kv_heads": 4,
+    "hidden_size": 128,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
     "head_dim": 32,
-    "intermediate_size": 768,
+    "intermediate_size": 384,
     "max_position_embeddings": 1024,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
@@ -76,10 +76,12 @@ def make_data(folder: Path) -> list[str]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator((path.read_text("utf-8", "replace") for path in sources[::8]), learner)
+    bpe.train_from_iterator((path.read_text("utf-8", "replace") for path in sources[::32]), learner)
     bpe.save(str(tokenizer / "tokenizer.json"))
     import_tokenizer(tokenizer / "tokenizer.json", tokenizer)
-    encode_corpus(sources=sources, tokenizer=tokenizer, output=folder / "shards", val_fraction=0.1)
+    encode_corpus(
+        sources=sources, tokenizer=tokenizer, output=folder / "shards", val_fraction=0.1, limit_tokens=400_000
+    )
     shards = folder / "shards"
     flags = ["--dataset", str(shards / "train"), "--val-dataset", str(shards / "validation")]
     return [*flags, "--tokenizer", str(tokenizer)]
@@ -104,8 +106,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "model.json").write_text(json.dumps(MODEL))
-        flags = [*make_data(folder), "--batch-size", "8", "--micro-batch-size", "2", "--seq-length", "128"]
-        flags += ["--evaluation.max-sequences", "128", "--device", "cpu", "--parallel.precision", "bf16"]
+        flags = [*make_data(folder), "--batch-size", "4", "--micro-batch-size", "2", "--seq-length", "128"]
+        flags += [
+            "--warmup-steps",
+            "20",
+            "--evaluation.max-sequences",
+            "128",
+            "--device",
+            "cpu",
+            "--parallel.cpu-threads",
+            "1",
+            "--parallel.precision",
+            "bf16",
+        ]
         begun = ["--mode", "from-scratch", "--model", str(folder / "model.json"), "--num-steps", "300"]
         _, first = trained([*flags, *begun, "--eval-every", "300", "--lr", "1e-3"], folder / "begun")
         init = ["--init", str(folder / "begun" / "checkpoint.apr"), "--num-steps", str(options.steps)]

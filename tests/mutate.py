@@ -138,7 +138,8 @@ def _try_all(repository: Repository, changes: Sequence[Change], *, jobs: int) ->
 def _check_whole(repository: Repository, changes: Sequence[Change], copy: Path) -> None:
     """On the unbroken copy everything is green, or nothing that follows would mean anything.
 
-    What this run leaves in ``tmp/shared`` (a model trained by unbroken code) serves the runs after it.
+    What this run leaves in ``tmp/shared`` (a model trained by unbroken code) serves the runs after it; the
+    other runs that tests share are made again for each change (`_forget_runs`).
     """
     nodes = {test.node for change in changes for test in _asked(repository, change)}
     red = _run(copy, sorted(nodes), expected=len(nodes))
@@ -153,6 +154,7 @@ def _try(repository: Repository, change: Change, copy: Path) -> Trial:
     whole, built = path.read_text(encoding="utf-8"), extension.read_bytes()
     (edit,) = change.edits(copy)
     path.write_text(edit.apply(whole), encoding="utf-8")
+    _forget_runs(copy)
     try:
         if path.suffix == ".rs":
             _build(copy)
@@ -169,6 +171,16 @@ def _try(repository: Repository, change: Change, copy: Path) -> Trial:
         also_red=tuple(sorted(red - set(bound) - spared)),
         seconds=time.perf_counter() - began,
     )
+
+
+def _forget_runs(copy: Path) -> None:
+    """Remove the runs that earlier trials shared: made by other code, they show nothing of this one.
+
+    The inputs in ``shared`` stay; tests start from them and judge none of them.
+    """
+    for path in (copy / "tmp").glob("*"):
+        if path.name not in {"shared", "shared.lock", "session"}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _build(copy: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from builders.adapter_ranks import make_runs
 from builders.adapters import base_of, peft_folder, peft_logits
-from builders.hf_models import logits_of
+from builders.hf_models import TOKENS, logits_of
 from builders.tokens import packaged
 from conftest import shared_folder
 from safetensors.torch import load_file, save_file
@@ -106,6 +106,29 @@ def test_a_trained_bias_is_merged_too(tmp_path: Path) -> None:
     assert torch.allclose(
         logits_of(tmp_path / "merged.apr"), expected, atol=1e-4 * expected.abs().max().item()
     )
+
+
+@pytest.mark.falsifies("FALSIFY-APR-DIST-ADAPTER-003")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_trained_rows_of_tokens_are_merged_too(
+    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, base = base_of(Family.LLAMA, tmp_path, tie_word_embeddings=tied)
+    ids = sorted({int(one) for one in TOKENS.flatten()[:3]})
+    owners = ("embed_tokens",) if tied else ("embed_tokens", "lm_head")
+    settings = {"target_modules": BLOCKS, "trainable_token_indices": dict.fromkeys(owners, ids)}
+    adapter = peft_folder(source, tmp_path / "adapter", **settings, **KINDS["lora"])
+    assert merge(base, adapter, tmp_path / "merged.apr") == ExitCode.OK
+    expected = peft_logits(source, adapter)
+    found = logits_of(tmp_path / "merged.apr")
+    assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item())
+    with AprReader(base) as one, AprReader(tmp_path / "merged.apr") as other:
+        assert one.tensors.keys() == other.tensors.keys()  # a tied head stays tied
+    stated = json.loads((adapter / CONFIG).read_text())
+    stated["trainable_token_indices"] = {"embed_tokens": ids, "lm_head": ids[:1]}
+    (adapter / CONFIG).write_text(json.dumps(stated))
+    assert merge(base, adapter, tmp_path / "other.apr") == ExitCode.MODEL_FILE
+    assert "the same rows of embed_tokens and lm_head" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("kind", [DType.BF16, DType.F16])
@@ -267,7 +290,10 @@ def test_what_llama_cpp_does_not_compute_is_not_written_as_an_adapter(
     dora = peft_folder(source, tmp_path / "dora", target_modules=["q_proj"], **KINDS["dora"])
     settings = {"target_modules": ["q_proj"], "lora_bias": True, **KINDS["lora"]}
     bias = peft_folder(source, tmp_path / "bias", **settings)
-    for adapter, said in ((dora, "the row lengths of dora"), (bias, "a trained bias")):
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [3], **KINDS["lora"]}
+    rows = peft_folder(source, tmp_path / "rows", **settings)
+    refused = {dora: "the row lengths of dora", bias: "a trained bias", rows: "trained rows of tokens"}
+    for adapter, said in refused.items():
         flags = [str(adapter), "--base", str(base), "--to", "gguf", "-o", str(target)]
         assert main(["export", *flags]) == ExitCode.MODEL_FILE
         assert said in capsys.readouterr().err

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from builders.adapter_ranks import reopened
 from builders.models import tiny_config
 from builders.sessions import open_alone
 
@@ -17,6 +19,7 @@ from apr_dist.config.sections import AdapterSection
 from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
+from apr_dist.model.quantized import quantized_layers
 from apr_dist.planning.memory import Load, estimate
 from apr_dist.planning.state import State, shards
 
@@ -59,6 +62,9 @@ def bytes_of(tensors: Any) -> int:
         {"kind": "dora", "rank": 5, "base": {"bits": 16}},
         {"kind": "rslora", "targets": "q_proj", "layers": "1"},
         {"kind": "lora", "bias": True, "targets": "k_proj"},
+        {"kind": "lora", "rank": 3, "base": {"bits": 4}},
+        {"kind": "dora", "rank": 3, "base": {"bits": 8}},
+        {"kind": "lora", "rank": 3, "train_embeddings": "1,9"},
     ],
 )
 def test_weights_gradients_and_moments_are_counted_to_the_byte(asked: dict[str, Any]) -> None:
@@ -69,7 +75,8 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(asked: dict[str, 
     rows = torch.randint(model.vocab_size, (2, 17))
     settings = {"batches": [rows], "batch_size": 2, "seq_length": 16, "lr": 1e-3}
     with open_alone(model, Strategy.SINGLE, adapter=section.model_dump(mode="json"), **settings) as session:
-        assert bytes_of(session.model.parameters()) == said.weights
+        scales = (one for layer in quantized_layers(session.model).values() for one in layer.stored()[1:])
+        assert bytes_of([*session.model.parameters(), *scales]) == said.weights
         inputs, targets = rows[:, :-1], rows[:, 1:]
         session.engine.accumulate(inputs, targets, scale=1.0, last=True)
         given = [weight.grad for weight in session.model.parameters() if weight.grad is not None]
@@ -80,12 +87,56 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(asked: dict[str, 
         assert bytes_of(held) == said.optimizer
 
 
-@pytest.mark.parametrize(("bits", "targets", "most"), [(16, "q_proj,v_proj", 17.0), (16, "all-linear", 17.5)])
-def test_eight_billion_parameters_fit_one_gpu(bits: int, targets: str, most: float) -> None:
+OFFLOADED = replace(ONE_GPU, checkpointing=ActivationCheckpointing.FULL_OFFLOAD)
+
+
+@pytest.mark.parametrize(
+    ("bits", "targets", "load", "most"),
+    [
+        (16, "q_proj,v_proj", ONE_GPU, 17.0),
+        (16, "all-linear", ONE_GPU, 17.5),
+        (16, "all-linear", OFFLOADED, 16.5),
+        (8, "all-linear", ONE_GPU, 11.5),
+        (4, "q_proj,v_proj", ONE_GPU, 7.5),
+        (4, "all-linear", ONE_GPU, 8.0),
+        (4, "all-linear", OFFLOADED, 7.0),
+    ],
+)
+def test_eight_billion_parameters_fit_one_gpu(bits: int, targets: str, load: Load, most: float) -> None:
     section = AdapterSection.model_validate({"kind": "lora", "targets": targets, "base": {"bits": bits}})
     adapter, one = adapter_of(section, LLAMA_3_8B), Strategy.SINGLE
-    found = estimate(LLAMA_3_8B, ONE_GPU, strategy=one, world_size=1, shard_size=1, adapter=adapter)
+    found = estimate(LLAMA_3_8B, load, strategy=one, world_size=1, shard_size=1, adapter=adapter)
     assert (most - 0.5) * GIB < found.total < most * GIB
+
+
+def test_a_base_in_bf16_is_kept_in_16_bits_unless_others_are_asked_for(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = tmp_path / "narrow.apr"
+    assert main(["import", str(inputs.pretrained), "-o", str(narrow), "--dtype", "bf16"]) == 0
+    held = {}
+    for name, init, more in (
+        ("wide", inputs.pretrained, ()),
+        ("narrow", narrow, ()),
+        ("asked", narrow, ("--adapter.base.bits", "32")),
+    ):
+        flags = [
+            "plan",
+            *inputs.data_flags(),
+            "--init",
+            str(init),
+            "--run-dir",
+            str(tmp_path / "r"),
+            "--json",
+        ]
+        capsys.readouterr()
+        assert main([*flags, "--num-steps", "10", "--adapter.kind", "lora", *more]) == 0
+        held[name] = json.loads(capsys.readouterr().out)["memory_bytes"]["single"]["weights"]
+    assert held["narrow"] < 0.65 * held["wide"]
+    assert held["asked"] == held["wide"]
+    run = tmp_path / "run"
+    assert reopened(run, inputs, "--init", str(narrow), "--num-steps", "0") == 0
+    assert "base in training: in bf16" in (run / "adapter" / "README.md").read_text()
 
 
 def test_a_plan_says_what_is_trained_and_refuses_what_the_run_refuses(

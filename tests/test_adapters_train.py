@@ -162,6 +162,8 @@ def test_the_best_step_can_be_handed_over(runs: Path, inputs: Inputs, tmp_path: 
         (("--adapter.targets", "lora,*.self_attn.*,nothing*"), "the target 'lora' is no linear map"),
         (("--adapter.bias",), "model.layers.0.self_attn.o_proj has no bias"),
         (("--adapter.kind", "dora", "--adapter.bias"), "a bias of its own does not go with dora"),
+        (("--adapter.train-embeddings", "5,100000"), "there is no row 100,000"),
+        (("--adapter.train-embeddings", "5,5"), "an id is given twice"),
         (("--adapter.kind", "off"), "adapter.rank is set and adapter.kind is off"),
     ],
 )

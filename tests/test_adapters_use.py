@@ -13,6 +13,8 @@ from conftest import shared_folder
 
 from apr_dist.cli import main
 from apr_dist.errors import ExitCode
+from apr_dist.report.run_folder import read_runs
+from apr_dist.report.samples import make_samples
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -30,7 +32,7 @@ def measured(capsys: pytest.CaptureFixture[str], *given: object) -> dict[str, fl
     return found
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "bias"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "bias", "tokens"])
 def test_eval_measures_what_the_run_measured(
     kind: str, runs: Path, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +84,18 @@ def test_eval_refuses_what_does_not_fit(
     assert main([*given, "--seq-length", "4096"]) == ExitCode.USAGE
     assert "seq_length 4,096 is more than the model's 256 positions" in capsys.readouterr().err
     assert main(["eval", str(inputs.pretrained), "--dataset", str(tmp_path)]) == ExitCode.DATA
+
+
+def test_a_report_names_the_adapter_and_lets_it_speak(runs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert main(["report", str(runs / "lora-nf4"), "-o", str(page), "--samples", "1"]) == ExitCode.OK
+    text = page.read_text()
+    assert "lora of rank 4, alpha 16.0, beside a base in 4 bits" in text
+    assert "No samples" not in text
+    (run,) = read_runs([runs / "lora-nf4"])
+    (sample,) = make_samples(run, count=1).rows
+    assert sample.after is not None
+    assert sample.before is not None
 
 
 def test_diff_and_inspect_know_an_adapter(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

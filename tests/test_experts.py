@@ -296,7 +296,7 @@ def test_frozen_experts_may_be_bf16_and_routers_stay_f32() -> None:
         alpha=4.0,
         dropout=0.0,
         modules=chosen_modules(config, ["q_proj"]),
-        half_base=True,
+        base_bits=16,
     )
     model = tiny_decoder(config)
     model.attach(adapter)

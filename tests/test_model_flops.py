@@ -10,6 +10,8 @@ from builders.models import OPTIONS, random_tokens, tiny_config, tiny_decoder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from apr_dist.config.sections import AdapterSection
+from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import preset
 from apr_dist.model.families import Family
 from apr_dist.model.flops import LOGITS_CHUNK_BYTES, flops_per_token, logits_chunk, peak_flops
@@ -42,6 +44,26 @@ def test_the_formula_equals_what_the_flop_counter_counts(family: Family, tied: b
         else:
             model(tokens[:, :-1])
     assert counter.get_total_flops() == 2 * 16 * flops_per_token(model.config, 16, backward=backward)
+
+
+@pytest.mark.usefixtures("_counted_products")
+@pytest.mark.parametrize("layers", [None, "1"], ids=["all blocks", "the last block"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_frozen_weights_have_no_gradient_that_is_counted(layers: str | None, tied: bool) -> None:
+    config = tiny_config(Family.LLAMA, tie_word_embeddings=tied)
+    asked = AdapterSection.model_validate({"kind": "lora", "rank": 3, "layers": layers})
+    adapter = adapter_of(asked, config)
+    assert adapter is not None
+    model = tiny_decoder(config)
+    model.attach(adapter)
+    tokens = random_tokens(config, (2, 17))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    # Nothing below the first block with an adapter asks for a gradient of what q, k and v read.
+    unasked = 2 * config.hidden_size * (config.query_size + 2 * config.kv_size + 3 * 3)
+    found = flops_per_token(config, 16, adapter=adapter)
+    assert counter.get_total_flops() == 2 * 16 * (found - unasked)
+    assert found < flops_per_token(config, 16)
 
 
 def test_a_window_bounds_the_positions_that_are_scored() -> None:

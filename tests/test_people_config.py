@@ -63,7 +63,7 @@ def test_a_shipped_configuration_fits_the_gpus_it_names(path: Path, tmp_path: Pa
     assert config.parallel.strategy in (StrategyChoice.AUTO, *plan.memory)
     # A tenth of the device is its context's, the collectives' and the allocator's.
     assert chosen.total < 0.9 * int(size) * (10**9 if unit == "GB" else 2**30)
-    if gpus > 1:
+    if int(gpus) > 1:
         assert f"--num_processes {gpus} " in text or "two-nodes" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from apr_dist.apr.layout import DType
+from apr_dist.choices import MergeInto
 from apr_dist.cli.files import ElementType, Output, dtype_of
 from apr_dist.cli.progress import bytes_bar
 
@@ -15,6 +16,7 @@ def merge(
     adapter: Path,
     output: Output,
     dtype: ElementType | None = None,
+    into: MergeInto = MergeInto.TRAINED,
     force: bool = False,
 ) -> None:
     """Write a base model with an adapter merged into it, proven to compute what base and adapter do.
@@ -30,13 +32,14 @@ def merge(
         adapter: folder with adapter_config.json and adapter_model.safetensors, or checkpoint.apr of the run.
         output: APR file to write.
         dtype: element type to write; by default the base's.
+        into: trained: the base's values as they were kept in training; original: the file's own.
         force: replace an existing output.
     """
     from apr_dist.interop.merge import BOUNDS, merge_adapter  # noqa: PLC0415  (loads PyTorch)
 
     with bytes_bar(f"merging into {base.name}") as progress:
         summary = merge_adapter(
-            base, adapter, output, dtype=dtype_of(dtype), overwrite=force, progress=progress
+            base, adapter, output, dtype=dtype_of(dtype), into=into, overwrite=force, progress=progress
         )
     print(
         f"{output}: {summary.tensor_count} tensors, {summary.merged} linear maps merged,"

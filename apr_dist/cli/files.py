@@ -19,6 +19,7 @@ from apr_dist.interop.gguf_export import GgufType, export_gguf
 from apr_dist.interop.hf_export import export_huggingface, export_safetensors
 from apr_dist.interop.importing import import_with_tokenizer
 from apr_dist.interop.inspection import inspect_file, validate_file
+from apr_dist.interop.new_tokens import split_tokens
 from apr_dist.interop.stamp import Changes, stamp_file
 from apr_dist.report.verdict_table import table_lines
 
@@ -50,6 +51,7 @@ def import_file(
     output: Output,
     dtype: ElementType | None = None,
     tie: bool = False,
+    add_tokens: str | None = None,
     force: bool = False,
 ) -> None:
     """Make an APR file of a model in another format, its tokenizer inside and beside it.
@@ -67,6 +69,7 @@ def import_file(
         output: APR file to write.
         dtype: element type to write; by default the source's, and f16 for what was quantised.
         tie: drop a separate output head and use the embedding.
+        add_tokens: special tokens to add to the vocabulary, by commas; their rows are the mean of the others.
         force: replace an existing output.
     """
     with bytes_bar(f"importing {source.name}") as progress:
@@ -75,6 +78,7 @@ def import_file(
             output,
             dtype=dtype_of(dtype),
             tie=True if tie else None,
+            new_tokens=list(split_tokens(add_tokens)),
             overwrite=force,
             progress=progress,
         )

@@ -27,6 +27,15 @@ _MEANT: Mapping[str, str] = {
     "micro_batch_size": "per_device_train_batch_size per_device_batch_size device_batch_size micro_batch",
     "seq_length": "max_seq_length max_seq_len seq_len sequence_length max_length context_length block_size",
     "warmup_steps": "warmup num_warmup_steps lr_warmup_steps",
+    "adapter.kind lora": "lora qlora peft use_lora use_peft",
+    "adapter.kind dora": "use_dora",
+    "adapter.kind rslora": "use_rslora",
+    "adapter.rank": "lora_r lora_rank",
+    "adapter.alpha": "lora_alpha",
+    "adapter.dropout": "lora_dropout",
+    "adapter.targets": "target_modules lora_target_modules lora_target",
+    "adapter.base.bits 4": "load_in_4bit",
+    "adapter.base.bits 8": "load_in_8bit",
     "track": "report_to log_with logger tracker",
     "optimizer.beta1": "adam_beta1",
     "optimizer.beta2": "adam_beta2",
@@ -58,7 +67,6 @@ _MEANT: Mapping[str, str] = {
 """Our key, with its value where that is meant too, to what other trainers call it."""
 
 _ABSENT: Mapping[str, str] = {
-    "adapters are not supported: every weight is trained": "lora qlora peft adapter use_lora use_peft",
     "f16 is not supported; for less memory use parallel.precision bf16": "fp16 float16 half",
     "the launcher starts the processes, accelerate launch --num_processes N apr_dist/train.py": (
         "gpus num_gpus n_gpus devices num_processes nproc_per_node world_size nodes num_nodes nnodes gpu_ids"
@@ -71,9 +79,7 @@ _ABSENT: Mapping[str, str] = {
     ),
     "warm-up is counted in steps: warmup_steps": "warmup_ratio",
     "AdamW is the only optimizer; apr-dist config show lists its keys": "optim optimizer optimizer_type",
-    "weights are trained in f32; for less memory use optimizer.state_bits 8": (
-        "load_in_4bit load_in_8bit quantization"
-    ),
+    "beside an adapter the frozen weights may have few bits: adapter.base.bits 8 or 4": "quantization",
     "nothing is uploaded; apr-dist export writes a folder that can be": "push_to_hub hub_model_id hub_token",
     "sequences are always packed; loader.documents isolate keeps attention inside a document": (
         "packing pack sample_packing"

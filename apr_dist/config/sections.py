@@ -123,8 +123,10 @@ def _words_from_text(value: object) -> object:
 class AdapterBaseSection(Section):
     """How the frozen weights are kept while an adapter is trained."""
 
-    bits: Annotated[Literal[16, 32], BeforeValidator(_number_from_text)] = Field(
-        32, description="bits of the frozen matrices: 32, or 16 for bf16"
+    bits: Annotated[Literal[4, 8, 16, 32] | None, BeforeValidator(_number_from_text)] = Field(
+        None,
+        description="bits of the frozen matrices: 32, 16 (bf16); of those of the blocks 8 (int8) or 4 (nf4),"
+        " by bitsandbytes; none: 16 where every matrix of the file is bf16, else 32",
     )
 
 
@@ -147,6 +149,9 @@ class AdapterSection(Section):
     bias: bool = Field(False, description="also train a bias beside the second factor, where the map has one")
     init: AdapterInit = Field(
         AdapterInit.KAIMING, description="first factor: kaiming (uniform, as peft) or gaussian (1 / rank)"
+    )
+    train_embeddings: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_ids_from_text)] = (
+        Field((), description="ids of tokens whose rows of embedding and head are trained too")
     )
     base: AdapterBaseSection = AdapterBaseSection()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from apr_dist.apr.layout import DType
 from apr_dist.apr.reader import AprReader
 from apr_dist.choices import AdapterKind, GradientStorage, Offload, Strategy, WeightStorage
 from apr_dist.config import TrainConfig
@@ -20,6 +21,9 @@ STATED = "apr_dist.adapter"
 
 BASE = "apr_dist.base_digest"
 """Metadata key of such a file: identity of the weights that it belongs to (`apr.digests.weights_digest`)."""
+
+BASE_BITS = "apr_dist.base_bits"
+"""Metadata key of such a file, and of a peft folder: bits that the base's matrices had in training."""
 
 OTHER_BASE = "FALSIFY-APR-DIST-ADAPTER-002"
 """Falsifier of every refusal of an adapter beside weights that are not those it was trained on."""
@@ -57,13 +61,45 @@ def check_adapter_settings(config: TrainConfig, strategy: Strategy) -> None:
             expected="fsdp2, which shards base and adapter alike, or any other strategy",
             remedy="use --parallel.strategy fsdp2",
         )
+    if strategy is Strategy.ZERO3 and asked.train_embeddings:
+        raise DistributedError(
+            f"rows of tokens are not trained under strategy {strategy}, which gathers a matrix without them",
+            where="--adapter.train-embeddings",
+            expected="fsdp2, or any strategy but zero3",
+            remedy="use --parallel.strategy fsdp2",
+        )
     _refuse_storage(config, strategy)
+    if asked.base.bits is not None and asked.base.bits < 16:
+        _check_quantized(asked.base.bits, strategy)
     if find_spec("peft") is None:
         raise UsageError(
             "adapters are peft's layers, and peft is not installed",
             where="--adapter.kind",
             expected="its package in this environment",
             remedy="pip install 'apr-dist[adapters]'",
+        )
+
+
+def _check_quantized(bits: int, strategy: Strategy) -> None:
+    """A base in 4 or 8 bits is whole in every process, and bitsandbytes quantises it.
+
+    Raises:
+        DistributedError: the strategy would cut codes from their scales.
+        UsageError: bitsandbytes is not installed.
+    """
+    if strategy not in {Strategy.SINGLE, Strategy.DDP}:
+        raise DistributedError(
+            f"a base in {bits} bits is not trained under strategy {strategy}",
+            where="--parallel.strategy",
+            expected="one process or ddp, where every process has the whole base; it is small in few bits",
+            remedy=f"use --parallel.strategy ddp, or --adapter.base.bits 16 with {strategy}",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"adapter.base.bits is {bits} and bitsandbytes is not installed",
+            where="--adapter.base.bits",
+            expected="the library that quantises the base",
+            remedy="pip install 'apr-dist[bitsandbytes]'",
         )
 
 
@@ -91,8 +127,20 @@ def _refuse_keys_alone(asked: AdapterSection) -> None:
         )
 
 
-def adapter_of(asked: AdapterSection, model: TransformerConfig) -> Adapter | None:
+def adapter_of(
+    asked: AdapterSection,
+    model: TransformerConfig,
+    reader: AprReader | None = None,
+    *,
+    bits: int | None = None,
+) -> Adapter | None:
     """The adapter that a configuration means for a model; None: every weight is trained.
+
+    Args:
+        asked: the section of the configuration.
+        model: the base's architecture.
+        reader: the base's file, which says how many bits lose nothing where none are asked for.
+        bits: these, where the file was read elsewhere.
 
     Raises:
         UsageError: a target that is nothing in this model, or a map without the bias that is asked for.
@@ -117,8 +165,49 @@ def adapter_of(asked: AdapterSection, model: TransformerConfig) -> Adapter | Non
         modules=modules,
         bias=asked.bias,
         init=asked.init,
-        half_base=asked.base.bits == 16,
+        base_bits=asked.base.bits or bits or (16 if reader is not None and _is_bf16(reader) else 32),
+        tokens=_tokens_of(asked, model, modules),
     )
+
+
+def _tokens_of(asked: AdapterSection, model: TransformerConfig, modules: tuple[str, ...]) -> tuple[int, ...]:
+    """The ids whose rows are trained, in order.
+
+    Raises:
+        UsageError: the model has no such row, an id is given twice, or the head has factors too.
+    """
+    ids, wrong = asked.train_embeddings, None
+    beyond = [one for one in ids if one >= model.vocab_size]
+    if beyond:
+        wrong = f"there is no row {beyond[0]:,} in a model of {model.vocab_size:,}"
+    elif len(set(ids)) < len(ids):
+        wrong = "an id is given twice"
+    elif ids and "lm_head" in modules:
+        wrong = "rows of the head are trained, and lm_head is a target too"
+    if wrong is not None:
+        raise UsageError(
+            wrong,
+            where="--adapter.train-embeddings",
+            expected="ids of the model's tokens, each once, and a head without factors",
+            remedy="name ids that apr-dist import --add-tokens printed, or leave it out",
+        )
+    return tuple(sorted(ids))
+
+
+def keeps_values(adapter: Adapter, reader: AprReader) -> bool:
+    """Whether the bits of a base leave every value of its file as it is."""
+    return adapter.base_bits == 32 or (adapter.base_bits == 16 and _is_bf16(reader))
+
+
+def _is_bf16(reader: AprReader) -> bool:
+    """Whether every matrix of a file is stored in bf16."""
+    return all(one.dtype is DType.BF16 for one in reader.tensors.values() if len(one.shape) == 2)
+
+
+def with_base_bits(config: TrainConfig, bits: int) -> TrainConfig:
+    """The configuration with the bits of the base stated."""
+    base = config.adapter.base.model_copy(update={"bits": bits})
+    return config.model_copy(update={"adapter": config.adapter.model_copy(update={"base": base})})
 
 
 def prove_adapter_file(reader: AprReader, adapter: Adapter, model: TransformerConfig) -> GateResult:

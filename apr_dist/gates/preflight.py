@@ -26,7 +26,7 @@ from apr_dist.data.mixture import Mixture
 from apr_dist.data.training_set import check_shares, open_training_set, parts_of
 from apr_dist.errors import UsageError, VocabularyRefused
 from apr_dist.gates import architecture, vocabulary
-from apr_dist.gates.adapters import adapter_of, prove_adapter_file
+from apr_dist.gates.adapters import adapter_of, keeps_values, prove_adapter_file
 from apr_dist.gates.conversations import check_conversations, template_digest
 from apr_dist.gates.data import (
     check_disjoint,
@@ -126,7 +126,7 @@ def run_preflight(
             found = prove_model_file(path, stack, say, read_weights, progress)
         else:
             found = _from_scratch(config.model)
-        found.adapter = adapter_of(config.adapter, found.model_config)
+        found.adapter = adapter_of(config.adapter, found.model_config, found.reader)
         if resume_from is not None and found.adapter is not None:
             found.given_init_digest = found.provenance.get("init_digest")
             found.adapter_reader = stack.enter_context(AprReader(resume_from))
@@ -355,8 +355,13 @@ def _evaluation_identity(held_out: Manifest, config: TrainConfig) -> str:
 def _recorded_loss(found: Preflight) -> float | None:
     said = found.reader.metadata.custom if found.reader else {}
     loss = said.get("apr_dist.val_loss")
-    same = said.get("apr_dist.evaluation") == found.provenance["evaluation"]
-    return float(loss) if same and isinstance(loss, float) else None
+    if said.get("apr_dist.evaluation") != found.provenance["evaluation"] or not isinstance(loss, float):
+        return None
+    if found.adapter is None or found.reader is None or keeps_values(found.adapter, found.reader):
+        return float(loss)
+    bits = found.adapter.base_bits
+    found.warnings.append(f"the loss in the file is not compared with: {bits} bits change its matrices")
+    return None
 
 
 def _check_tokenizer(

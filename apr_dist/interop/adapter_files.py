@@ -1,8 +1,8 @@
 """Adapters in files: the folder of ``peft``, and the APR file of a run's checkpoint.
 
 ``adapter_config.json`` says what the adapter is, ``adapter_model.safetensors`` holds its tensors under
-``base_model.model.`` and the names of the base. The digest of the base is in the header of the second, where
-``peft`` overlooks it.
+``base_model.model.`` and the names of the base. The digest of the base, and the bits it was kept in, are in
+the header of the second, where ``peft`` overlooks them; ``README.md`` tells a reader.
 """
 
 from __future__ import annotations
@@ -25,14 +25,24 @@ from apr_dist.apr.writer import TensorSpec
 from apr_dist.atomic_files import write_atomically, writing_to
 from apr_dist.choices import AdapterInit, AdapterKind
 from apr_dist.errors import DamagedModelFile, ModelFileMissing, UnsupportedModelFile, WeightsRefused
-from apr_dist.gates.adapters import BASE, OTHER_BASE, STATED, refuse_other_base
+from apr_dist.gates.adapters import BASE, BASE_BITS, OTHER_BASE, STATED, refuse_other_base
 from apr_dist.gates.weights import check_names_and_shapes
 from apr_dist.interop.safetensors_file import SafetensorsFile, SafetensorsWriter
-from apr_dist.model.adapters import BIAS, FIRST, LENGTHS, SECOND, Adapter, short_names
+from apr_dist.model.adapters import (
+    BIAS,
+    FIRST,
+    LENGTHS,
+    ROW_OWNERS,
+    ROWS,
+    SECOND,
+    Adapter,
+    short_names,
+)
 from apr_dist.model.config import TransformerConfig
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
+README: Final = "README.md"
 _PREFIX: Final = "base_model.model."
 _INSIDE: Final = ".base_layer."
 _KEY: Final = "apr_dist.base_digest"
@@ -44,7 +54,6 @@ _DEFAULTS: Final[Mapping[str, tuple[Any, ...]]] = {
     "fan_in_fan_out": (None, False),
     "bias": (None, "none"),
     "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "megatron_config": (None,),
     "alora_invocation_tokens": (None,),
@@ -128,9 +137,16 @@ def peft_config(adapter: Adapter, model: TransformerConfig, *, base: str | None 
         "r": adapter.rank,
         "target_modules": short_names(model, adapter.modules),
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": _token_indices(adapter, model),
         "use_dora": adapter.kind is AdapterKind.DORA,
         "use_rslora": adapter.kind is AdapterKind.RSLORA,
     }
+
+
+def _token_indices(adapter: Adapter, model: TransformerConfig) -> dict[str, list[int]] | None:
+    """Which rows of what are trained, as ``peft`` says it; a tied head follows the embedding."""
+    owners = [name for name in adapter.row_owners if f"{name}.weight" in model.parameter_shapes()]
+    return {name.rpartition(".")[2]: list(adapter.tokens) for name in owners} if adapter.tokens else None
 
 
 def write_peft_folder(checkpoint: Path, folder: Path) -> None:
@@ -149,12 +165,13 @@ def write_peft_folder(checkpoint: Path, folder: Path) -> None:
     with AprReader(checkpoint) as reader:
         stated = reader.metadata.custom
         specs = [TensorSpec(_PREFIX + name, DType.F32, entry.shape) for name, entry in reader.tensors.items()]
-        said = {_KEY: str(stated[BASE])}
+        said = {_KEY: str(stated[BASE]), BASE_BITS: str(stated.get(BASE_BITS, 32))}
         with SafetensorsWriter(folder / WEIGHTS, specs, overwrite=True, said=said) as writer:
             for name in reader.tensors:
                 writer.append(np.ascontiguousarray(reader.float32(name)))
         text = json.dumps(stated[STATED], indent=2, sort_keys=True) + "\n"
         write_atomically(folder / CONFIG, text.encode())
+        write_atomically(folder / README, _readme(stated[STATED], said[_KEY], int(said[BASE_BITS])).encode())
         with SafetensorsFile(folder / WEIGHTS) as written:
             for name in reader.tensors:
                 if not np.array_equal(_values(written, _PREFIX + name), reader.float32(name)):
@@ -165,6 +182,27 @@ def write_peft_folder(checkpoint: Path, folder: Path) -> None:
                         remedy="check the disk; do not use this folder",
                         falsifier="FALSIFY-APR-DIST-CHECKPOINT-002",
                     )
+
+
+_KEPT: Final[Mapping[int, str]] = {
+    32: "in f32",
+    16: "in bf16",
+    8: "matrices of the blocks in 8 bits (int8 by rows, bitsandbytes), embedding and head in bf16",
+    4: "matrices of the blocks in 4 bits (nf4 twice quantised, bitsandbytes), embedding and head in bf16",
+}
+
+
+def _readme(stated: Mapping[str, Any], base: str, bits: int) -> str:
+    """A model card: what the adapter is, beside which weights it was trained, and how these were kept."""
+    kind = "dora" if stated["use_dora"] else "rslora" if stated["use_rslora"] else "lora"
+    lines = [
+        *("---", "library_name: peft", "---", ""),
+        f"An adapter ({kind} of rank {stated['r']}, alpha {stated['lora_alpha']}) trained by apr-dist.",
+        "",
+        f"- base: the weights with the digest `{base}`",
+        f"- base in training: {_KEPT[bits]}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 @contextmanager
@@ -197,7 +235,7 @@ def open_adapter(path: Path, model: TransformerConfig) -> Iterator[AdapterFile]:
             yield _proven(
                 AdapterFile(
                     path=path,
-                    adapter=_adapter(stated, shapes, path / CONFIG),
+                    adapter=_adapter(stated, shapes, path / CONFIG, file.said.get(BASE_BITS)),
                     base_digest=file.said.get(_KEY),
                     shapes=shapes,
                     read=lambda name: _values(file, _PREFIX + name),
@@ -221,7 +259,7 @@ def open_adapter(path: Path, model: TransformerConfig) -> Iterator[AdapterFile]:
         yield _proven(
             AdapterFile(
                 path=path,
-                adapter=_adapter(content, shapes, path),
+                adapter=_adapter(content, shapes, path, reader.metadata.custom.get(BASE_BITS)),
                 base_digest=base if isinstance(base, str) else None,
                 shapes=shapes,
                 read=reader.float32,
@@ -251,8 +289,10 @@ def _config(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _adapter(stated: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> Adapter:
-    """What a configuration says, for the modules that have tensors.
+def _adapter(
+    stated: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path, bits: Any
+) -> Adapter:
+    """What a configuration says, for the modules that have tensors; ``bits`` of the base, where known.
 
     Raises:
         UnsupportedModelFile: it says something that is not computed here, named.
@@ -281,6 +321,8 @@ def _adapter(stated: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], w
         if kind is AdapterKind.DORA:
             raise _unsupported("use_rslora", True, "false with use_dora", where)
         kind = AdapterKind.RSLORA
+    if str(bits or 32) not in {str(known) for known in _KEPT}:
+        raise _unsupported(BASE_BITS, bits, f"one of {', '.join(map(str, _KEPT))}", where)
     ends = (FIRST, SECOND, BIAS, LENGTHS)
     owners = (name.removesuffix(f".{end}") for name in shapes for end in ends if name.endswith(f".{end}"))
     return Adapter(
@@ -290,7 +332,32 @@ def _adapter(stated: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], w
         dropout=0.0,
         modules=tuple(dict.fromkeys(owners)),
         bias=bool(stated.get("lora_bias")),
+        tokens=_tokens(stated.get("trainable_token_indices"), shapes, where),
+        row_owners=tuple(name for name in ROW_OWNERS if f"{name}.{ROWS}" in shapes),
+        base_bits=int(bits or 32),
     )
+
+
+def _tokens(said: Any, shapes: Mapping[str, tuple[int, ...]], where: Path) -> tuple[int, ...]:
+    """The ids whose rows are trained, in the order of the rows.
+
+    Raises:
+        UnsupportedModelFile: other rows of the head than of the embedding, or of something else.
+    """
+    if not said:
+        return ()
+    owners = [name for name in ROW_OWNERS if f"{name}.{ROWS}" in shapes]
+    by_owner = said if isinstance(said, dict) else {"embed_tokens": said}
+    lists = [ids for ids in by_owner.values() if isinstance(ids, list)]
+    known = {name.rpartition(".")[2] for name in ROW_OWNERS}
+    same = len(lists) == len(by_owner) and all(ids == lists[0] for ids in lists)
+    if not owners or not same or not {name.rpartition(".")[2] for name in by_owner} <= known:
+        raise _unsupported(
+            "trainable_token_indices", said, "the same rows of embed_tokens and lm_head", where
+        )
+    if not all(type(one) is int and one >= 0 for one in lists[0]):
+        raise _unsupported("trainable_token_indices", said, "ids", where)
+    return tuple(lists[0])
 
 
 def _unsupported(key: str, value: Any, expected: str, where: Path) -> UnsupportedModelFile:
@@ -321,6 +388,14 @@ def _proven(file: AdapterFile, model: TransformerConfig) -> AdapterFile:
             where=file.path,
             expected="linear maps of the base",
             remedy="give the base that the adapter was trained on",
+        )
+    beyond = [one for one in file.adapter.tokens if one >= model.vocab_size]
+    if beyond:
+        raise WeightsRefused(
+            f"the adapter has a row for token {beyond[0]:,}, and the base has {model.vocab_size:,} rows",
+            where=file.path,
+            expected="rows of the base",
+            remedy="give the base that the adapter was trained on, its new tokens added",
         )
     check_names_and_shapes(file.adapter.shapes(model), file.shapes, where=file.path)
     for name in file.shapes:

@@ -76,6 +76,8 @@ def _refuse_unsayable(opened: AdapterFile) -> None:
     what = "the row lengths of dora" if opened.adapter.kind is AdapterKind.DORA else None
     if opened.adapter.bias:
         what = "a trained bias"
+    if opened.adapter.tokens:
+        what = "trained rows of tokens"
     if what is not None:
         raise UnsupportedModelFile(
             f"a GGUF adapter cannot state {what}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from apr_dist.apr import legacy
 from apr_dist.apr.files import open_regular
 from apr_dist.apr.layout import MAGIC, DType
+from apr_dist.apr.reader import AprReader
+from apr_dist.atomic_files import temporary_beside
 from apr_dist.data.manifest import TokenizerIdentity
 from apr_dist.errors import NotAModelFile, OutputError, TokenizerError, UsageError
 from apr_dist.interop import gguf_file
@@ -19,6 +22,7 @@ from apr_dist.interop.convert import Progress
 from apr_dist.interop.gguf import import_gguf
 from apr_dist.interop.huggingface import import_huggingface
 from apr_dist.interop.legacy import import_apr1
+from apr_dist.interop.new_tokens import add_tokens
 from apr_dist.interop.request import ImportRequest, ImportSummary
 from apr_dist.interop.sharded import find_manifest, import_sharded
 from apr_dist.interop.tokenizers import import_any_tokenizer
@@ -80,9 +84,11 @@ def import_model(
 
 
 def import_with_tokenizer(
-    source: Path, target: Path, *, overwrite: bool = False, **options: Any
+    source: Path, target: Path, *, overwrite: bool = False, new_tokens: Sequence[str] = (), **options: Any
 ) -> tuple[ImportSummary, Path, TokenizerIdentity | TokenizerError]:
     """As ``import_model``, and the tokenizer in a folder beside it: ``model.tokenizer`` for ``model.apr``.
+
+    ``new_tokens`` are added to both (`new_tokens.add_tokens`).
 
     Returns:
         The summary, the folder, and the tokenizer in it, or why there is none.
@@ -95,7 +101,10 @@ def import_with_tokenizer(
     new = [path for path in (model, folder) if not os.path.lexists(path)]
     if folder not in new and not overwrite:
         raise OutputError("already exists", where=folder, remedy="pass --force to replace it")
-    summary = import_model(source, model, overwrite=overwrite, **options)
+    if new_tokens:
+        summary = _import_and_add(source, model, new_tokens, overwrite=overwrite, **options)
+    else:
+        summary = import_model(source, model, overwrite=overwrite, **options)
     try:
         return summary, folder, import_any_tokenizer(model, folder, overwrite=overwrite)
     except TokenizerError as missing:
@@ -104,6 +113,33 @@ def import_with_tokenizer(
         for path in new:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         raise
+
+
+def _import_and_add(
+    source: Path, target: Path, tokens: Sequence[str], *, overwrite: bool, **options: Any
+) -> ImportSummary:
+    """Import to a file beside the target, and write the target from it with the tokens added."""
+    if os.path.lexists(target) and not overwrite:
+        raise OutputError("already exists", where=target, remedy="pass --force to replace it")
+    plain = temporary_beside(target)
+    try:
+        summary = import_model(source, plain, overwrite=True, **options)
+        added = add_tokens(plain, target, tokens, overwrite=overwrite)
+    finally:
+        plain.unlink(missing_ok=True)
+    with AprReader(target, verify="structure") as reader:
+        parameters = sum(entry.num_elements for entry in reader.tensors.values())
+    ids = ",".join(map(str, added.ids))
+    before, after = added.rows
+    rows = f"the {before:,} rows are {after:,} now" if after > before else "they take rows held in reserve"
+    note = f"{len(tokens)} tokens added: {rows}; train an adapter with --adapter.train-embeddings {ids}"
+    return replace(
+        summary,
+        target=target,
+        param_count=parameters,
+        size_bytes=target.stat().st_size,
+        notes=(*summary.notes, note),
+    )
 
 
 def _head(path: Path) -> bytes:

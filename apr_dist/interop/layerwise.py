@@ -6,6 +6,7 @@ With it a merge is proven on a machine that could not hold either model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from apr_dist.choices import KernelChoice
 from apr_dist.gates.architecture import EMBEDDING
 from apr_dist.interop.adapter_files import AdapterFile
 from apr_dist.model.adapter_layers import attach
-from apr_dist.model.adapters import canonical, is_adapter
+from apr_dist.model.adapters import ROW_OWNERS, ROWS, canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.loss import soft_capped
@@ -41,7 +42,7 @@ def layerwise_logits(
     """
     with torch.no_grad():
         shell = _shell(model)
-        hidden = nn.functional.embedding(ids, read(EMBEDDING)) * model.embedding_scale
+        hidden = _looked_up(ids, read, adapter) * model.embedding_scale
         rotations = shell.rotations(torch.arange(ids.shape[1])[None])
         attend = shell.attention(hidden)
         for layer, window in enumerate(model.windows):
@@ -51,11 +52,11 @@ def layerwise_logits(
         norm = RMSNorm(model.hidden_size, eps=model.rms_norm_eps, one_plus=model.one_plus_norms)
         hidden = _filled(norm, "model.norm.", read, None)(hidden) / model.logits_scaling
         if model.tie_word_embeddings:
-            logits = nn.functional.linear(hidden, read(EMBEDDING))
+            logits = _with_rows(nn.functional.linear(hidden, read(EMBEDDING)), hidden, adapter, ROW_OWNERS[0])
         else:
             tail = nn.Sequential()
             tail.add_module("lm_head", Head(model.hidden_size, model.vocab_size, bias=False))
-            logits = _filled(tail, "", read, adapter)(hidden)
+            logits = _with_rows(_filled(tail, "", read, adapter)(hidden), hidden, adapter, ROW_OWNERS[1])
         return soft_capped(logits, model.final_logit_softcapping)
 
 
@@ -69,13 +70,31 @@ def _shell(model: TransformerConfig) -> Backbone:
     return shell
 
 
+def _looked_up(ids: Tensor, read: Read, adapter: AdapterFile | None) -> Tensor:
+    """Rows of the embedding ``[batch, seq, hidden]``, those of trained tokens in place."""
+    hidden = nn.functional.embedding(ids, read(EMBEDDING))
+    for number, token in enumerate(adapter.adapter.tokens if adapter is not None else ()):
+        assert adapter is not None
+        hidden[ids == token] = torch.from_numpy(adapter.read(f"{ROW_OWNERS[0]}.{ROWS}"))[number]
+    return hidden
+
+
+def _with_rows(logits: Tensor, hidden: Tensor, adapter: AdapterFile | None, owner: str) -> Tensor:
+    """Logits with those of trained tokens computed from their rows."""
+    name = f"{owner}.{ROWS}"
+    if adapter is not None and name in adapter.shapes:
+        rows = torch.from_numpy(adapter.read(name))
+        logits[..., list(adapter.adapter.tokens)] = nn.functional.linear(hidden, rows)
+    return logits
+
+
 def _filled(part: nn.Module, prefix: str, read: Read, adapter: AdapterFile | None) -> nn.Module:
     """A part of the network with the weights, and the adapter, of its place in it."""
     if adapter is not None:
         linear = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
         here = [name for name in linear if prefix + name in adapter.adapter.modules]
         if here:
-            attach(part, adapter.adapter, here)
+            attach(part, replace(adapter.adapter.beside_floats, tokens=()), here)
     for name, parameter in part.named_parameters():
         full = prefix + canonical(name)
         if is_adapter(full) and adapter is not None:

@@ -26,6 +26,7 @@ from apr_dist.interop.chat import ModelChat, chat_of
 from apr_dist.model.adapters import canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.generation import Sampling, stream
+from apr_dist.model.quantized import kept_values
 from apr_dist.model.transformer import Decoder
 
 DEFAULT_NEW_TOKENS = 128
@@ -218,6 +219,8 @@ def load_decoder(
 ) -> Decoder:
     """The network of a proven file on one device, one tensor at a time.
 
+    Beside an adapter the weights have the values that they had when it was trained.
+
     Args:
         reader: the file.
         config: its architecture.
@@ -241,7 +244,7 @@ def load_decoder(
             decoder = Decoder(config)
             if beside is not None:
                 beside.refuse_other_base(reader)
-                decoder.attach(beside.adapter)
+                decoder.attach(beside.adapter.beside_floats)
         decoder.to_empty(device=device)
         decoder.reset_buffers()
         with torch.no_grad():
@@ -250,7 +253,8 @@ def load_decoder(
                 if beside is not None and is_adapter(name):
                     parameter.copy_(torch.from_numpy(beside.read(name)))
                     continue
-                parameter.copy_(torch.utils.dlpack.from_dlpack(reader.float32(name)))
+                values = torch.utils.dlpack.from_dlpack(reader.float32(name))
+                parameter.copy_(values if beside is None else kept_values(name, values, beside.adapter))
                 reader.forget(name)
     return decoder.eval()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,7 +16,19 @@ from torch import Tensor, nn
 
 from apr_dist.choices import AdapterInit, AdapterKind
 from apr_dist.errors import UsageError
-from apr_dist.model.adapters import BIAS, FIRST, LENGTHS, PEFT_NAME, SECOND, Adapter, is_adapter, is_halved
+from apr_dist.model.adapters import (
+    BIAS,
+    FIRST,
+    LENGTHS,
+    PEFT_NAME,
+    ROWS,
+    SECOND,
+    Adapter,
+    is_adapter,
+    is_halved,
+)
+from apr_dist.model.layers import Embedding, Head, TrainedRows
+from apr_dist.model.quantized import bitsandbytes, quantize_blocks
 
 
 def attach(root: nn.Module, adapter: Adapter, modules: Iterable[str] | None = None) -> None:
@@ -33,7 +46,9 @@ def attach(root: nn.Module, adapter: Adapter, modules: Iterable[str] | None = No
     """
     layer, settings = _peft(adapter)
     root.requires_grad_(False)
-    if adapter.half_base:
+    if adapter.base_bits < 16:
+        quantize_blocks(root, adapter.base_bits)
+    if adapter.base_bits < 32:
         _halve(root)
     for within in adapter.modules if modules is None else modules:
         parent, _, last = within.rpartition(".")
@@ -47,6 +62,10 @@ def attach(root: nn.Module, adapter: Adapter, modules: Iterable[str] | None = No
             )
         wrapped = layer(base, PEFT_NAME, config=settings, r=adapter.rank, lora_alpha=adapter.alpha)
         setattr(root.get_submodule(parent), last, wrapped)
+    for name, module in root.named_modules():
+        if adapter.tokens and name in adapter.row_owners and isinstance(module, Embedding | Head):
+            rows = TrainedRows(adapter.tokens, module.weight.shape[1], module.weight.device)
+            module.add_module("token_adapter", rows)
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 
@@ -55,11 +74,13 @@ def _halve(root: nn.Module) -> None:
     """Keep every matrix in bf16; norms and biases, which are small, and routers stay as they are."""
     for prefix, module in root.named_modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            if is_halved(f".{prefix}.{name}", weight.ndim):
+            if is_halved(f".{prefix}.{name}", weight.ndim) and weight.is_floating_point():
                 setattr(module, name, nn.Parameter(weight.to(torch.bfloat16), requires_grad=False))
 
 
 def _peft(adapter: Adapter) -> tuple[Any, Any]:
+    if find_spec("bitsandbytes") is not None:
+        bitsandbytes()  # which peft imports, in its own way
     from peft import LoraConfig  # noqa: PLC0415  (loads transformers, and only adapters need it)
     from peft.tuners.lora.layer import Linear  # noqa: PLC0415
 
@@ -82,7 +103,7 @@ def initial_value(
 
     The first factor is drawn, from a stream of its own: uniform within ``1 / sqrt(in)`` (what peft draws) or
     normal with standard deviation ``1 / rank``. The second and the bias are zero. DoRA's lengths are those of
-    the base's rows. So the network begins as the base.
+    the base's rows, trained rows of tokens are the base's. So the network begins as the base.
 
     Args:
         name: canonical.
@@ -93,6 +114,8 @@ def initial_value(
     """
     if name.endswith(LENGTHS):
         return _row_lengths(base(name.removesuffix(LENGTHS) + "weight").float())
+    if name.endswith(ROWS):
+        return base(name.removesuffix(ROWS) + "weight")[list(adapter.tokens)].float()
     if not name.endswith(FIRST):
         return torch.zeros(shape)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
@@ -121,6 +144,13 @@ def merged_weight(weight: Tensor, module: str, adapter: Adapter, tensor: Callabl
 def _row_lengths(matrix: Tensor) -> Tensor:
     lengths: Tensor = torch.linalg.norm(matrix, dim=1)
     return lengths
+
+
+def merged_rows(matrix: Tensor, module: str, adapter: Adapter, tensor: Callable[[str], Tensor]) -> Tensor:
+    """The rows of an embedding or a head with the trained ones in place; f32 ``[vocab, hidden]``."""
+    merged = matrix.clone()
+    merged[list(adapter.tokens)] = tensor(f"{module}.{ROWS}")
+    return merged
 
 
 def merged_bias(bias: Tensor, module: str, adapter: Adapter, tensor: Callable[[str], Tensor]) -> Tensor:

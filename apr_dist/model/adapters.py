@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from apr_dist.choices import AdapterInit, AdapterKind
@@ -24,10 +24,17 @@ ALL_LINEAR: Final = "all-linear"
 PEFT_NAME: Final = "default"
 """What peft calls the only adapter of a network."""
 
+ROWS: Final = "token_adapter.trainable_tokens_delta"
+"""Name of the trained rows ``[tokens, hidden]`` of an embedding or a head, behind its own: peft's too."""
+
 FIRST, SECOND, BIAS, LENGTHS = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 """Names of the trained tensors of one linear map, behind the map's own."""
 
-_BLOCKS: Final = "model.layers."
+ROW_OWNERS: Final = ("model.embed_tokens", "lm_head")
+"""What has a row for each token; a tied head has those of the embedding."""
+
+BLOCKS: Final = "model.layers."
+"""What the names of everything in a block begin with."""
 _EXPERT_WORDS: Final = ("experts", "gate_up_proj", "gate", "gate_proj", "up_proj", "down_proj", "mlp")
 """What targets are called by which an adapter of experts or routers is asked for."""
 
@@ -44,7 +51,10 @@ class Adapter:
         modules: full names of the linear maps that have one, in the order of the network.
         bias: whether each has a bias of its own.
         init: how the first factor begins.
-        half_base: whether frozen matrices are kept in bf16.
+        base_bits: bits of the frozen matrices: 32, 16 (bf16), and 8 or 4 for those of the blocks, where
+            embedding and head have 16.
+        tokens: ids whose rows are trained in place of the frozen ones.
+        row_owners: whose rows; a tied head has those of the embedding.
     """
 
     kind: AdapterKind
@@ -54,16 +64,34 @@ class Adapter:
     modules: tuple[str, ...]
     bias: bool = False
     init: AdapterInit = AdapterInit.KAIMING
-    half_base: bool = False
+    base_bits: int = 32
+    tokens: tuple[int, ...] = ()
+    row_owners: tuple[str, ...] = ROW_OWNERS
 
     @property
     def scale(self) -> float:
         """Factor of the low-rank product."""
         return self.alpha / (math.sqrt(self.rank) if self.kind is AdapterKind.RSLORA else self.rank)
 
+    @property
+    def beside_floats(self) -> Adapter:
+        """The same beside weights that are held in f32, whatever their values were made of."""
+        return replace(self, base_bits=32)
+
     def base_bytes(self, name: str, shape: tuple[int, ...]) -> int:
-        """Bytes that a frozen weight of that shape is kept in."""
-        return math.prod(shape) * (2 if self.half_base and is_halved(name, len(shape)) else 4)
+        """Bytes that a frozen weight of that shape is kept in, with its scales."""
+        count = math.prod(shape)
+        if not self.is_coded(name, shape):
+            return count * (2 if self.base_bits < 32 and is_halved(name, len(shape)) else 4)
+        if self.base_bits == 8:
+            return count + 4 * shape[0]
+        blocks = -(-count // 64)  # a byte each, whose 256 values are listed, and four bytes for 256 blocks
+        return -(-count // 2) + blocks + 4 * (-(-blocks // 256) + 1 + 256)
+
+    def is_coded(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a frozen weight is kept as codes of 4 or 8 bits: a linear map's matrix in a block."""
+        matrix = len(shape) == 2 and is_halved(name, 2)
+        return self.base_bits < 16 and matrix and name.startswith(BLOCKS)
 
     def shapes(self, config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         """Shape of every trained tensor by name."""
@@ -78,6 +106,9 @@ class Adapter:
                 found[f"{module}.{BIAS}"] = (outputs,)
             if self.kind is AdapterKind.DORA:
                 found[f"{module}.{LENGTHS}"] = (outputs,)
+        for module in self.row_owners if self.tokens else ():
+            if f"{module}.weight" in base:
+                found[f"{module}.{ROWS}"] = (len(self.tokens), base[f"{module}.weight"][1])
         return found
 
 
@@ -173,7 +204,7 @@ def short_names(config: TransformerConfig, modules: Iterable[str]) -> list[str]:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter of that name belongs to an adapter."""
-    return ".lora_" in name
+    return ".lora_" in name or name.endswith(ROWS)
 
 
 def canonical(name: str) -> str:
@@ -182,8 +213,14 @@ def canonical(name: str) -> str:
     return plain.removesuffix(".weight") if plain.endswith(f"{LENGTHS}.weight") else plain
 
 
+def block_of(name: str, head: int) -> int:
+    """The number of the block that a map is in; ``head`` for one that is in none."""
+    number = _block(name)
+    return head if number is None else number
+
+
 def _block(name: str) -> int | None:
-    return int(name.removeprefix(_BLOCKS).partition(".")[0]) if name.startswith(_BLOCKS) else None
+    return int(name.removeprefix(BLOCKS).partition(".")[0]) if name.startswith(BLOCKS) else None
 
 
 def _is_meant(name: str, target: str) -> bool:

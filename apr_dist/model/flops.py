@@ -6,8 +6,9 @@ Model FLOPs utilisation (MFU) is ``flops_per_token * tokens_per_second / (device
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from apr_dist.model.adapters import BLOCKS, ROWS, Adapter, block_of
 from apr_dist.model.config import TransformerConfig
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ LOGITS_CHUNK_MULTIPLE: Final = 16
 FORMULA: Final = "6 * active matrix parameters + 12 * layers * heads * head_dim * sequence length"
 """`flops_per_token` in words, to print beside an MFU."""
 
+ADAPTED: Final = (
+    "4 * frozen + 6 * adapter matrix parameters + 12 * layers * heads * head_dim * sequence length,"
+    " backward as far down as adapters are"
+)
+"""The same where an adapter is trained."""
+
 
 def logits_chunk(tokens: int, vocab_size: int, element_bytes: int) -> int:
     """Tokens whose logits the loss holds at once: chunks of one size, as few as the limit allows.
@@ -38,7 +45,9 @@ def logits_chunk(tokens: int, vocab_size: int, element_bytes: int) -> int:
     return max(1, math.ceil(share / multiple) * multiple)
 
 
-def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: bool = True) -> int:
+def flops_per_token(
+    config: TransformerConfig, seq_length: int, *, backward: bool = True, adapter: Adapter | None = None
+) -> int:
     """Floating-point operations the model needs per token (PaLM, arXiv:2204.02311, appendix B).
 
     Each weight of a matrix is one multiplication and one addition forward and twice that backward: 6
@@ -47,10 +56,14 @@ def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: boo
     ``12 * layers * heads * head_dim * seq_length``, or in layers with a window its length; as in that
     convention, the causal half that is not computed counts. Recomputation is not counted.
 
+    A frozen weight has no gradient of its own, so beside an adapter it is 4 operations, and 2 in blocks below
+    the first that has one, through which no gradient passes.
+
     Args:
         config: the model.
         seq_length: tokens per sequence.
-        backward: whether the backward pass counts too; if not, a third of it all.
+        backward: whether the backward pass counts too.
+        adapter: what is trained in place of the weights.
     """
     shapes = config.parameter_shapes()
     experts = config.num_experts or 1
@@ -64,7 +77,34 @@ def flops_per_token(config: TransformerConfig, seq_length: int, *, backward: boo
         matrices -= config.vocab_size * config.hidden_size
     seen = sum(min(seq_length, window or seq_length) for window in config.windows)
     forward = 2 * matrices + 4 * config.query_size * seen
-    return 3 * forward if backward else forward
+    if adapter is None:
+        return 3 * forward if backward else forward
+    factors = (shape for name, shape in adapter.shapes(config).items() if not name.endswith(ROWS))
+    own = sum(math.prod(shape) for shape in factors if len(shape) == 2)
+    if not backward:
+        return forward + 2 * own
+    below = _without_gradient(config, seq_length, adapter)
+    given = 2 * (matrices - below.matrices) + 8 * config.query_size * (seen - below.seen)
+    head = 2 * config.vocab_size * config.hidden_size if adapter.tokens else 0
+    return forward + 6 * own + given + head
+
+
+class _Below(NamedTuple):
+    """Of the blocks below the first with an adapter: weights of matrices, and positions that are seen."""
+
+    matrices: int
+    seen: int
+
+
+def _without_gradient(config: TransformerConfig, seq_length: int, adapter: Adapter) -> _Below:
+    lowest = (block_of(name, config.num_layers) for name in adapter.modules)
+    first = 0 if adapter.tokens else min(lowest, default=config.num_layers)
+    matrices = sum(
+        math.prod(shape)
+        for name, shape in config.parameter_shapes().items()
+        if len(shape) == 2 and name.startswith(BLOCKS) and block_of(name, config.num_layers) < first
+    )
+    return _Below(matrices, sum(min(seq_length, window or seq_length) for window in config.windows[:first]))
 
 
 _16BIT: Final[tuple[tuple[str, float], ...]] = (

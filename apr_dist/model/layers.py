@@ -42,6 +42,49 @@ class Linear(Computed, nn.Linear):
         return self.kernels_for(x).linear(x, self.weight, self.bias)
 
 
+class TrainedRows(nn.Module):
+    """Rows of a frozen matrix ``[vocab, hidden]`` that are trained in place of its own.
+
+    Args:
+        tokens: ids of the rows.
+        size: of a row.
+        device: where they are made.
+    """
+
+    ids: Tensor
+
+    def __init__(self, tokens: tuple[int, ...], size: int, device: torch.device) -> None:
+        super().__init__()
+        self._tokens = tokens
+        self.trainable_tokens_delta = nn.Parameter(torch.empty(len(tokens), size, device=device))
+        self.register_buffer("ids", torch.tensor(tokens, device=device), persistent=False)
+
+    def reset(self) -> None:
+        """Write the ids again, in place; needed after ``to_empty``."""
+        self.ids.copy_(torch.tensor(self._tokens))
+
+    def placed(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """Looked-up rows ``[..., hidden]`` of ``ids`` ``[...]``, the trained ones where they belong."""
+        found = ids[..., None] == self.ids
+        own = self.trainable_tokens_delta.to(rows.dtype)[found.int().argmax(-1)]
+        return torch.where(found.any(-1, keepdim=True), own, rows)
+
+    def merged(self, matrix: Tensor) -> Tensor:
+        """The whole matrix, for a head."""
+        return matrix.index_copy(0, self.ids, self.trainable_tokens_delta.to(matrix.dtype))
+
+
+def _trained(owner: nn.Module) -> TrainedRows | None:
+    """The trained rows beside a matrix, which an adapter put there as ``token_adapter``."""
+    return getattr(owner, "token_adapter", None)
+
+
+def _with_trained(owner: Linear | Embedding) -> Tensor:
+    """The matrix with its trained rows, if it has any."""
+    trained = _trained(owner)
+    return owner.weight if trained is None else trained.merged(owner.weight)
+
+
 class Head(Linear):
     """The linear map to the vocabulary, which with targets computes the loss instead of its logits."""
 
@@ -53,8 +96,13 @@ class Head(Linear):
         With ``softcap`` the loss is that of capped logits (`Kernels.cross_entropy`).
         """
         if targets is None:
-            return super().forward(x)
-        return self.kernels_for(x).cross_entropy(x, self.weight, targets, z_loss=z_loss, softcap=softcap)
+            return self.kernels_for(x).linear(x, self.rows, self.bias)
+        return self.kernels_for(x).cross_entropy(x, self.rows, targets, z_loss=z_loss, softcap=softcap)
+
+    @property
+    def rows(self) -> Tensor:
+        """The matrix that is computed with."""
+        return _with_trained(self)
 
 
 class Embedding(Computed, nn.Embedding):
@@ -68,7 +116,14 @@ class Embedding(Computed, nn.Embedding):
     def forward(self, ids: Tensor, *, tied: TiedGradient | None = None) -> Tensor:
         """Integers ``[...]`` to f32 ``[..., hidden]``; with ``tied`` their gradient joins the head's."""
         rows = self.kernels_for(ids).look_up(self.weight, ids, tied)
+        if (trained := _trained(self)) is not None:
+            rows = trained.placed(ids, rows)
         return rows.float() if rows.dtype is torch.bfloat16 else rows
+
+    @property
+    def rows(self) -> Tensor:
+        """The matrix that rows are taken from, for a tied head."""
+        return _with_trained(self)
 
 
 class RMSNorm(Computed):

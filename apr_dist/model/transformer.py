@@ -26,7 +26,7 @@ from apr_dist.model.host_copies import HostInputs
 from apr_dist.model.kernels.loss import IGNORE_INDEX, Loss, cross_entropy_of, soft_capped
 from apr_dist.model.kernels.plain import Attend, Kernels, compute_dtype
 from apr_dist.model.kernels.tied_gradient import TiedGradient
-from apr_dist.model.layers import Computed, Embedding, GatedMLP, Head, RMSNorm
+from apr_dist.model.layers import Computed, Embedding, GatedMLP, Head, RMSNorm, TrainedRows
 from apr_dist.model.packing import Boundaries
 from apr_dist.model.rotary import RotaryEmbedding, Rotation
 from apr_dist.model.routing import Routing
@@ -244,8 +244,9 @@ class Decoder(Computed):
 
     @property
     def head_weight(self) -> Tensor:
-        """``[vocab, hidden]``: the head's own parameter, or the embedding's when tied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """``[vocab, hidden]``: the head's own matrix, or a tied embedding's, with trained rows in it."""
+        owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return owner.rows if isinstance(owner, Embedding | Head) else owner.weight
 
     def forward(
         self,
@@ -353,9 +354,9 @@ class Decoder(Computed):
             layer.compile_compute(fullgraph=True, dynamic=False, **options)  # type: ignore[operator]
 
     def reset_buffers(self) -> None:
-        """Recompute every buffer that is not in the state dict (RoPE); needed after ``to_empty``."""
+        """Recompute every buffer that is not in the state dict; needed after ``to_empty``."""
         for module in self.modules():
-            if isinstance(module, RotaryEmbedding):
+            if isinstance(module, RotaryEmbedding | TrainedRows):
                 module.reset()
 
 

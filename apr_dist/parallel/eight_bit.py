@@ -9,9 +9,6 @@ when a step is not to be taken, neither of which the library's own optimizer doe
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apr_dist.errors import DistributedError
+from apr_dist.model.quantized import bitsandbytes
 from apr_dist.parallel.sharded import held_here
 from apr_dist.parallel.state_bits import BLOCK, FLAG
 
@@ -187,28 +184,6 @@ def flat(parameter: Tensor | None) -> Tensor:
     return held_here(parameter).detach().view(-1)
 
 
-@cache
 def _library() -> Any:
-    """bitsandbytes; with the package ``kernels`` it would fetch others from a hub while it is imported.
-
-    Raises:
-        DistributedError: it is installed and cannot be imported.
-    """
-    told, missing = logging.getLogger("bitsandbytes"), object()
-    level, kernels = told.level, sys.modules.get("kernels", missing)
-    told.setLevel(logging.ERROR)  # it warns that they are not there
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module("bitsandbytes")
-    except Exception as error:  # a library of another machine or version raises whatever it likes
-        raise DistributedError(
-            f"bitsandbytes cannot be imported ({type(error).__name__}: {error})",
-            where=FLAG,
-            expected="the library that updates 8-bit state and reads it",
-            remedy="install it again (pip install 'apr-dist[bitsandbytes]'), or use 32 bits",
-        ) from error
-    finally:
-        told.setLevel(level)
-        del sys.modules["kernels"]
-        if kernels is not missing:
-            sys.modules["kernels"] = kernels  # type: ignore[assignment]
+    """bitsandbytes, for 8-bit moments."""
+    return bitsandbytes(FLAG)

@@ -8,7 +8,7 @@ from torch import nn
 from apr_dist.errors import UsageError
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.shard_layout import fill, whole_in_runs, whole_shape
-from apr_dist.parallel.weights import named_weights
+from apr_dist.parallel.weights import coded_weights, fill_codes, named_weights
 
 
 def read_weight(model: nn.Module, name: str, runtime: Runtime) -> torch.Tensor:
@@ -18,6 +18,8 @@ def read_weight(model: nn.Module, name: str, runtime: Runtime) -> torch.Tensor:
         UsageError: there is no such parameter.
     """
     weight = _named(model, name)
+    if (layer := coded_weights(model).get(name)) is not None:
+        return layer.dequantize().cpu()
     runs = [run.detach().float().cpu().flatten().clone() for run in whole_in_runs(weight, runtime)]
     return torch.cat(runs).view(whole_shape(weight))
 
@@ -34,13 +36,15 @@ def write_weight(model: nn.Module, name: str, values: torch.Tensor, runtime: Run
     Raises:
         UsageError: there is no such parameter, or the shape differs.
     """
-    weight = _named(model, name)
-    if tuple(values.shape) != whole_shape(weight):
-        raise UsageError(
-            f"the values for {name} have shape {tuple(values.shape)}", expected=f"{whole_shape(weight)}"
-        )
+    weight, layer = _named(model, name), coded_weights(model).get(name)
+    shape = whole_shape(weight) if layer is None else layer.shape
+    if tuple(values.shape) != shape:
+        raise UsageError(f"the values for {name} have shape {tuple(values.shape)}", expected=f"{shape}")
     whole = values.detach().to(torch.float32).cpu().contiguous()
     with torch.no_grad():
+        if layer is not None:
+            fill_codes(layer, whole if runtime.is_main else None, runtime)
+            return
         fill(weight, whole if runtime.is_main else None, runtime)
         if runtime.strategy.zero_stage:
             from deepspeed.utils import safe_set_full_fp32_param  # noqa: PLC0415  (slow, rarely needed)

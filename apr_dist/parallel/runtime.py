@@ -126,6 +126,11 @@ class Runtime:
             dist.barrier()
 
 
+def _replicas() -> DistributedDataParallelKwargs:
+    """How DDP sends: gradients are views of its buckets, one copy of them less; buffers never change."""
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
 def start(
     *,
     device: str,
@@ -188,10 +193,7 @@ def start(
         accelerator = Accelerator(
             cpu=use_cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
-            # Gradients that are sent are views of what they are sent from: one copy of them less.
-            kwargs_handlers=[limits, DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-            if launch.world_size > 1
-            else [],
+            kwargs_handlers=[limits, _replicas()] if launch.world_size > 1 else [],
             step_scheduler_with_optimizer=False,
         )
     threads = _set_threads(cpu_threads)

@@ -18,6 +18,7 @@ from apr_dist.errors import DistributedError
 from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.host_copies import host_empty
+from apr_dist.model.quantized import quantized_layers
 from apr_dist.model.transformer import Decoder
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.shard_layout import whole_shape
@@ -178,11 +179,12 @@ def assert_spread(model: nn.Module, runtime: Runtime) -> dict[str, Any]:
         DistributedError: on every rank, when a rank holds anything but its share.
     """
     weights = list(model.parameters())
+    elements = {layer.weight: math.prod(layer.shape) for layer in quantized_layers(model).values()}
     held = torch.zeros(2, runtime.world_size, dtype=torch.int64, device=runtime.device)
-    held[0, runtime.rank] = sum(_local(weight).numel() for weight in weights)
+    held[0, runtime.rank] = sum(elements.get(weight, _local(weight).numel()) for weight in weights)
     held[1, runtime.rank] = sum(not _is_share(weight, runtime) for weight in weights)
     shards, odd = runtime.sum(held).tolist()
-    total = sum(math.prod(whole_shape(weight)) for weight in weights)
+    total = sum(elements.get(weight, math.prod(whole_shape(weight))) for weight in weights)
     if any(odd):
         raise DistributedError(
             f"under strategy {runtime.strategy} {max(odd)} parameters lie otherwise; the ranks hold {shards}"

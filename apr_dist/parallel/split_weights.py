@@ -18,8 +18,8 @@ from torch import Tensor
 
 from apr_dist.parallel.sharded import held_here
 
-CHUNK = 4 << 20
-"""Elements that are split, joined and updated at once."""
+CHUNK = 1 << 20
+"""Elements that are split, joined and updated at once: few enough for a core's cache, enough for a link."""
 
 _HALF = 0x8000
 
@@ -35,9 +35,18 @@ def split(values: Tensor, high: Tensor, low: Tensor) -> Tensor:
     patterns = values.view(torch.int32)
     high.copy_(values)
     low.copy_(patterns)  # the lower half of each
-    ties = (low == -_HALF).nonzero().flatten()
+    ties = _places(low == -_HALF)
     is_even = patterns[ties].bitwise_and_(0x10000) == 0
     return ties[is_even].int()
+
+
+def _places(found: Tensor) -> Tensor:
+    """Where bools ``[n]`` are true, int64; few are, so that eight are looked at together."""
+    if len(found) % 8:
+        return found.nonzero().flatten()
+    eights = found.view(torch.int64).nonzero()
+    places = (8 * eights + torch.arange(8, device=found.device)).flatten()
+    return places[found[places].nonzero().flatten()]
 
 
 def join(high: Tensor, low: Tensor, lowered: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -24,6 +24,7 @@ from apr_dist.errors import WeightsRefused
 from apr_dist.model.adapter_layers import initial_value
 from apr_dist.model.adapters import canonical, is_adapter
 from apr_dist.model.config import TransformerConfig
+from apr_dist.model.quantized import QuantizedLinear, kept_values, quantize, quantized_layers
 from apr_dist.model.transformer import Decoder, initial_weight
 from apr_dist.parallel.runtime import Runtime
 from apr_dist.parallel.shard_layout import fill, whole_in_runs, whole_shape
@@ -78,7 +79,7 @@ def load_weights(
 
     Returns:
         tensor name to digest of the f32 values that the file holds. The model now has them, matrices kept
-        in bf16 the nearest to them.
+        in fewer bits the nearest to them.
 
     Raises:
         WeightsRefused: on all ranks, when any rank's tensor is not the file's.
@@ -93,14 +94,17 @@ def load_weights(
 
 
 def _new_adapter(model: Decoder, base: Source, seed: int) -> Source:
-    """Draws an adapter's values; those that depend on the base come from ``base``."""
+    """Draws an adapter's values; those that depend on the base come from ``base``, as it is kept."""
     shapes = model.config.parameter_shapes()
 
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        assert model.adapter is not None
-        return initial_value(
-            name, shape, model.adapter, seed=seed, base=lambda weight: base(weight, shapes[weight])
-        )
+        adapter = model.adapter
+        assert adapter is not None
+
+        def kept(weight: str) -> torch.Tensor:
+            return kept_values(weight, base(weight, shapes[weight]), adapter)
+
+        return initial_value(name, shape, adapter, seed=seed, base=kept)
 
     return read
 
@@ -122,9 +126,8 @@ def draw_weights(
     """
     if not runtime.is_main:
         return _stream(model, None, runtime, None)
-    shapes = {
-        name: whole_shape(parameter) for name, parameter in named_weights(model) if not is_adapter(name)
-    }
+    sizes = config.parameter_shapes()
+    shapes = {name: sizes[name] for name, _ in named_weights(model) if not is_adapter(name)}
     beside = _new_adapter(
         model, lambda name, shape: initial_weight(name, shape, config=config, seed=seed), seed
     )
@@ -157,25 +160,70 @@ def _drawn_ahead(
 def _stream(
     model: nn.Module, source: Source | None, runtime: Runtime, progress: Progress | None
 ) -> dict[str, str]:
-    count = len(list(named_weights(model)))
+    count, coded = len(list(named_weights(model))), coded_weights(model)
     told = progress if runtime.is_main else None
     given: dict[str, str] = {}
     expected: dict[str, str] = {}
     with torch.no_grad():
         for done, (name, parameter) in enumerate(named_weights(model), start=1):
-            values = source(name, whole_shape(parameter)) if source is not None else None
+            layer = coded.get(name)
+            shape = whole_shape(parameter) if layer is None else layer.shape
+            values = source(name, shape) if source is not None else None
             if values is not None:
-                given[name] = expected[name] = _digest(values)
-                if is_rounded(parameter):
-                    values = values.bfloat16().float()
-                    expected[name] = _digest(values)
-            fill(parameter, values, runtime)
+                given[name] = _digest(values)
+            if layer is None:
+                held = _fill_values(parameter, values, runtime)
+            else:
+                held = fill_codes(layer, values, runtime)
+            if held is not None:
+                expected[name] = held
             del values
             if told is not None:
                 told("loading weights", done, count)
     prove_weights(model, runtime.broadcast_json(expected), runtime, told)
     digests: dict[str, str] = runtime.broadcast_json(given)
     return digests
+
+
+def coded_weights(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The maps that are kept in 4 or 8 bits, by the names of their weights in files."""
+    return {canonical(f"{name}.weight"): layer for name, layer in quantized_layers(model).items()}
+
+
+def _fill_values(parameter: torch.Tensor, values: torch.Tensor | None, runtime: Runtime) -> str | None:
+    """Give every rank its part of rank 0's values, rounded where they are kept so; a collective.
+
+    Returns:
+        on rank 0 the digest of what is kept.
+    """
+    if values is not None and is_rounded(parameter):
+        values = values.bfloat16().float()
+    fill(parameter, values, runtime)
+    return None if values is None else _digest(values)
+
+
+def fill_codes(layer: QuantizedLinear, values: torch.Tensor | None, runtime: Runtime) -> str | None:
+    """Quantise rank 0's matrix where it computes, and give every rank the codes; a collective.
+
+    Returns:
+        on rank 0 the digest of what the matrix was quantised to.
+    """
+    digest = None
+    if values is not None:
+        made = quantize(values.to(runtime.device), layer.bits)
+        digest = _digest_of_bytes(made)
+        for held, given in zip(layer.stored(), made, strict=True):
+            held.copy_(given)
+    for held in layer.stored():
+        runtime.broadcast(held)
+    return digest
+
+
+def _digest_of_bytes(tensors: Iterable[torch.Tensor]) -> str:
+    hashed = xxhash.xxh3_128()
+    for tensor in tensors:
+        hashed.update(tensor.detach().cpu().contiguous().numpy().data)
+    return hashed.hexdigest()
 
 
 def is_rounded(parameter: torch.Tensor) -> bool:
@@ -221,15 +269,24 @@ def prove_weights(
 
 
 def weight_digests(model: nn.Module, runtime: Runtime, progress: Progress | None = None) -> dict[str, str]:
-    """Digest of each parameter's whole f32 values, by name; a collective where parameters are sharded."""
-    return _digests(list(named_weights(model)), runtime, progress)
+    """Digest of each parameter's whole f32 values, by name; a collective where parameters are sharded.
+
+    Of a matrix in 4 or 8 bits it is that of codes and scales.
+    """
+    return _digests(list(named_weights(model)), runtime, progress, coded_weights(model))
 
 
 def _digests(
-    weights: Sequence[tuple[str, nn.Parameter]], runtime: Runtime, progress: Progress | None = None
+    weights: Sequence[tuple[str, nn.Parameter]],
+    runtime: Runtime,
+    progress: Progress | None = None,
+    coded: Mapping[str, QuantizedLinear] | None = None,
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, parameter in weights:
+        if coded and name in coded:
+            found[name] = _digest_of_bytes(coded[name].stored())
+            continue
         hashed = xxhash.xxh3_128()
         for run in whole_in_runs(parameter, runtime):
             hashed.update(host_array(run).data)

@@ -199,7 +199,8 @@ def estimate(
         "working": max(_backward_bytes(model, load), rounding)
         + again
         + reduced
-        + (stored.largest_gradient if streams else 0),
+        + (stored.largest_gradient if streams else 0)
+        + _widened_bytes(model, load, adapter),
     }
     # DDP's gradients are views of its buckets, except those of micro-batches that are not sent.
     are_buckets = strategy is Strategy.DDP and not load.accumulates and not own
@@ -272,7 +273,7 @@ def _expert_copies(
 ) -> int:
     """Copies of a block's experts in the compute type, which its products keep from forward to backward."""
     replicas = strategy in {Strategy.SINGLE, Strategy.DDP} or strategy.zero_stage
-    stored = adapter.half_base if adapter is not None else storage.weights is not WeightStorage.F32
+    stored = adapter.base_bits < 32 if adapter is not None else storage.weights is not WeightStorage.F32
     casts = load.cuda and load.precision is Precision.BF16 and replicas and not stored
     return load.compute_bytes * _expert_elements(model) if casts else 0
 
@@ -297,8 +298,19 @@ def _head_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -
     elements = model.vocab_size * model.hidden_size
     if adapter is None:
         return elements * F32
+    if adapter.tokens:  # its gradient, and the matrix with the trained rows in it
+        return elements * (F32 + adapter.base_bytes("lm_head.weight", (1, 1)))
     stored = adapter.base_bytes("lm_head.weight", (1, 1))
     return 0 if stored == load.compute_bytes else elements * load.compute_bytes
+
+
+def _widened_bytes(model: TransformerConfig, load: Load, adapter: Adapter | None) -> int:
+    """The largest frozen matrix of a block in the compute type, where a product makes it of fewer bits."""
+    if adapter is None or adapter.base_bits >= 8 * load.compute_bytes:
+        return 0
+    inner = max(model.intermediate_size, model.query_size)
+    # Of int8 its f32 values come first.
+    return inner * model.hidden_size * (load.compute_bytes + (2 * F32 if adapter.base_bits == 8 else 0))
 
 
 def adapter_bytes(model: TransformerConfig, load: Load, adapter: Adapter) -> int:

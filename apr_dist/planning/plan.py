@@ -15,7 +15,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.data.manifest import Manifest
 from apr_dist.data.training_set import open_training_set, parts_of
 from apr_dist.errors import AprDistError, UsageError
-from apr_dist.gates.adapters import adapter_of
+from apr_dist.gates.adapters import adapter_of, with_base_bits
 from apr_dist.gates.preflight import Preflight, model_from_name, prove_model_file, run_preflight
 from apr_dist.gates.result import GateResult
 from apr_dist.gates.warnings import DataFacts, warnings_of
@@ -132,12 +132,14 @@ def make_plan(
     config = config.resolved()
     found, refusal = _ask_gates(config, world_size)
     model = found.model_config
-    flops = flops_per_token(model, config.seq_length)
+    if found.adapter is not None:  # what the file decides where nobody asked
+        config = with_base_bits(config, found.adapter.base_bits)
+    flops = flops_per_token(model, config.seq_length, adapter=found.adapter)
     speed = rate.tokens_per_second(flops, world_size)
     tokens = config.num_steps * config.batch_size * config.seq_length
     stop = stop_time(
         config,
-        parameters=model.parameter_count(),
+        parameters=found.trained_parameters,
         tokens_per_s=speed,
         grace_s=grace_s,
         disk_bytes_per_s=rate.disk_bytes_per_s,
@@ -187,7 +189,7 @@ def _despite(config: TrainConfig, refusal: AprDistError) -> Preflight:
         except AprDistError:
             raise refusal from None
     with contextlib.suppress(AprDistError):
-        found.adapter = adapter_of(config.adapter, found.model_config)
+        found.adapter = adapter_of(config.adapter, found.model_config, found.reader)
     found.data = _data(config)
     found.results = []
     found.warnings += warnings_of(config, found.model_config, found.data)

@@ -13,7 +13,7 @@ from apr_dist.parallel.storage import PLAIN, Storage
 from apr_dist.parallel.stored_bytes import BF16, F32, stored_bytes, trained_count, weight_bytes
 from apr_dist.parallel.strategy import possible_offloads
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 """Elements of a chunk of a streamed update, as in ``parallel.split_weights``, which needs PyTorch."""
 
 

@@ -26,10 +26,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from apr_dist.choices import KernelChoice, Precision
 from apr_dist.config import TrainConfig
+from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.kernels import grouped
 from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.cuda import CudaKernels
+from apr_dist.model.quantized import quantized_layers
 from apr_dist.parallel import engine as engines
 from apr_dist.parallel import sharding
 from apr_dist.parallel.eight_bit import Quantized, code_values
@@ -103,7 +105,7 @@ def _traced(model: TransformerConfig, config: TrainConfig, world_size: int) -> T
             code_values(signed=signed)
     spread = mock.patch.object(sharding, "_mesh", return_value=mesh)
     with _imagined(), spread, FakeTensorMode(allow_non_fake_inputs=True):
-        decoder = build_decoder(model, runtime)
+        decoder = build_decoder(model, runtime, adapter_of(config.adapter, model))
         decoder.use_kernels(SETS[KernelChoice.CUDA])
         decoder.set_checkpointing(config.compute.activation_checkpointing)
         options = config.optimizer
@@ -122,6 +124,9 @@ def _traced(model: TransformerConfig, config: TrainConfig, world_size: int) -> T
             for weight in decoder.parameters():
                 optimizer.state[weight] = optimizer.blank(weight, updates=0)
         tracker = _Totals()
+        frozen = [weight for weight in decoder.parameters() if not weight.requires_grad]
+        # It hooks every parameter's gradient, and frozen ones refuse that.
+        tracker._param_to_grad_hook_handles.update((weight, (_NoHook(), _NoHook())) for weight in frozen)
         lows = [held.low for weight in decoder.parameters() if (held := split_of(weight)) is not None]
         moments = _moments(optimizer)
         tracker.track_external(decoder, optimizer, *lows, *moments)
@@ -142,7 +147,7 @@ def _traced(model: TransformerConfig, config: TrainConfig, world_size: int) -> T
         peaks = tracker.get_tracker_snapshot("peak")
         moments = _moments(optimizer)
         return Traced(
-            weights=sum(_bytes(weight) for weight in decoder.parameters()),
+            weights=sum(map(_bytes, [*decoder.parameters(), *_scales(decoder)])),
             low=sum(map(_bytes, lows)),
             gradients=kept[0],
             optimizer=sum(map(_bytes, moments)),
@@ -183,6 +188,18 @@ def _rounded_once() -> Any:
 
 def _total(peaks: Any, kind: torch.device) -> int:
     return sum(int(by["Total"]) for device, by in peaks.items() if device.type == kind.type)
+
+
+class _NoHook:
+    """Stands for the hook on a gradient that never comes."""
+
+    def remove(self) -> None:
+        """Nothing is to be removed."""
+
+
+def _scales(decoder: nn.Module) -> list[Tensor]:
+    """Of matrices in 4 or 8 bits, what their codes are scaled by."""
+    return [one for layer in quantized_layers(decoder).values() for one in layer.stored()[1:]]
 
 
 def _bytes(tensor: Tensor) -> int:

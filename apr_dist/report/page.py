@@ -74,6 +74,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     facts: dict[str, Any] = dict(run.verdict["facts"]) if run.verdict else {}
     losses = run.val_losses
     rows = [("steps", f"{len(run.steps):,} of {run.values.get('num_steps', '?')}")]
+    if run.adapter is not None:
+        rows.append(("trained", run.adapter))
     if losses:
         change = f"{losses[0]:.4f} to {losses[-1]:.4f}" if len(losses) > 1 else f"{losses[0]:.4f}"
         rows.append(("validation loss", change))

@@ -47,6 +47,16 @@ class Run:
         return str(self.verdict["status"]) if self.verdict else "NO VERDICT"
 
     @property
+    def adapter(self) -> str | None:
+        """The adapter that was trained in place of the weights, in words."""
+        kind, rank, alpha = (self.values.get(f"adapter.{key}", "off") for key in ("kind", "rank", "alpha"))
+        if kind == "off":
+            return None
+        bits = self.verdict["facts"].get("base_bits") if self.verdict else None
+        beside = f", beside a base in {bits} bits" if bits else ""
+        return f"{kind} of rank {rank}, alpha {alpha}{beside}"
+
+    @property
     def gates(self) -> Sequence[Mapping[str, Any]]:
         """Every gate that was evaluated, in order."""
         return self.verdict["gates"] if self.verdict else ()

@@ -122,10 +122,16 @@ def _after(run: Run, by_default: bool) -> TextModel:
         with AprReader(path) as reader:
             if recorded != file_weights_digest(reader):
                 raise _Skipped(f"the weights in {path} are not the ones the verdict names")
+    if run.adapter is not None:
+        return _open(run, _init(run), by_default, adapter=path)
     return _open(run, path, by_default)
 
 
 def _before(run: Run, by_default: bool) -> TextModel:
+    return _open(run, _init(run), by_default)
+
+
+def _init(run: Run) -> Path:
     named = run.values.get("init", "None")
     if named == "None":
         raise _Skipped("the run began from random weights")
@@ -136,10 +142,10 @@ def _before(run: Run, by_default: bool) -> TextModel:
     with AprReader(path, verify="structure") as reader:
         if recorded is not None and recorded != reader.digest():
             raise _Skipped(f"{path} is not the file the run began with")
-    return _open(run, path, by_default)
+    return path
 
 
-def _open(run: Run, path: Path, by_default: bool) -> TextModel:
+def _open(run: Run, path: Path, by_default: bool, adapter: Path | None = None) -> TextModel:
     with AprReader(path, verify="structure") as reader:
         parameters = sum(int(np.prod(tensor.shape)) for tensor in reader.tensors.values())
     if by_default and parameters > LARGEST_BY_DEFAULT:
@@ -149,7 +155,7 @@ def _open(run: Run, path: Path, by_default: bool) -> TextModel:
         needed = f"{4 * parameters / 1e9:,.1f} GB"
         raise _Skipped(f"the model takes {needed} of memory and {free / 1e9:,.1f} GB are free")
     named = run.values.get("tokenizer", "None")
-    return open_text_model(path, tokenizer=None if named == "None" else Path(named))
+    return open_text_model(path, tokenizer=None if named == "None" else Path(named), adapter=adapter)
 
 
 def _held_out(run: Run, speaker: TextModel, count: int) -> list[str]:

@@ -17,7 +17,7 @@ from apr_dist.apr.layout import TOKENIZER_TEXT
 from apr_dist.apr.metadata import AprMetadata
 from apr_dist.corpus.tokenizer import load_tokenizer
 from apr_dist.errors import AprDistError
-from apr_dist.gates.adapters import STATED
+from apr_dist.gates.adapters import BASE_BITS, STATED
 from apr_dist.interop.adapter_files import peft_config
 from apr_dist.interop.embedding import embed_tokenizer
 from apr_dist.model.adapters import Adapter
@@ -78,7 +78,7 @@ def adapter_metadata(
         provenance: values of the ``apr_dist.*`` keys, without that prefix; ``base_digest`` among them.
     """
     ours = {f"apr_dist.{key}": value for key, value in provenance.items() if value is not None}
-    stated = {STATED: peft_config(adapter, config), "model_type": "adapter"}
+    stated = {STATED: peft_config(adapter, config), BASE_BITS: adapter.base_bits, "model_type": "adapter"}
     return AprMetadata.from_mapping({**config.to_metadata(), **ours, **stated})
 
 

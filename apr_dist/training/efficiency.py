@@ -13,8 +13,9 @@ import psutil
 import torch
 
 from apr_dist.choices import Precision
+from apr_dist.model.adapters import Adapter
 from apr_dist.model.config import TransformerConfig
-from apr_dist.model.flops import FORMULA, flops_per_token, peak_flops
+from apr_dist.model.flops import ADAPTED, FORMULA, flops_per_token, peak_flops
 from apr_dist.parallel.heartbeat import HERE, Phase
 from apr_dist.parallel.runtime import Runtime
 
@@ -32,6 +33,7 @@ class Efficiency:
         device_name: as its maker calls it.
         precision: type of the products.
         isolated: whether attention stays inside documents, of which the formula knows nothing.
+        formula: of the operations, in words.
     """
 
     flops_per_token: int
@@ -40,6 +42,7 @@ class Efficiency:
     device_name: str
     precision: Precision
     isolated: bool = False
+    formula: str = FORMULA
 
     def mfu(self, tokens_per_sec: float) -> float | None:
         """Model FLOPs utilisation at this speed of the whole run, between 0 and 1; None: unknown peak."""
@@ -49,7 +52,7 @@ class Efficiency:
 
     def describe(self) -> str:
         """The formula with its numbers, in one line."""
-        work = f"{self.flops_per_token / 1e9:,.3g} GFLOP per token ({FORMULA})"
+        work = f"{self.flops_per_token / 1e9:,.3g} GFLOP per token ({self.formula})"
         if self.isolated:
             work += ", of whole sequences: less is computed where documents are isolated"
         if self.peak_flops is None:
@@ -59,7 +62,13 @@ class Efficiency:
 
 
 def efficiency_of(
-    model: TransformerConfig, runtime: Runtime, *, seq_length: int, precision: Precision, isolated: bool
+    model: TransformerConfig,
+    runtime: Runtime,
+    *,
+    seq_length: int,
+    precision: Precision,
+    isolated: bool,
+    adapter: Adapter | None = None,
 ) -> Efficiency:
     """What a token costs on this rank's kind of device.
 
@@ -69,12 +78,14 @@ def efficiency_of(
         seq_length: tokens a sequence is trained on.
         precision: of the products.
         isolated: whether documents of a sequence do not see each other.
+        adapter: what is trained in place of the weights.
     """
     cuda = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name(runtime.device) if cuda else "this processor"
     dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
     return Efficiency(
-        flops_per_token=flops_per_token(model, seq_length),
+        flops_per_token=flops_per_token(model, seq_length, adapter=adapter),
+        formula=FORMULA if adapter is None else ADAPTED,
         peak_flops=peak_flops(name, dtype) if cuda else None,
         devices=runtime.world_size,
         device_name=name,

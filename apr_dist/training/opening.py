@@ -158,6 +158,7 @@ class Opening:
             named=facts["weights_from"],
             compared=compared and config.init is not None and bool(config.held_out),
             adapter=found.adapter_reader if found else None,
+            base_bits=facts["base_bits"],
         )
 
     def _open_weights(self, weights: Weights, model_config: TransformerConfig) -> None:
@@ -179,7 +180,7 @@ class Opening:
     ) -> Start:
         ours = {"tool_version": __version__, "code_digest": package_digest(), "seed": self.config.seed}
         if (adapter := self.model.adapter) is not None:
-            ours["base_digest"] = self._arrived.base_digest
+            ours |= {"base_digest": self._arrived.base_digest, "base_bits": adapter.base_bits}
         return Start(
             model_config=model_config,
             from_init=self.config.init is not None,
@@ -253,6 +254,7 @@ class Opening:
             seq_length=config.seq_length,
             precision=config.parallel.precision,
             isolated=self._apart,
+            adapter=self.model.adapter,
         )
         self._guard = StepGuard(
             config.guards,

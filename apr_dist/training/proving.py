@@ -72,6 +72,7 @@ class Proven:
             "tied": model.tie_word_embeddings,
             "gates": [result.to_json() for result in found.results],
             "provenance": found.provenance,
+            "base_bits": None if found.adapter is None else found.adapter.base_bits,
             "recorded_val_loss": found.recorded_val_loss,
             "resumed": asdict(point.state) if point else None,
             "step_folder": str(point.folder.path.absolute()) if point else None,

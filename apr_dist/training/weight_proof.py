@@ -33,12 +33,14 @@ class Weights:
         named: its path, on every rank; None draws random weights.
         compared: whether random weights are measured first.
         adapter: the open checkpoint of an adapter to resume, on rank 0 only.
+        base_bits: of the frozen matrices beside an adapter, on every rank.
     """
 
     reader: AprReader | None
     named: str | None
     compared: bool
     adapter: AprReader | None = None
+    base_bits: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ def build_model(
         WeightsRefused: on every rank: a tensor is not its source's.
     """
     began, random_start = time.perf_counter(), None
-    model = build_decoder(model_config, runtime, adapter_of(config.adapter, model_config))
+    adapter = adapter_of(config.adapter, model_config, bits=weights.base_bits)
+    model = build_decoder(model_config, runtime, adapter)
     digests: dict[str, str] = {}
 
     def load() -> None:

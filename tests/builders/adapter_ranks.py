@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from apr_dist import open_session
 from apr_dist.apr.reader import AprReader
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.adapter_files import WEIGHTS
 from apr_dist.interop.text_model import load_decoder
+from apr_dist.model.quantized import bitsandbytes
 from builders.reference import reference_model
 from builders.runs import once, run_here
 from builders.several import HAS_COMPILER, LIMIT_S
@@ -40,6 +43,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     ),
     "dora": ("dora", "--adapter.rank", "4", "--adapter.init", "gaussian"),
     "bias": ("lora", "--adapter.rank", "3", "--adapter.targets", "q_proj,v_proj", "--adapter.bias"),
+    "tokens": ("lora", "--adapter.rank", "3", "--adapter.train-embeddings", "40,7,101"),
 }
 """Name to what follows ``--adapter.kind``."""
 
@@ -48,9 +52,22 @@ RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
     "rslora": (1, "rslora", ("single",)),
     "dora": (1, "dora", ("single", "--compute.activation-checkpointing", "full")),
     "bias": (1, "bias", ("single", "--compute.kernels", "plain")),
+    "tokens": (1, "tokens", ("single",)),
+    "tokens-fsdp2": (2, "tokens", ("fsdp2",)),
     "lora-half": (1, "lora", ("single", "--adapter.base.bits", "16")),
     "dora-half-fsdp2": (2, "dora", ("fsdp2", "--adapter.base.bits", "16")),
     "lora-half-ddp-plain": (2, "lora", ("ddp", "--adapter.base.bits", "16", "--compute.kernels", "plain")),
+    "lora-int8": (1, "lora", ("single", "--adapter.base.bits", "8", "--compute.kernels", "plain")),
+    "lora-nf4": (
+        1,
+        "lora",
+        ("single", "--adapter.base.bits", "4", "--compute.activation-checkpointing", "full-offload"),
+    ),
+    "dora-nf4-ddp": (
+        2,
+        "dora",
+        ("ddp", "--adapter.base.bits", "4", "--compute.activation-checkpointing", "full"),
+    ),
     "lora-selective": (1, "lora", ("single", "--compute.activation-checkpointing", "selective")),
     "lora-ddp": (2, "lora", ("ddp",)),
     "dora-ddp": (2, "dora", ("ddp",)),
@@ -65,7 +82,7 @@ RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
 }
 """Name to world size, kind, and what follows ``--parallel.strategy``."""
 
-RESUMED = ("lora", "dora", "lora-ddp", "lora-fsdp2", "lora-zero2", "lora-zero3", "dropout")
+RESUMED = ("lora", "lora-nf4", "dora", "lora-ddp", "tokens-fsdp2", "lora-zero2", "lora-zero3", "dropout")
 """Runs that are also resumed from the middle."""
 
 PACKED = ("--loader.documents", "isolate", "--compute.kernels")
@@ -102,6 +119,11 @@ def make_runs(inputs: Inputs, ranks: WarmRanks, root: Path) -> Path:
                     [*flags(inputs, folder / f"{kind}-initial", kind, ("single",)), "--num-steps", "0"]
                     for kind in KINDS
                 ]
+                few = {bits: ("single", "--adapter.base.bits", str(bits)) for bits in (16, 4)}
+                runs += [
+                    [*flags(inputs, folder / begin("dora", bits), "dora", given), "--num-steps", "0"]
+                    for bits, given in few.items()
+                ]
                 runs += [
                     [*flags(inputs, folder / f"packed-{kernels}", "lora", ("single",)), *PACKED, kernels]
                     for kernels in ("cpu", "plain")
@@ -131,6 +153,11 @@ def make_runs(inputs: Inputs, ranks: WarmRanks, root: Path) -> Path:
         torch.save(_batches(inputs, folder / "unused"), folder / "batches.pt")
 
     return once(root, make)
+
+
+def begin(kind: str, bits: int) -> str:
+    """The run that saved the adapter a kind begins with: the lengths of dora are those of its own base."""
+    return f"dora-{bits}-initial" if kind == "dora" and bits < 32 else f"{kind}-initial"
 
 
 def half(run: Path) -> Path:
@@ -170,19 +197,44 @@ def _batches(inputs: Inputs, run_dir: Path) -> list[torch.Tensor]:
         return [torch.cat(session.data.train.batch(step)) for step in range(STEPS)]
 
 
-def peft_model(inputs: Inputs, folder: Path, *, trainable: bool = False, half: bool = False) -> Any:
+def peft_model(inputs: Inputs, folder: Path, *, trainable: bool = False, bits: int = 32) -> Any:
     """The pretrained model in ``transformers`` with an adapter folder opened by ``peft``.
 
-    Its matrices are rounded to bf16 where ``half`` says so, and computed with in f32.
+    Matrices are rounded to bf16 where ``bits`` are fewer than 32, and computed with in f32. In 4 bits
+    ``transformers`` quantises those of the blocks itself, by bitsandbytes; in 8 bits they have the values
+    that bitsandbytes makes of its codes, because its own product quantises activations too.
     """
     with AprReader(inputs.pretrained) as reader:
         base = reference_model(load_decoder(reader, prove_model(reader).config))
-    if half:
-        with torch.no_grad():
-            for weight in base.parameters():
-                if weight.ndim == 2:
-                    weight.copy_(weight.bfloat16())
+    if bits == 4:
+        base = quantized_by_transformers(base)
+    with torch.no_grad():
+        for name, weight in base.named_parameters():
+            if bits == 8 and ".layers." in name and weight.ndim == 2:
+                codes, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(weight.half())
+                weight.copy_(codes * (scales[:, None] / 127))
+            elif bits < 32 and weight.ndim == 2 and weight.is_floating_point():
+                weight.copy_(weight.bfloat16())
     return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+
+
+def quantized_by_transformers(model: Any) -> Any:
+    """The same model with its blocks' matrices in nf4 with double quantisation, computed with in f32."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=settings,
+            dtype=torch.float32,
+            device_map="cpu",
+            attn_implementation="eager",
+        )
 
 
 def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -192,17 +244,18 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def reference(inputs: Inputs, root: Path, name: str) -> Reference:
     """A run's twenty steps by the textbook, from the adapter that ``KIND-initial`` saved; made once."""
-    kind, half = RUNS[name][1], "16" in RUNS[name][2]
+    _, kind, options = RUNS[name]
+    bits = int(options[options.index("--adapter.base.bits") + 1]) if "--adapter.base.bits" in options else 32
     made = once(
-        root / f"reference-{kind}{'-half' * half}",
-        lambda folder: _train_reference(inputs, root, kind, folder, half=half),
+        root / f"reference-{kind}-{bits}",
+        lambda folder: _train_reference(inputs, root, kind, folder, bits=bits),
     )
     losses = json.loads((made / "losses.json").read_text())
     return Reference(losses, adapter_tensors(made / "adapter"))
 
 
-def _train_reference(inputs: Inputs, root: Path, kind: str, folder: Path, *, half: bool) -> None:
-    model = peft_model(inputs, root / f"{kind}-initial" / "adapter", trainable=True, half=half).train()
+def _train_reference(inputs: Inputs, root: Path, kind: str, folder: Path, *, bits: int) -> None:
+    model = peft_model(inputs, root / begin(kind, bits) / "adapter", trainable=True, bits=bits).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in trained if weight.ndim >= 2], "weight_decay": 0.01},

@@ -5,6 +5,7 @@ from mutants.change import ADAPTER, Change
 LAYERS = "apr_dist/model/adapter_layers.py"
 MODEL = "apr_dist/model/adapters.py"
 MERGE = "apr_dist/interop/merge.py"
+LOADING = "apr_dist/parallel/weights.py"
 GATE = "apr_dist/gates/adapters.py"
 
 MUTANTS: tuple[Change, ...] = (
@@ -50,6 +51,14 @@ MUTANTS: tuple[Change, ...] = (
     ),
     Change(
         ADAPTER + "003",
+        "rows of new tokens are lost",
+        LAYERS,
+        "merged_rows",
+        "tensor(f'{module}.{ROWS}')",
+        "merged[list(adapter.tokens)]",
+    ),
+    Change(
+        ADAPTER + "003",
         "merged twice",
         LAYERS,
         "merged_weight",
@@ -63,5 +72,21 @@ MUTANTS: tuple[Change, ...] = (
         "_prove_logits",
         "not distance <= BOUNDS[kind]",
         "distance < 0",
+    ),
+    Change(
+        ADAPTER + "004",
+        "scales are not proven",
+        LOADING,
+        "_digests",
+        "coded[name].stored()",
+        "coded[name].stored()[:1]",
+    ),
+    Change(
+        ADAPTER + "004",
+        "another matrix is quantised",
+        LOADING,
+        "fill_codes",
+        "values.to(runtime.device)",
+        "values.to(runtime.device).flip(0)",
     ),
 )
