@@ -77,7 +77,7 @@ FSDP: dict[str, tuple[str, ...]] = {
     "split, 8-bit moments": (*FULL, *SPLIT, "--optimizer.state-bits", "8"),
     "bf16, 8-bit moments": (*FULL, *BF16, "--optimizer.state-bits", "8"),
 }
-SHARDED = (("qwen2.5-0.5b", 8), ("qwen3-8b", 64), ("qwen3-8b", 1024))
+SHARDED = (("qwen2.5-0.5b", 8), ("qwen2.5-0.5b", 1024), ("qwen3-8b", 64), ("qwen3-8b", 1024))
 """Models and numbers of processes, each of which is one trace."""
 
 

@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from apr_dist.choices import Mode
+from apr_dist.choices import Mode, Offload
 from apr_dist.config import TrainConfig, flag_of, leaves
 from apr_dist.config.advice import _ABSENT, _MEANT
 from apr_dist.config.reading import parse_command_line, read_yaml, validate
@@ -27,6 +27,11 @@ def parse(*arguments: str) -> TrainConfig:
 def test_init_parses_to_the_path_and_absent_means_none() -> None:
     assert parse("--init", "model.apr").init == Path("model.apr")
     assert parse().init is None
+
+
+def test_none_is_null_except_for_a_key_of_which_it_is_a_word() -> None:
+    assert parse("--parallel.offload", "none").parallel.offload is Offload.NONE
+    assert parse("--init", "none").init is None
 
 
 @pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-INIT-007")

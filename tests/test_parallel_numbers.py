@@ -200,5 +200,7 @@ def test_tied_embeddings_stay_one_tensor_of_every_checkpoint(strategies: Path, i
         wanted = set(reader.tensors)
     assert "lm_head.weight" not in wanted
     for path in strategies.glob(f"[124]/*/steps/{STEPS:06d}/checkpoint.apr"):
+        if "mixture" in path.parts[-4]:  # of another model, whose head is its own
+            continue
         with AprReader(path) as reader:
             assert set(reader.tensors) == wanted, path

@@ -123,7 +123,10 @@ def test_no_run_reaches_beyond_the_edge_of_a_figure(figure: Any, tmp_path: Path)
         run = tmp_path / name
         run.mkdir()
         more = {"mfu": 0.1, "memory_bytes": 10**9, "data_wait_ms": 1.0}
-        line = {key: value * factor for key, value in (STEP | more).items() if isinstance(value, int | float)}
+        line: dict[str, Any] = {
+            key: value * factor for key, value in (STEP | more).items() if isinstance(value, int | float)
+        }
+        line["router"] = {"load_max": 2 * factor, "balance_loss": factor}
         lines = [{**line, "kind": "step", "step": step, "wall_ms": 10.0} for step in (1, 2)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
         runs.append(run)

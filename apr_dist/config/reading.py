@@ -47,8 +47,10 @@ def parse_command_line(arguments: Sequence[str], *, prog: str = "train.py") -> I
     values = vars(given)
     debug, path = bool(values.pop("debug", False)), values.pop("config", None)
     tree = read_yaml(Path(path)) if path else {}
+    fields = dict(leaves(TrainConfig))
     for key, value in values.items():
-        _put(tree, key, value)
+        # "none" is null, except for a key of which it is a word.
+        _put(tree, key, None if value == "none" and value not in words_of(fields[key]) else value)
     return Invocation(config=validate(tree, where="command line"), debug=debug)
 
 
@@ -186,7 +188,7 @@ def _put(tree: dict[str, Any], key: str, value: object) -> None:
     *groups, last = key.split(".")
     for group in groups:
         tree = tree.setdefault(group, {})
-    tree[last] = None if value == "none" else value
+    tree[last] = value
 
 
 def _check_keys(tree: Mapping[str, Any], section: type[BaseModel], path: Path, prefix: str) -> None:

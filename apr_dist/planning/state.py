@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from apr_dist.choices import GradientStorage, Offload, Strategy, WeightStorage
 from apr_dist.model.adapters import Adapter
@@ -88,9 +89,9 @@ class State:
         storage = replace(storage, offload=offload)
         if not zero and offload is not Offload.OPTIMIZER_AND_PARAMETERS:
             return cls._stored(model, parts, strategy, storage, state_bits, adapter)
-        whole = F32 * trained_count(model, adapter)
-        weights = weight_bytes(model, adapter) // parts.weights
-        gradients, share = whole // parts.gradients, whole // parts.optimizer
+        whole, rows = F32 * trained_count(model, adapter), parts.by_rows(model, strategy)
+        weights = int(weight_bytes(model, adapter) * rows.weights)
+        gradients, share = int(whole * rows.gradients), int(whole * rows.optimizer)
         if offload is Offload.NONE:
             return cls(
                 weights=weights,
@@ -136,10 +137,13 @@ class State:
         adapter: Adapter | None,
     ) -> State:
         """Of one process, DDP or FSDP2, whose parameters are not in host memory."""
-        found = stored_bytes(model, strategy, storage, state_bits, adapter)
+        found, rows = (
+            stored_bytes(model, strategy, storage, state_bits, adapter),
+            parts.by_rows(model, strategy),
+        )
         streams = storage.streams(strategy)
-        weights, low = found.weights // parts.weights, found.low // parts.weights
-        gradients, moments = found.gradients // parts.gradients, found.moments // parts.optimizer
+        weights, low = int(found.weights * rows.weights), int(found.low * rows.weights)
+        gradients, moments = int(found.gradients * rows.gradients), int(found.moments * rows.optimizer)
         leaving = {"low bits": low, "gradients": gradients, "moments": moments}
         return cls(
             weights=weights,
@@ -159,6 +163,32 @@ class Shards:
     weights: int
     gradients: int
     optimizer: int
+
+    def by_rows(self, model: TransformerConfig, strategy: Strategy) -> Shares:
+        """What of each kind of state lies with rank 0.
+
+        FSDP2 cuts every parameter between rows of its first dimension, the larger parts first; ZeRO cuts a
+        flat buffer evenly.
+        """
+        if strategy.zero_stage > 0:
+            return Shares(*(Fraction(1, parts) for parts in (self.weights, self.gradients, self.optimizer)))
+        kinds = [(shape[0], math.prod(shape) * count) for _, shape, count in model.kinds_of_parameters()]
+        elements = sum(count for _, count in kinds)
+
+        def share(parts: int) -> Fraction:
+            held = sum(Fraction(-(-rows // parts) * count, rows) for rows, count in kinds)
+            return Fraction(held, elements)
+
+        return Shares(share(self.weights), share(self.gradients), share(self.optimizer))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What part of each kind of state the rank with the most of it holds."""
+
+    weights: Fraction
+    gradients: Fraction
+    optimizer: Fraction
 
 
 def shards(strategy: Strategy, world: int, shard_size: int) -> Shards:

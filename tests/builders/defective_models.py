@@ -84,7 +84,10 @@ def spoil(name: str, value: float) -> Change:
 
 GEMMA = {"architecture": "gemma", "hf_architecture": "GemmaForCausalLM", "hf_model_type": "gemma"}
 BERT = {"architecture": "bert", "hf_architecture": "BertModel", "hf_model_type": "bert"}
-LONG = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LONG: dict[str, Any] = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32} | {
+    "short_factor": [1.0] * 3,
+    "long_factor": [2.0] * 8,
+}
 
 DEFECTS: Mapping[str, Defect] = {
     "a claim to be Gemma": Defect(change=stated(**GEMMA), words="'GemmaForCausalLM' is not one"),
@@ -137,10 +140,10 @@ DEFECTS: Mapping[str, Defect] = {
     "a head said to be its own": Defect(
         change=stated(tie_word_embeddings=False), words="there is no lm_head.weight"
     ),
-    "dynamic rotary scaling": Defect(
-        change=stated(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), words="'dynamic'"
+    "a rotary scaling that nobody has": Defect(
+        change=stated(rope_scaling={"rope_type": "ntk", "factor": 2.0}), words="'ntk'"
     ),
-    "long rotary scaling": Defect(change=stated(rope_scaling=LONG), words="'longrope'"),
+    "a rotary factor too few": Defect(change=stated(rope_scaling=LONG), words="short_factor is '3 numbers'"),
     "a window that Llama does not have": Defect(
         change=stated(sliding_window=32, use_sliding_window=True), words="use_sliding_window is True"
     ),
