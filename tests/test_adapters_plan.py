@@ -20,7 +20,8 @@ from apr_dist.gates.adapters import adapter_of
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
 from apr_dist.model.quantized import quantized_layers
-from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.activations import Load
+from apr_dist.planning.memory import estimate
 from apr_dist.planning.state import State, shards
 
 if TYPE_CHECKING:

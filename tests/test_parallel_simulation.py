@@ -15,7 +15,8 @@ from apr_dist.config.reading import validate
 from apr_dist.errors import UsageError
 from apr_dist.model.config import TransformerConfig, preset
 from apr_dist.model.families import Family
-from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.activations import Load
+from apr_dist.planning.memory import estimate
 from apr_dist.planning.simulation import WORLDS, sent_bytes, simulate
 
 

@@ -18,7 +18,8 @@ from apr_dist.cli.plan import plan as plan_verb
 from apr_dist.config.sections import AdapterSection
 from apr_dist.gates.adapters import adapter_of
 from apr_dist.parallel.stored_bytes import F32
-from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.activations import Load
+from apr_dist.planning.memory import estimate
 from apr_dist.planning.state import State, most_possible, shards
 
 WORLD = 2

@@ -25,7 +25,8 @@ from apr_dist.errors import ModelFileError, UsageError
 from apr_dist.gates.warnings import under_trained
 from apr_dist.model.config import PRESETS
 from apr_dist.planning import memory, plan
-from apr_dist.planning.memory import Load, estimate
+from apr_dist.planning.activations import Load
+from apr_dist.planning.memory import estimate
 from apr_dist.planning.plan import Rate, make_plan
 from apr_dist.planning.plan_text import lr_plot, plan_lines
 

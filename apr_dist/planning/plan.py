@@ -23,8 +23,9 @@ from apr_dist.model.config import TransformerConfig
 from apr_dist.model.flops import flops_per_token
 from apr_dist.parallel.storage import Storage
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE, named
+from apr_dist.planning.activations import Load
 from apr_dist.planning.fitting import Rungs, fit
-from apr_dist.planning.memory import Load, Memory, estimate
+from apr_dist.planning.memory import Memory, estimate
 from apr_dist.planning.stopping import StopTime, stop_time
 from apr_dist.runs.folder import RunFolder
 from apr_dist.runs.opening import check_folder

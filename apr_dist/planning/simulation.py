@@ -18,7 +18,8 @@ from apr_dist.model.config import TransformerConfig
 from apr_dist.parallel.storage import Storage
 from apr_dist.parallel.stored_bytes import F32, trained_count
 from apr_dist.parallel.strategy import GPUS_PER_MACHINE
-from apr_dist.planning.memory import Load, Memory, estimate
+from apr_dist.planning.activations import Load
+from apr_dist.planning.memory import Memory, estimate
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MOST_LAYERS = 1 << 14

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from apr_dist.model.config import TransformerConfig
 from apr_dist.model.families import Family
 from apr_dist.model.transformer import Decoder
-from apr_dist.planning.memory import Load
+from apr_dist.planning.activations import Load
 from apr_dist.training.optimizer import build_optimizer
 
 
