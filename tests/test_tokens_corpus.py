@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,19 @@ def test_the_standard_library_is_real_code_without_its_tests() -> None:
     assert {"argparse.py", "dataclasses.py"} <= names
     for path in sources[::25]:
         path.read_bytes().decode()
+
+
+def test_a_file_of_the_standard_library_that_another_links_to_is_taken_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, outside = tmp_path / "lib", tmp_path / "settings.py"
+    library.mkdir()
+    outside.write_text("site = 1\n")
+    (library / "b_data.py").write_text("data = 1\n")
+    (library / "a_data.py").symlink_to("b_data.py")
+    (library / "site.py").symlink_to(outside)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(library))
+    assert standard_library_sources() == [library / "b_data.py", library / "site.py"]
 
 
 @pytest.mark.parametrize(

@@ -241,10 +241,15 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turt
 
 
 def standard_library_sources() -> list[Path]:
-    """The running Python's own standard-library source files, without its tests, sorted by path."""
+    """The running Python's own standard-library source files, without its tests, sorted by path.
+
+    Some distributions link one file of it to another; the link is left out.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     found = (path for path in root.rglob("*.py") if not _LEFT_OUT.intersection(path.relative_to(root).parts))
-    return sorted(found, key=lambda path: path.relative_to(root).parts)
+    files = sorted(found, key=lambda path: path.relative_to(root).parts)
+    own = {path.resolve() for path in files if not path.is_symlink()}
+    return [path for path in files if not path.is_symlink() or path.resolve() not in own]
 
 
 def _files_of(
