@@ -29,6 +29,7 @@ from apr_dist.config import TrainConfig
 from apr_dist.config.reading import parse_command_line
 from apr_dist.config.sections import ComputeSection, RouterSection
 from apr_dist.errors import ArchitectureRefused, UsageError, WeightsRefused
+from apr_dist.gates.mixtures import check_mixture
 from apr_dist.gates.model_file import prove_model
 from apr_dist.interop.hf_export import export_huggingface
 from apr_dist.interop.importing import import_model
@@ -41,7 +42,7 @@ from apr_dist.model.kernels.choice import SETS
 from apr_dist.model.kernels.grouped import grouped_mm, looped, runs_grouped_mm
 from apr_dist.model.packing import Boundaries
 from apr_dist.report.page import write_report
-from apr_dist.training.compute import set_up_compute, set_up_routers
+from apr_dist.training.compute import set_up_routers
 
 if TYPE_CHECKING:
     from builders.runs import Inputs
@@ -180,17 +181,16 @@ def test_the_router_s_losses_are_those_of_transformers_and_train_beside_the_loss
 
 
 def test_losses_of_routers_are_refused_for_a_dense_model() -> None:
-    dense = tiny_decoder(tiny_config())
-    with pytest.raises(UsageError, match="this model is dense"):
-        set_up_routers(dense, RouterSection(aux_loss=0.1), None)  # type: ignore[arg-type]
-    assert set_up_routers(dense, RouterSection(), None) is None  # type: ignore[arg-type]
+    for section in (RouterSection(aux_loss=0.1), RouterSection(z_loss=0.1)):
+        with pytest.raises(UsageError, match="this model is dense"):
+            check_mixture(tiny_config(), ComputeSection(), section)
+    check_mixture(tiny_config(), ComputeSection(compile="block"), RouterSection())
+    assert set_up_routers(tiny_decoder(tiny_config()), RouterSection(), None) is None  # type: ignore[arg-type]
 
 
 def test_compiled_blocks_of_a_mixture_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="mixture of experts are not compiled"):
-        set_up_compute(
-            tiny_decoder(tiny_config(Family.OLMOE)), ComputeSection(compile="block"), torch.device("cpu")
-        )
+        check_mixture(tiny_config(Family.OLMOE), ComputeSection(compile="block"), RouterSection())
 
 
 # --- sizes ----------------------------------------------------------------------------------------

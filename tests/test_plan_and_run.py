@@ -61,6 +61,11 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
         (*INIT, "--parallel.strategy", "zero2", "--optimizer.state-bits", "8"),
         "optimizer.state_bits is 8 under strategy zero2",
     ),
+    "losses of routers of a dense model": (
+        1,
+        (*INIT, "--router.aux-loss", "0.01"),
+        "router.aux_loss and router.z_loss are for mixtures of experts, and this model is dense",
+    ),
     "split weights in f32": (
         1,
         (*INIT, "--memory.weights", "split"),

@@ -37,6 +37,7 @@ from apr_dist.gates.data import (
 )
 from apr_dist.gates.documents import check_documents
 from apr_dist.gates.host_memory import check_host_memory
+from apr_dist.gates.mixtures import check_mixture
 from apr_dist.gates.model_file import Progress, named, prove_model
 from apr_dist.gates.named_sets import check_own_counts, check_sets_differ
 from apr_dist.gates.result import GateResult
@@ -133,6 +134,7 @@ def run_preflight(
             _note(found, say, prove_adapter_file(found.adapter_reader, found.adapter, found.model_config))
         elif resume_from is not None:
             _identify_init(found, config.init, progress)
+        check_mixture(found.model_config, config.compute, config.router)
         _note(found, say, _positions(found.model_config, config.seq_length))
         if config.synthetic:
             check_documents(config.loader.documents, config.compute, (), synthetic=True)

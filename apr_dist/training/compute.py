@@ -28,13 +28,6 @@ def set_up_compute(model: Decoder, options: ComputeSection, device: torch.device
         UsageError: kernels or compiling were asked for that cannot be had here.
     """
     compiled = options.compile is Compile.BLOCK
-    if compiled and model.routing is not None:
-        raise UsageError(
-            "compute.compile is block, and blocks with a mixture of experts are not compiled",
-            where="--compute.compile",
-            expected="a dense model",
-            remedy="use --compute.compile off",
-        )
     model.use_kernels(choose_kernels(options.kernels, device, compiled=compiled))
     model.set_checkpointing(options.activation_checkpointing)
     model.z_loss = options.z_loss
@@ -44,20 +37,9 @@ def set_up_compute(model: Decoder, options: ComputeSection, device: torch.device
 
 
 def set_up_routers(model: Decoder, options: RouterSection, runtime: Runtime) -> str | None:
-    """Give a mixture's routers their losses; what they are in one line, None for a dense model.
-
-    Raises:
-        UsageError: losses of routers are asked for of a dense model.
-    """
+    """Give a mixture's routers their losses; what they are in one line, None for a dense model."""
     routing = model.routing
     if routing is None:
-        if options.aux_loss or options.z_loss:
-            raise UsageError(
-                "router.aux_loss and router.z_loss are for mixtures of experts, and this model is dense",
-                where="--router.aux-loss" if options.aux_loss else "--router.z-loss",
-                expected="a model with experts",
-                remedy="leave both out",
-            )
         return None
     own = model.config.router_aux_loss_coef
     routing.balance = own if options.aux_loss is None else options.aux_loss
