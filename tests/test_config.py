@@ -29,9 +29,11 @@ def test_init_parses_to_the_path_and_absent_means_none() -> None:
     assert parse().init is None
 
 
-def test_none_is_null_except_for_a_key_of_which_it_is_a_word() -> None:
+def test_none_is_null_only_for_a_key_that_may_be_null() -> None:
     assert parse("--parallel.offload", "none").parallel.offload is Offload.NONE
     assert parse("--init", "none").init is None
+    with pytest.raises(UsageError, match=r"adapter\.kind is 'none'"):
+        parse("--adapter.kind", "none")
 
 
 @pytest.mark.falsifies("FALSIFY-APR-PRETRAIN-INIT-007")

@@ -49,8 +49,8 @@ def parse_command_line(arguments: Sequence[str], *, prog: str = "train.py") -> I
     tree = read_yaml(Path(path)) if path else {}
     fields = dict(leaves(TrainConfig))
     for key, value in values.items():
-        # "none" is null, except for a key of which it is a word.
-        _put(tree, key, None if value == "none" and value not in words_of(fields[key]) else value)
+        is_null = value == "none" and type(None) in get_args(fields[key].annotation)
+        _put(tree, key, None if is_null else value)
     return Invocation(config=validate(tree, where="command line"), debug=debug)
 
 
