@@ -12,6 +12,7 @@ from builders.adapter_ranks import (
     DROPPED,
     HALF,
     KINDS,
+    PACKED,
     RESUMED,
     RUNS,
     STEPS,
@@ -119,10 +120,9 @@ def test_dropout_draws_the_same_when_a_block_is_computed_again(name: str, runs: 
 
 
 def test_packed_documents_are_kept_apart_beside_an_adapter(runs: Path) -> None:
-    one, other = (metrics(runs / f"packed-{kernels}") for kernels in ("cpu", "plain"))
-    alone = [line["train_loss"] for line in one]
-    assert alone == pytest.approx([line["train_loss"] for line in other], abs=1e-5)
-    assert alone != pytest.approx([line["train_loss"] for line in metrics(runs / "lora")], abs=1e-3)
+    cpu, plain, joined = ([line["train_loss"] for line in metrics(runs / name)] for name in PACKED)
+    assert cpu == pytest.approx(plain, abs=1e-5)
+    assert cpu != pytest.approx(joined, abs=1e-3)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")

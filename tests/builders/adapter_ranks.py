@@ -85,8 +85,13 @@ RUNS: Mapping[str, tuple[int, str, tuple[str, ...]]] = {
 RESUMED = ("lora", "lora-nf4", "dora", "lora-ddp", "tokens-fsdp2", "lora-zero2", "lora-zero3", "dropout")
 """Runs that are also resumed from the middle."""
 
-PACKED = ("--loader.documents", "isolate", "--compute.kernels")
-"""Followed by two sets of kernels: the documents of a row do not see each other."""
+ROWS = ("--seq-length", "256", "--loader.documents")
+PACKED: Mapping[str, tuple[str, ...]] = {
+    "packed-cpu": (*ROWS, "isolate", "--compute.kernels", "cpu"),
+    "packed-plain": (*ROWS, "isolate", "--compute.kernels", "plain"),
+    "packed-joined": (*ROWS, "continue"),
+}
+"""Runs on rows long enough to hold several documents, which see each other in the last alone."""
 
 DROPPED: Mapping[str, tuple[str, ...]] = {
     "dropout": (),
@@ -125,8 +130,8 @@ def make_runs(inputs: Inputs, ranks: WarmRanks, root: Path) -> Path:
                     for bits, given in few.items()
                 ]
                 runs += [
-                    [*flags(inputs, folder / f"packed-{kernels}", "lora", ("single",)), *PACKED, kernels]
-                    for kernels in ("cpu", "plain")
+                    [*flags(inputs, folder / name, "lora", ("single",)), *more]
+                    for name, more in PACKED.items()
                 ]
                 drops = ("single", "--adapter.dropout", "0.2")
                 runs += [
